@@ -1,0 +1,32 @@
+"""A small Lory that trains on two CPU cores.
+
+    bash launch/local.sh
+"""
+
+from ml_collections import ConfigDict
+
+from lory_jax.config import base_config, parse_argument
+
+
+def get_config(argument: str | None = None) -> ConfigDict:
+    """`experts=8` is Lory with 8 experts per layer (the default); `experts=0` the dense baseline."""
+    config = base_config()
+    model = config.model
+    model.num_experts = parse_argument(argument, experts=8)["experts"]
+    model.vocab_size = 2048
+    model.num_layers = 4
+    model.embed_dim = 128
+    model.num_heads = 4
+    model.mlp_dim = 352
+    model.sequence_length = 512
+    model.segment_length = 64
+    model.compute_dtype = "float32"
+    train = config.train
+    train.steps = 1000
+    train.global_batch_size = 8
+    train.learning_rate = 2e-3
+    config.checkpoint.every_steps = 100
+    data = config.data
+    data.max_domain_bytes = 4_000_000
+    data.tokenizer_sample_bytes = 4_000_000
+    return config

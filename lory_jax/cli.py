@@ -1,0 +1,76 @@
+"""What every verb shares at the command line: the `--config` flags and errors as one line."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from lory_jax.config import describe_fields, load_config
+from lory_jax.errors import ConfigError, InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, with no abbreviations of flags."""
+
+    def __init__(self, verb: str, description: str | None):
+        super().__init__(
+            prog=f"python -m lory_jax.{verb}",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+    def add_config_flag(self, default: str | None = None) -> None:
+        """Adds `--config=FILE[:argument]` and `--config.field=value`."""
+        self.add_argument(
+            "--config",
+            default=default,
+            required=default is None,
+            metavar="FILE.py[:experts=E]",
+            help="recipe; any field is overridden with --config.SECTION.FIELD=VALUE"
+            + (f" (default: {default})" if default else ""),
+        )
+        self.epilog = describe_fields()
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parses flags; `args.config` becomes the loaded and validated ConfigDict."""
+        plain, overrides = _split_overrides(argv)
+        args = self.parse_args(plain)
+        if "config" in args:
+            args.config = load_config(args.config, overrides)
+        elif overrides:
+            self.error(f"unrecognized arguments: --config.{overrides[0][0]}")
+        return args
+
+
+def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    plain: list[str] = []
+    overrides: list[tuple[str, str]] = []
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("--config."):
+            plain.append(word)
+            continue
+        name, equals, value = word.removeprefix("--config.").partition("=")
+        if not equals:
+            value = next(words, "")
+        overrides.append((name, value))
+    return plain, overrides
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Runs a verb: `InputError`s become one line on standard error and their exit status."""
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.status)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away, e.g. `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

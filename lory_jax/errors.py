@@ -1,0 +1,16 @@
+"""The two errors a user can cause. Verbs print them as one line and exit with their status.
+
+Raise them with a message that names the thing, what was found, and what is accepted.
+"""
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used: a missing directory, an empty corpus, a damaged file."""
+
+    status = 1
+
+
+class ConfigError(InputError):
+    """A flag or a config field has a wrong name or value."""
+
+    status = 2
