@@ -1,0 +1,69 @@
+"""One progress line for long loops: it updates on a terminal and prints now and then elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+TERMINAL_SECONDS = 0.2
+LOG_SECONDS = 10.0
+
+
+def progress(iterable: Iterable[T], total: int, label: str, unit: str = "docs") -> Iterator[T]:
+    """Yields the items of `iterable` and reports count, rate and time left on standard error.
+
+    Args:
+      iterable: what to go through.
+      total: how many items it holds; may be 0.
+      label: what is being done, such as "embedding".
+      unit: what the items are, in the plural.
+    """
+    on_terminal = sys.stderr.isatty()
+    interval = TERMINAL_SECONDS if on_terminal else LOG_SECONDS
+    start = time.monotonic()
+    last_report = start
+    done = 0
+    for item in iterable:
+        now = time.monotonic()
+        if now - last_report >= interval:
+            last_report = now
+            _write(_running(label, unit, done, total, now - start), on_terminal, end=False)
+        yield item
+        done += 1
+    _write(_finished(label, unit, done, time.monotonic() - start), on_terminal, end=True)
+
+
+def _running(label: str, unit: str, done: int, total: int, seconds: float) -> str:
+    line = f"{label}: {done:,}/{total:,} {unit} ({done / max(total, 1):.0%})"
+    if done:
+        line += f", {_rate(done, unit, seconds)}, {duration(seconds / done * (total - done))} left"
+    return line
+
+
+def _finished(label: str, unit: str, done: int, seconds: float) -> str:
+    return f"{label}: {done:,} {unit} in {duration(seconds)} ({_rate(done, unit, seconds)})"
+
+
+def _rate(done: int, unit: str, seconds: float) -> str:
+    per_second = done / max(seconds, 1e-6)
+    return f"{per_second:,.0f} {unit}/s" if per_second >= 10 else f"{per_second:.2g} {unit}/s"
+
+
+def duration(seconds: float) -> str:
+    """Returns seconds as "4.2 s", "3 min 20 s" or "5 h 07 min"."""
+    if seconds < 60:
+        return f"{max(seconds, 0.0):.1f} s"
+    minutes = int(seconds) // 60
+    if minutes < 60:
+        return f"{minutes} min {int(seconds) % 60:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _write(line: str, on_terminal: bool, end: bool) -> None:
+    if on_terminal:
+        # \x1b[K clears what is left of a longer line before.
+        print(f"\r{line}\x1b[K", end="\n" if end else "", file=sys.stderr, flush=True)
+    else:
+        print(line, file=sys.stderr, flush=True)
