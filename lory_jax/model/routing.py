@@ -1,0 +1,106 @@
+"""Where the routing weights of each segment come from (paper, sections 2.2 and 3.1).
+
+Pure functions on arrays. Everything is computed in float32 and returns `r_BxNxE`, one distribution
+over the experts per sequence and segment.
+
+Letters: B batch, L sequence, T tokens per segment, N = ceil(L / T) segments, D model, E experts.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def num_segments(length: int, segment_length: int) -> int:
+    """N = ceil(L / T): the last segment may be shorter."""
+    return -(-length // segment_length)
+
+
+def segment_means(
+    h_BxLxD: Array, segment_length: int, valid_lengths_B: Array | None = None
+) -> Array:
+    """Mean hidden state of every segment, float32 `[B, N, D]`.
+
+    Only tokens before `valid_lengths_B` count (all, if None); a segment without any has mean 0.
+    """
+    B, L, D = h_BxLxD.shape
+    N = num_segments(L, segment_length)
+    padding = N * segment_length - L
+    h_BxLxD = jnp.pad(h_BxLxD.astype(jnp.float32), ((0, 0), (0, padding), (0, 0)))
+    if valid_lengths_B is None:
+        valid_lengths_B = jnp.full(B, L)
+    is_valid_BxL = jnp.arange(N * segment_length) < jnp.minimum(valid_lengths_B, L)[:, None]
+    is_valid_BxNxT = is_valid_BxL.reshape(B, N, segment_length)
+    h_BxNxTxD = h_BxLxD.reshape(B, N, segment_length, D)
+    total_BxNxD = jnp.sum(jnp.where(is_valid_BxNxT[..., None], h_BxNxTxD, 0.0), axis=2)
+    return total_BxNxD / jnp.maximum(jnp.sum(is_valid_BxNxT, axis=2), 1)[..., None]
+
+
+def route(mean_xD: Array, router_DxE: Array) -> Array:
+    """softmax(R(mean)) over all experts, float32: no top-k, no capacity, no auxiliary loss."""
+    logits_xE = jnp.matmul(
+        mean_xD.astype(jnp.float32),
+        router_DxE.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return jax.nn.softmax(logits_xE, axis=-1)
+
+
+def causal_routing(
+    h_BxLxD: Array, router_DxE: Array, segment_length: int, first_segment: str
+) -> Array:
+    """Training: segment k > 1 is routed by the mean of segment k-1 (section 3.1).
+
+    Segment 1 is routed by its own mean with a stop-gradient on its weights alone
+    (`first_segment="self"`, the paper), or gets 1/E for every expert (`"uniform"`).
+    """
+    r_BxNxE = route(segment_means(h_BxLxD, segment_length), router_DxE)
+    first_Bx1xE = _first_segment(r_BxNxE[:, :1], first_segment)
+    return jnp.concatenate([first_Bx1xE, r_BxNxE[:, :-1]], axis=1)
+
+
+def prefix_routing(
+    h_BxLxD: Array, router_DxE: Array, segment_length: int, first_segment: str
+) -> Array:
+    """The ablation of section 5.1: segment 1 routes the whole sequence.
+
+    Segment 1 itself is treated as in `causal_routing`, so the router still learns from the rest.
+    """
+    N = num_segments(h_BxLxD.shape[1], segment_length)
+    r_Bx1xE = route(segment_means(h_BxLxD[:, :segment_length], segment_length), router_DxE)
+    rest_BxNxE = jnp.repeat(r_Bx1xE, N - 1, axis=1)
+    return jnp.concatenate([_first_segment(r_Bx1xE, first_segment), rest_BxNxE], axis=1)
+
+
+def prompt_routing(h_BxLxD: Array, router_DxE: Array, prompt_lengths_B: Array) -> Array:
+    """Inference: one decision per row, from the mean over its prompt; returns `[B, 1, E]`.
+
+    A row with an empty prompt gets 1/E for every expert.
+    """
+    mean_Bx1xD = segment_means(h_BxLxD, h_BxLxD.shape[1], prompt_lengths_B)
+    return _uniform_where_empty(route(mean_Bx1xD, router_DxE), prompt_lengths_B)
+
+
+def segment_routing(
+    h_BxLxD: Array, router_DxE: Array, segment_length: int, prompt_lengths_B: Array
+) -> Array:
+    """Inference: as in training, but segment 1 is routed by the prompt tokens in it.
+
+    A row with an empty prompt starts with 1/E for every expert.
+    """
+    r_BxNxE = route(segment_means(h_BxLxD, segment_length), router_DxE)
+    first_Bx1xE = prompt_routing(h_BxLxD[:, :segment_length], router_DxE, prompt_lengths_B)
+    return jnp.concatenate([first_Bx1xE, r_BxNxE[:, :-1]], axis=1)
+
+
+def _first_segment(r_Bx1xE: Array, first_segment: str) -> Array:
+    if first_segment == "uniform":
+        return jnp.full_like(r_Bx1xE, 1.0 / r_Bx1xE.shape[-1])
+    if first_segment == "self":
+        return jax.lax.stop_gradient(r_Bx1xE)
+    raise ValueError(f"first_segment: got {first_segment!r}, takes 'self' or 'uniform'")
+
+
+def _uniform_where_empty(r_Bx1xE: Array, prompt_lengths_B: Array) -> Array:
+    is_empty_Bx1x1 = (prompt_lengths_B == 0)[:, None, None]
+    return jnp.where(is_empty_Bx1x1, 1.0 / r_Bx1xE.shape[-1], r_Bx1xE)

@@ -1,0 +1,263 @@
+"""The decoder: LLaMA's, with every FFN replaced by merged experts (paper, section 2.2).
+
+`Transformer` holds only `nnx.Param`s and is used functionally: `build` splits it once into a graph
+definition and a plain nested dict of arrays, and `nnx.merge` puts them together inside a jitted
+function.
+
+Letters: B batch, L sequence, N segments, T tokens per segment, S = B * N, D model, F FFN,
+E experts, V vocabulary, Y layers.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from lory_jax.model import routing as route
+from lory_jax.model.attention import Attention
+from lory_jax.model.merged_ffn import merged_ffn, swiglu
+from lory_jax.model.parameters import Initializer
+from lory_jax.parallel import constrain
+
+Params = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The fields of `config.model`; `lory_jax.config.SCHEMA` says what each means."""
+
+    vocab_size: int
+    num_layers: int
+    embed_dim: int
+    num_heads: int
+    mlp_dim: int
+    num_experts: int
+    sequence_length: int
+    segment_length: int
+    routing: str = "causal"
+    first_segment_routing: str = "self"
+    router_init_scale: float = 0.23
+    rope_theta: float = 10_000.0
+    norm_epsilon: float = 1e-5
+    compute_dtype: str = "float32"
+    remat: str = "none"
+    scan_layers: bool = True
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a forward pass is routed: as in training, or by prompts (DESIGN of inference).
+
+    `kind` is "causal" or "prefix" (training), "prompt" or "segment" (inference, which need
+    `prompt_lengths_B`: tokens of each row that are its prompt).
+    """
+
+    kind: str
+    prompt_lengths_B: Array | None = None
+
+
+class DenseFFN(nnx.Module):
+    """The parameter-matched baseline, and the FFN of the dense warm-up."""
+
+    def __init__(self, init: Initializer, config: ModelConfig, output_scale: float):
+        D, F = config.embed_dim, config.mlp_dim
+        self.gate = init.matrix((D, F), ("embed", "mlp"), fan_in=D)
+        self.up = init.matrix((D, F), ("embed", "mlp"), fan_in=D)
+        self.down = init.matrix((F, D), ("mlp", "embed"), fan_in=F, scale=output_scale)
+
+    def __call__(self, x_BxLxD: Array) -> Array:
+        x_BxLxD = constrain(x_BxLxD, "moe_batch", "length", "activation_embed")
+        weights = (w[...].astype(x_BxLxD.dtype) for w in (self.gate, self.up, self.down))
+        with jax.named_scope("dense_ffn"):
+            return swiglu(x_BxLxD, *weights)
+
+
+class MergedFFN(nnx.Module):
+    """E expert FFNs and their router, merged once per segment."""
+
+    def __init__(self, init: Initializer, config: ModelConfig, output_scale: float):
+        D, F, E = config.embed_dim, config.mlp_dim, config.num_experts
+        self.config = config
+        self.router = init.matrix(
+            (D, E), ("embed", "router_experts"), fan_in=D, scale=config.router_init_scale
+        )
+        self.gate = init.matrix((E, D, F), ("experts", "embed", "mlp"), fan_in=D)
+        self.up = init.matrix((E, D, F), ("experts", "embed", "mlp"), fan_in=D)
+        self.down = init.matrix(
+            (E, F, D), ("experts", "mlp", "embed"), fan_in=F, scale=output_scale
+        )
+
+    def experts(self) -> dict[str, Array]:
+        """The experts in the layout of `merged_ffn`."""
+        return {"gate": self.gate[...], "up": self.up[...], "down": self.down[...]}
+
+    def routing_weights(self, h_BxLxD: Array, routing: Routing) -> Array:
+        """`r_BxNxE` of this layer, float32; N is 1 for routing by prompt."""
+        config, lengths = self.config, routing.prompt_lengths_B
+        with jax.named_scope("router"):
+            if routing.kind in ("causal", "prefix"):
+                rule = route.causal_routing if routing.kind == "causal" else route.prefix_routing
+                return rule(
+                    h_BxLxD,
+                    self.router[...],
+                    config.segment_length,
+                    config.first_segment_routing,
+                )
+            if lengths is None:
+                raise ValueError(f"routing {routing.kind!r} needs prompt_lengths_B")
+            if routing.kind == "prompt":
+                return route.prompt_routing(h_BxLxD, self.router[...], lengths)
+            if routing.kind == "segment":
+                return route.segment_routing(
+                    h_BxLxD, self.router[...], config.segment_length, lengths
+                )
+        raise ValueError(f"routing: got {routing.kind!r}, takes causal, prefix, prompt or segment")
+
+    def __call__(self, x_BxLxD: Array, routing: Routing) -> tuple[Array, Array]:
+        """Returns `[B, L, D]` and the routing weights `[B, N, E]`."""
+        x_BxLxD = constrain(x_BxLxD, "moe_batch", "length", "activation_embed")
+        r_BxNxE = self.routing_weights(x_BxLxD, routing)
+        B, L, D = x_BxLxD.shape
+        N, E = r_BxNxE.shape[1:]
+        T = L if routing.kind == "prompt" else self.config.segment_length
+        x_BxNTxD = jnp.pad(x_BxLxD, ((0, 0), (0, N * T - L), (0, 0)))
+        y_SxTxD = merged_ffn(
+            x_BxNTxD.reshape(B * N, T, D), self.experts(), r_BxNxE.reshape(B * N, E)
+        )
+        return y_SxTxD.reshape(B, N * T, D)[:, :L], r_BxNxE
+
+
+class Block(nnx.Module):
+    """One decoder layer: attention and FFN, each behind its norm and around its residual."""
+
+    def __init__(self, init: Initializer, config: ModelConfig):
+        self.config = config
+        D = config.embed_dim
+        # The residual stream is a sum over 2 * layers of outputs: keep its variance at 1.
+        output_scale = (2 * config.num_layers) ** -0.5
+        self.attention_norm = init.ones((D,), ("norm",))
+        self.attention = Attention(init, D, config.num_heads, output_scale)
+        self.ffn_norm = init.ones((D,), ("norm",))
+        ffn = MergedFFN if config.num_experts else DenseFFN
+        self.ffn = ffn(init, config, output_scale)
+
+    def __call__(self, x_BxLxD: Array, routing: Routing) -> tuple[Array, Array | None]:
+        """Returns `[B, L, D]` and the layer's routing weights, None for a dense layer."""
+        x_BxLxD = constrain(x_BxLxD, "batch", "length", "activation_embed")
+        with jax.named_scope("attention"):
+            h_BxLxD = rms_norm(x_BxLxD, self.attention_norm[...], self.config.norm_epsilon)
+            x_BxLxD = x_BxLxD + self.attention(h_BxLxD, self.config.rope_theta)
+        with jax.named_scope("ffn"):
+            h_BxLxD = rms_norm(x_BxLxD, self.ffn_norm[...], self.config.norm_epsilon)
+            if isinstance(self.ffn, DenseFFN):
+                return x_BxLxD + self.ffn(h_BxLxD), None
+            y_BxLxD, r_BxNxE = self.ffn(h_BxLxD, routing)
+            return x_BxLxD + y_BxLxD, r_BxNxE
+
+
+class Transformer(nnx.Module):
+    """Token embedding, a stack of blocks, a final norm and an untied output head."""
+
+    def __init__(self, config: ModelConfig, key: Array):
+        self.config = config
+        init = Initializer(key)
+        V, D = config.vocab_size, config.embed_dim
+        self.embedding = init.matrix((V, D), ("vocab", "embed"), fan_in=D)
+        self.layers = Block(init.stacked(config.num_layers), config)
+        self.final_norm = init.ones((D,), ("norm",))
+        self.head = init.matrix((D, V), ("embed", "vocab"), fan_in=D)
+
+    def embed(self, tokens_BxL: Array) -> Array:
+        """`[B, L, D]` in the compute type."""
+        with jax.named_scope("embedding"):
+            x_BxLxD = self.embedding[...][tokens_BxL].astype(self.config.compute_dtype)
+            return constrain(x_BxLxD, "batch", "length", "activation_embed")
+
+    def unembed(self, x_BxLxD: Array) -> Array:
+        """Final norm and head: float32 logits `[B, L, V]`."""
+        with jax.named_scope("head"):
+            x_BxLxD = constrain(x_BxLxD, "moe_batch", "length", "activation_embed")
+            x_BxLxD = rms_norm(x_BxLxD, self.final_norm[...], self.config.norm_epsilon)
+            logits_BxLxV = jnp.einsum(
+                "bld,dv->blv",
+                x_BxLxD,
+                self.head[...].astype(x_BxLxD.dtype),
+                preferred_element_type=jnp.float32,
+            )
+            return constrain(logits_BxLxV, "moe_batch", "length", "vocab")
+
+    def __call__(
+        self, tokens_BxL: Array, routing: Routing | None = None
+    ) -> tuple[Array, Array | None]:
+        """A full forward pass.
+
+        Args:
+          tokens_BxL: token ids.
+          routing: how to route; None is `config.routing`, as in training.
+
+        Returns:
+          float32 logits `[B, L, V]` and routing weights `[Y, B, N, E]` (None for a dense model).
+        """
+        x_BxLxD = self.embed(tokens_BxL)
+        graph, layers = nnx.split(self.layers)
+        routing = routing or Routing(self.config.routing)
+
+        @functools.partial(_remat, policy=self.config.remat)
+        def run_layer(x_BxLxD: Array, layer: Params) -> tuple[Array, Array | None]:
+            return nnx.merge(graph, layer)(x_BxLxD, routing)
+
+        if self.config.scan_layers:
+            x_BxLxD, r_YxBxNxE = jax.lax.scan(run_layer, x_BxLxD, layers)
+        else:
+            weights = []
+            for y in range(self.config.num_layers):
+                x_BxLxD, r_BxNxE = run_layer(x_BxLxD, jax.tree.map(lambda w, y=y: w[y], layers))
+                weights.append(r_BxNxE)
+            r_YxBxNxE = jnp.stack(weights) if self.config.num_experts else None
+        return self.unembed(x_BxLxD), r_YxBxNxE
+
+
+def rms_norm(x_xD: Array, scale_D: Array, epsilon: float) -> Array:
+    """x / sqrt(mean(x^2) + epsilon) * scale, computed in float32, in the type of x."""
+    x32_xD = x_xD.astype(jnp.float32)
+    mean_square_x1 = jnp.mean(x32_xD**2, axis=-1, keepdims=True)
+    return (x32_xD * jax.lax.rsqrt(mean_square_x1 + epsilon) * scale_D).astype(x_xD.dtype)
+
+
+def _remat(function: Any, policy: str) -> Any:
+    """What the backward pass keeps of a layer: everything, matrix products only, or its input."""
+    if policy == "none":
+        return function
+    if policy == "dots":
+        # Merged weights are matrix products too, but with a batch dimension: not kept.
+        kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        return jax.checkpoint(function, policy=kept)
+    if policy == "full":
+        return jax.checkpoint(function)
+    raise ValueError(f"remat: got {policy!r}, takes none, dots or full")
+
+
+def build(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:
+    """The graph definition and, for every parameter, its logical axes; allocates nothing."""
+    abstract = nnx.eval_shape(lambda: Transformer(config, jax.random.key(0)))
+    graph, state = nnx.split(abstract)
+    axes = jax.tree.map(
+        lambda variable: variable.axes,
+        nnx.to_pure_dict(state, extract_fn=lambda variable: variable),
+        is_leaf=lambda node: isinstance(node, nnx.Variable),
+    )
+    return graph, axes
+
+
+def init_params(config: ModelConfig, key: Array) -> Params:
+    """Float32 parameters from a key, as a plain nested dict."""
+    return nnx.to_pure_dict(nnx.state(Transformer(config, key)))
+
+
+def merge_params(graph: nnx.GraphDef, params: Params) -> Transformer:
+    """The module with these parameters, for use inside a jitted function."""
+    return nnx.merge(graph, params)

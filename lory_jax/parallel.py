@@ -1,0 +1,93 @@
+"""The device mesh and the one table of which logical axis lives on which mesh axis.
+
+Parameters name their logical axes where they are declared (`model/`); activations name theirs in
+`constrain`. Everything else is left to the compiler (Auto axis types).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lory_jax.errors import InputError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+MeshAxes = tuple[str, ...]
+
+# Experts are never sharded: each device holds the same slice of F of every expert, so merging is
+# local and only activations travel over `tensor` (paper, section 6: expert-wise model parallelism).
+RULES: Mapping[str, MeshAxes] = {
+    # parameters
+    "layers": (),
+    "embed": ("fsdp",),
+    "mlp": ("tensor",),
+    "experts": (),
+    "router_experts": (),
+    "attention_embed": ("fsdp", "tensor"),
+    "heads": (),
+    "head_dim": (),
+    "vocab": ("tensor",),
+    "norm": (),
+    # activations
+    "batch": ("data", "fsdp", "tensor"),
+    "moe_batch": ("data", "fsdp"),
+    "length": (),
+    "activation_embed": (),
+}
+
+
+def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
+    """The mesh (data, fsdp, tensor) over all devices; `fsdp=0` takes all that remain."""
+    devices = jax.device_count()
+    if fsdp == 0:
+        fsdp = max(1, devices // (data * tensor))
+    if data * fsdp * tensor != devices:
+        raise InputError(
+            f"config.parallel: data x fsdp x tensor = {data} x {fsdp} x {tensor} is "
+            f"{data * fsdp * tensor}, but there are {devices} devices"
+        )
+    return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def partition_spec(axes: tuple[str, ...]) -> PartitionSpec:
+    """Looks every logical axis up in the table; two of them on one mesh axis is an error."""
+    used: set[str] = set()
+    entries: list[MeshAxes | None] = []
+    for axis in axes:
+        if axis not in RULES:
+            raise ValueError(f"logical axis {axis!r} is not in the table of parallel.py")
+        if used & set(RULES[axis]):
+            raise ValueError(f"logical axes {axes} put {axis!r} on a mesh axis that is taken")
+        used |= set(RULES[axis])
+        entries.append(RULES[axis] or None)
+    return PartitionSpec(*entries)
+
+
+def shardings(axes_tree: Any, mesh: Mesh) -> Any:
+    """A tree of `NamedSharding` for a tree whose leaves are tuples of logical axes."""
+    return jax.tree.map(
+        lambda axes: NamedSharding(mesh, partition_spec(axes)),
+        axes_tree,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(x: Array, *axes: str) -> Array:
+    """Pins the layout of an activation when a mesh is set (`jax.set_mesh`); else returns it as is."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+
+
+def place_batch(batch_BxL: np.ndarray, mesh: Mesh) -> Array:
+    """Makes the global batch `[B, L]` from this process's rows of it."""
+    sharding = NamedSharding(mesh, partition_spec(("batch", "length")))
+    return jax.make_array_from_process_local_data(sharding, batch_BxL)
