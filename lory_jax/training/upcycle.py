@@ -1,0 +1,61 @@
+"""From the dense warm-up to experts: every FFN is copied E times (paper, section 4.1 and G.3).
+
+Under uniform routing an expert sees 1/E of the gradient that the dense FFN would see. Adam's
+moments are carried over at that scale, m/E and v/E^2, so that the first update moves every expert,
+and with them the merged function, as the dense step would. Two things shrink alike and are left as
+they are: Adam's epsilon counts E times as much against the smaller moments, and the global gradient
+norm is smaller (the experts' part by sqrt(E)), so clipping acts later.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh
+
+from lory_jax.model.transformer import ModelConfig, Params, init_params
+from lory_jax.training.state import State, never_active, state_shardings
+
+FFN_MATRICES = ("gate", "up", "down")
+
+
+def upcycle(
+    dense: State,
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    seed: int,
+) -> State:
+    """The Lory state that continues a dense one; `config` is Lory's, `seed` that of the run."""
+
+    def convert(dense: State, key: Array) -> State:
+        router_YxDxE = init_params(config, key)["layers"]["ffn"]["router"]
+        adam, *rest = dense["opt_state"]
+        moments = adam._replace(
+            mu=upcycle_params(adam.mu, jnp.zeros_like(router_YxDxE), divisor=config.num_experts),
+            nu=upcycle_params(adam.nu, jnp.zeros_like(router_YxDxE), divisor=config.num_experts**2),
+        )
+        return {
+            "step": dense["step"],
+            "params": upcycle_params(dense["params"], router_YxDxE),
+            "opt_state": (moments, *rest),
+            "last_active_YxE": never_active(config),
+        }
+
+    pinned = jax.jit(convert, out_shardings=state_shardings(config, optimizer, mesh))
+    return pinned(dense, jax.random.key(seed))
+
+
+def upcycle_params(params: Params, router_YxDxE: Array, divisor: int = 1) -> Params:
+    """Copies `[Y, D, F]` FFN matrices to `[Y, E, D, F]`, divided by `divisor`; adds the router."""
+    num_experts = router_YxDxE.shape[-1]
+
+    def copy(w_YxMxN: Array) -> Array:
+        return jnp.repeat(w_YxMxN[:, None] / divisor, num_experts, axis=1)
+
+    layers: dict[str, Any] = dict(params["layers"])
+    layers["ffn"] = {name: copy(layers["ffn"][name]) for name in FFN_MATRICES}
+    layers["ffn"]["router"] = router_YxDxE
+    return {**params, "layers": layers}
