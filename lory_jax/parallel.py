@@ -4,7 +4,9 @@ Parameters name their logical axes where they are declared (`model/`); activatio
 `constrain`. Everything else is left to the compiler (Auto axis types).
 """
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -38,6 +40,13 @@ RULES: Mapping[str, MeshAxes] = {
     "length": (),
     "activation_embed": (),
 }
+
+
+def start_process() -> None:
+    """Sets JAX up for a run: compiled programs are kept in the user's cache directory."""
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(cache / "lory_jax" / "xla"))
 
 
 def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:

@@ -47,9 +47,7 @@ def causal_attention(query: Array, key: Array, value: Array) -> Array:
     for start in range(0, L, block):
         end = min(start + block, L)
         mask_LxM = jnp.arange(end) <= jnp.arange(start, end)[:, None]
-        blocks.append(
-            attend(query[:, :, start:end], key[:, :, :end], value[:, :, :end], mask_LxM)
-        )
+        blocks.append(attend(query[:, :, start:end], key[:, :, :end], value[:, :, :end], mask_LxM))
     return jnp.concatenate(blocks, axis=2).swapaxes(1, 2)
 
 

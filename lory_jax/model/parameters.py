@@ -1,4 +1,4 @@
-"""One declaration per parameter: shape, logical axes (parallel.py places them) and initialisation."""
+"""One declaration per parameter: shape, logical axes (see parallel.py) and initialisation."""
 
 import math
 

@@ -22,9 +22,7 @@ State = dict[str, Any]
 NEVER = -(2**30)
 
 
-def new_state(
-    config: ModelConfig, optimizer: optax.GradientTransformation, params: Any
-) -> State:
+def new_state(config: ModelConfig, optimizer: optax.GradientTransformation, params: Any) -> State:
     """A state at step 0 around these parameters."""
     state = {
         "step": jnp.zeros((), jnp.int32),

@@ -1,0 +1,142 @@
+"""Where the figures of a run go: JSON lines, TensorBoard and the console."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from tensorboardX import SummaryWriter
+
+from lory_jax.training.workdir import METRICS, read_metrics, write_atomically
+
+
+class MetricsLog:
+    """Reads the metrics of a step while the next one runs, and writes them down.
+
+    Call `dispatched` after every step; it reads the step before. `settle` ends the time of the
+    step under way, before anything else (validation, a save) makes it look slow.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        start_step: int,
+        steps: int,
+        tokens_per_step: int,
+        flops_per_token: float,
+        peak_flops: float | None,
+        log_every_steps: int,
+    ):
+        """Forgets what an earlier process logged after `start_step`: those steps run again."""
+        self._steps, self._tokens_per_step = steps, tokens_per_step
+        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+        self._log_every_steps = log_every_steps
+        self._start_step = start_step
+        self._pending: tuple[int, dict[str, Any]] | None = None
+        self._seconds: float | None = None
+        self._recent: list[dict[str, Any]] = []
+        self._file = self._tensorboard = None
+        if jax.process_index() == 0:
+            path = workdir / METRICS
+            kept = (
+                [m for m in read_metrics(workdir) if m["step"] <= start_step]
+                if (path.exists())
+                else []
+            )
+            write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+            self._tensorboard = SummaryWriter(
+                str(workdir / "tensorboard"), purge_step=start_step + 1
+            )
+        self._clock = time.perf_counter()
+
+    def dispatched(self, step: int, metrics: dict[str, Any]) -> None:
+        """Takes the metrics of a step that has been dispatched, still on the device."""
+        self.write()
+        self._pending = (step, metrics)
+
+    def settle(self) -> None:
+        """Waits for the step under way and stops its clock."""
+        if self._pending is None or self._seconds is not None:
+            return
+        step, metrics = self._pending
+        self._pending = (step, jax.device_get(metrics))
+        now = time.perf_counter()
+        self._seconds = now - self._clock
+        self._clock = now
+
+    def restart_clock(self) -> None:
+        """Starts the clock of the next step, after a validation or a save."""
+        self._clock = time.perf_counter()
+
+    def write(self, **extra: Any) -> None:
+        """Writes the pending step, with what `extra` adds to it."""
+        self.settle()
+        if self._pending is None or self._seconds is None:
+            return
+        step, metrics = self._pending
+        rate = self._tokens_per_step / self._seconds
+        line = {
+            "step": step,
+            "tokens": step * self._tokens_per_step,
+            "loss": float(metrics["loss"]),
+            "learning_rate": float(metrics["learning_rate"]),
+            "grad_norm": float(metrics["grad_norm"]),
+            "step_seconds": self._seconds,
+            "tokens_per_second": rate,
+            "mfu": self._mfu(rate),
+            "experts_active": None,
+            "router_entropy": None,
+        }
+        if "experts_active" in metrics:
+            line["experts_active"] = int(metrics["experts_active"])
+            line["router_entropy"] = float(metrics["router_entropy"])
+        line |= extra
+        self._pending = self._seconds = None
+        if self._file is None or self._tensorboard is None:
+            return
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for name, value in line.items():
+            if isinstance(value, int | float) and name != "step":
+                self._tensorboard.add_scalar(name, value, step)
+        self._recent.append(line)
+        if extra or step % self._log_every_steps == 0 or step == self._steps:
+            print(self._console_line(), flush=True)
+            self._recent.clear()
+
+    def close(self) -> None:
+        self.write()
+        if self._file is not None and self._tensorboard is not None:
+            self._file.close()
+            self._tensorboard.close()
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        if self._peak_flops is None:
+            return None
+        total = self._peak_flops * jax.device_count()
+        return tokens_per_second * self._flops_per_token / total
+
+    def _console_line(self) -> str:
+        last, count = self._recent[-1], len(self._recent)
+        loss = math.fsum(line["loss"] for line in self._recent) / count
+        seconds = math.fsum(line["step_seconds"] for line in self._recent) / count
+        step, remaining = last["step"], (self._steps - last["step"]) * seconds
+        parts = [
+            f"step {step:>{len(str(self._steps))}}/{self._steps} {step / self._steps:6.1%}",
+            f"loss {loss:.4f}",
+            f"lr {last['learning_rate']:.2e}",
+            f"grad {last['grad_norm']:.2f}",
+            f"{self._tokens_per_step / seconds:,.0f} tok/s",
+        ]
+        if last["mfu"] is not None:
+            parts.append(f"MFU {last['mfu']:.1%}")
+        if last["experts_active"] is not None:
+            parts.append(f"active {last['experts_active']}")
+        if "validation_loss" in last:
+            parts.append(f"validation {last['validation_loss']:.4f}")
+        parts.append(f"ETA {int(remaining) // 60}:{int(remaining) % 60:02d}")
+        return "  ".join(parts)

@@ -1,0 +1,138 @@
+"""What a run leaves in its work directory, and how other verbs read it.
+
+config.json      the config, section by section
+dataset.json     where the prepared data are, and the hash of their manifest
+tokenizer.json   a copy of the data's
+metrics.jsonl    one object per step
+tensorboard/     the same for TensorBoard
+checkpoints/     one directory per step
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from lory_jax.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, differences, file_sha256
+from lory_jax.errors import InputError
+from lory_jax.model.transformer import ModelConfig, Params, build, init_params
+from lory_jax.parallel import shardings
+from lory_jax.training.checkpoint import Checkpoints, Meta
+
+CONFIG, DATASET, METRICS = "config.json", "dataset.json", "metrics.jsonl"
+
+DENSE, EXPERTS = "dense", "experts"  # the phases of a run
+
+
+def phase_config(config: ModelConfig, phase: str) -> ModelConfig:
+    """The model that a phase trains: during the dense warm-up, the dense baseline."""
+    return dataclasses.replace(config, num_experts=0) if phase == DENSE else config
+
+
+def open_workdir(workdir: Path, config: dict[str, Any], data: Path) -> None:
+    """Makes the work directory of a new run, or checks that it belongs to this very run.
+
+    Raises:
+      InputError: it holds a run with another config or other data; the message shows how they
+        differ.
+    """
+    dataset = {
+        "path": str(data.resolve()),
+        "manifest_sha256": file_sha256(data / MANIFEST_NAME),
+    }
+    if (workdir / CONFIG).exists():
+        found = differences(read_config(workdir), config)
+        if _read_json(workdir / DATASET)["manifest_sha256"] != dataset["manifest_sha256"]:
+            found.append(f"data: made from {_read_json(workdir / DATASET)['path']}, wanted {data}")
+        if found:
+            raise InputError(f"{workdir}: holds a run of another config ({'; '.join(found)})")
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_atomically(workdir / TOKENIZER_NAME, (data / TOKENIZER_NAME).read_text("utf-8"))
+    write_atomically(workdir / DATASET, json.dumps(dataset, indent=1) + "\n")
+    write_atomically(workdir / CONFIG, json.dumps(config, indent=1) + "\n")
+
+
+def read_config(workdir: Path) -> dict[str, Any]:
+    """The config of a run, section by section; `InputError` if `workdir` holds none."""
+    return _read_json(workdir / CONFIG)
+
+
+def model_config(workdir: Path) -> ModelConfig:
+    """The `config.model` of a run."""
+    section = read_config(workdir).get("model")
+    try:
+        return ModelConfig(**section)
+    except TypeError as error:
+        raise InputError(f"{workdir / CONFIG}: no usable section model ({error})") from None
+
+
+def data_directory(workdir: Path, override: Path | None = None) -> Path:
+    """The prepared data that a run was trained on, or `override`; the manifest must be the same."""
+    dataset = _read_json(workdir / DATASET)
+    directory = Path(override or dataset["path"])
+    if not (directory / MANIFEST_NAME).is_file():
+        raise InputError(f"{directory}: holds no prepared data; say where they are with --data=DIR")
+    if file_sha256(directory / MANIFEST_NAME) != dataset["manifest_sha256"]:
+        raise InputError(f"{directory}: other data than {workdir} was trained on")
+    return directory
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`; a last line that a killed run left unfinished is dropped."""
+    path = workdir / METRICS
+    if not path.is_file():
+        raise InputError(f"{path}: missing; train first")
+    lines = path.read_text("utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def load_params(workdir: Path, mesh: Mesh) -> tuple[ModelConfig, Params, int]:
+    """The newest intact parameters of a run, the model they belong to, and their step.
+
+    The model is the dense one while the run is in its dense warm-up.
+    """
+    config = model_config(workdir)
+    directory = workdir / "checkpoints"
+    if not directory.is_dir():
+        raise InputError(f"{directory}: missing; train first")
+    checkpoints = Checkpoints(directory)
+
+    def target(meta: Meta) -> dict[str, Any]:
+        return {"params": abstract_params(phase_config(config, meta["phase"]), mesh)}
+
+    restored = checkpoints.restore_newest(target)
+    if restored is None:
+        raise InputError(f"{directory}: holds no checkpoint yet")
+    tree, meta = restored
+    return phase_config(config, meta["phase"]), tree["params"], meta["step"]
+
+
+def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:
+    """Shapes, types and shardings of a model's parameters."""
+    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings(build(config)[1], mesh),
+    )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes to a temporary name and moves it into place."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; is {path.parent} a work directory?") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
