@@ -182,7 +182,7 @@ def find_field(name: str) -> Field:
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-    """Checks every field and how the fields fit together; raises `ConfigError` at the first fault."""
+    """Checks every field and how they fit; raises `ConfigError` at the first fault."""
     for section, fields in SCHEMA.items():
         for name, field in fields.items():
             value = config[section][name]

@@ -5,7 +5,7 @@ Raise them with a message that names the thing, what was found, and what is acce
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used: a missing directory, an empty corpus, a damaged file."""
+    """What the user gave cannot be used: a missing directory, an empty corpus, a damaged file."""
 
     status = 1
 

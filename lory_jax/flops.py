@@ -25,7 +25,7 @@ PEAK_FLOPS = {
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
-    """`total` parameters, and `active` ones: those of the dense model that a token passes through."""
+    """`total` parameters, and `active` ones: the dense model that a token passes through."""
     D, F, V, Y = config.embed_dim, config.mlp_dim, config.vocab_size, config.num_layers
     outside = 2 * V * D + D + Y * (4 * D * D + 2 * D)
     ffn = 3 * D * F

@@ -44,7 +44,7 @@ RULES: Mapping[str, MeshAxes] = {
 
 def start_process() -> None:
     """Sets JAX up for a run: compiled programs are kept in the user's cache directory."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(cache / "lory_jax" / "xla"))
 
@@ -90,7 +90,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def constrain(x: Array, *axes: str) -> Array:
-    """Pins the layout of an activation when a mesh is set (`jax.set_mesh`); else returns it as is."""
+    """Pins the layout of an activation when a mesh is set (`jax.set_mesh`), else returns it."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))

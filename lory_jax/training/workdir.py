@@ -64,10 +64,9 @@ def read_config(workdir: Path) -> dict[str, Any]:
 
 def model_config(workdir: Path) -> ModelConfig:
     """The `config.model` of a run."""
-    section = read_config(workdir).get("model")
     try:
-        return ModelConfig(**section)
-    except TypeError as error:
+        return ModelConfig(**read_config(workdir)["model"])
+    except (KeyError, TypeError) as error:
         raise InputError(f"{workdir / CONFIG}: no usable section model ({error})") from None
 
 
