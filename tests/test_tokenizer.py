@@ -49,7 +49,7 @@ def test_any_text_comes_back_exactly(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.decode_bytes(ids) == text.encode()
-    assert tokenizer.token_bytes_V[ids].sum() == len(text.encode())
+    assert tokenizer.token_bytes[ids].sum() == len(text.encode())
 
 
 @given(st.lists(st.integers(0, 319)))
@@ -58,7 +58,7 @@ def test_any_ids_decode_alike_as_bytes_and_as_text(tokenizer, ids):
     ids = [id % tokenizer.vocab_size for id in ids]
     raw = tokenizer.decode_bytes(ids)
     assert tokenizer.decode(ids) == raw.decode("utf-8", errors="replace")
-    assert len(raw) == tokenizer.token_bytes_V[ids].sum()
+    assert len(raw) == tokenizer.token_bytes[ids].sum()
 
 
 def test_every_byte_has_a_token(tokenizer):
@@ -78,7 +78,7 @@ def test_special_ids_give_nothing(tokenizer):
     ids = [tokenizer.bos_id, *tokenizer.encode("x = 1"), tokenizer.eos_id]
     assert tokenizer.decode(ids) == "x = 1" and tokenizer.decode_bytes(ids) == b"x = 1"
     assert tokenizer.decode(np.array(ids, np.uint16)) == "x = 1"
-    assert tokenizer.token_bytes_V[[tokenizer.bos_id, tokenizer.eos_id]].tolist() == [0, 0]
+    assert tokenizer.token_bytes[[tokenizer.bos_id, tokenizer.eos_id]].tolist() == [0, 0]
 
 
 def test_batches_equal_single_texts(tokenizer):
@@ -122,7 +122,7 @@ def test_bytes_of_a_llama_style_tokenizer():
     ids = tokenizer.encode("a é日 b")
     assert tokenizer.decode(ids) == "a é日 b"
     assert tokenizer.decode_bytes(ids) == " a é日 b".encode()  # its normaliser puts a space first
-    assert tokenizer.token_bytes_V[[0, 1, 2, 3, 259, 262, 263]].tolist() == [0, 0, 0, 1, 1, 2, 2]
+    assert tokenizer.token_bytes[[0, 1, 2, 3, 259, 262, 263]].tolist() == [0, 0, 0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize(

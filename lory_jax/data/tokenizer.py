@@ -30,7 +30,7 @@ class Tokenizer:
       vocab_size: one more than the largest id, V.
       bos_id, eos_id: the ids around every document.
       sha256: hash of the JSON text, which is also that of the file `save` writes.
-      token_bytes_V: int32 `[V]`, the UTF-8 bytes each id stands for; 0 for special tokens.
+      token_bytes: int32 `[V]`, the UTF-8 bytes each id stands for; 0 for special tokens.
     """
 
     def __init__(self, json_text: str, name: str = "tokenizer"):
@@ -54,7 +54,7 @@ class Tokenizer:
         for token, id in vocabulary.items():
             if token not in special_ids:
                 self._bytes_of_id[id] = to_bytes(token)
-        self.token_bytes_V = np.array([len(b) for b in self._bytes_of_id], np.int32)
+        self.token_bytes = np.array([len(b) for b in self._bytes_of_id], np.int32)
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
@@ -89,7 +89,7 @@ class Tokenizer:
         return self._tokenizer.decode([int(id) for id in ids], skip_special_tokens=True)
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """Returns the UTF-8 bytes that `ids` stand for: `token_bytes_V[ids].sum()` many."""
+        """Returns the UTF-8 bytes that `ids` stand for: `token_bytes[ids].sum()` many."""
         return b"".join(self._bytes_of_id[id] for id in ids)
 
 
