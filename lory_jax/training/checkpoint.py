@@ -51,13 +51,13 @@ class Checkpoints:
     def save(self, state: State, phase: str) -> None:
         """Saves in the background; returns once the state may be donated."""
         step = int(state["step"])
-        if step in self.steps():
-            return
+        if step in self.steps():  # a damaged one, or its step would not have been run again
+            self._manager.delete(step)
         meta = {"step": step, "phase": phase, "sums": leaf_sums(state)}
         saved = self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+                state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta)
             ),
         )
         if not saved:
