@@ -46,10 +46,12 @@ fi
 
 # ---------------------------------------------------------------- both models, half the cores each
 train() { # name, experts, cores
-  local on_cores=()
+  local on_cores=(env)
   if command -v taskset >/dev/null; then on_cores=(taskset -c "$3"); fi
-  "${on_cores[@]}" "$PY" -m lory_jax.train --config="configs/local.py:experts=$2" \
-    "${overrides[@]}" --data="$out/data" --workdir="$out/$1" 2>&1 | sed -u "s/^/$1: /"
+  # exec: the job's process is the trainer itself, so that a signal reaches it.
+  exec "${on_cores[@]}" "$PY" -m lory_jax.train --config="configs/local.py:experts=$2" \
+    ${overrides[@]+"${overrides[@]}"} --data="$out/data" --workdir="$out/$1" \
+    > >(sed "s/^/$1: /") 2>&1
 }
 read -r first second < <("$PY" -c '
 import os
