@@ -119,6 +119,23 @@ def base_config() -> ml_collections.ConfigDict:
     return config.lock()
 
 
+def paper_recipe(config: ml_collections.ConfigDict, tokens: float) -> ml_collections.ConfigDict:
+    """Sets what all models of the paper share (section 4.1): 1M-token batches, AdamW, L and T."""
+    config.model.vocab_size = 32_000
+    config.model.sequence_length = 4096
+    config.model.segment_length = 256
+    config.model.compute_dtype = "bfloat16"
+    config.model.remat = "full"
+    train = config.train
+    train.global_batch_size = 256  # instances of 4096 tokens: 1M tokens
+    train.steps = round(tokens / (256 * 4096))
+    train.learning_rate = 2e-4
+    train.beta1, train.beta2 = 0.9, 0.95
+    train.warmup_fraction = train.dense_warmup_fraction = 0.05
+    config.checkpoint.every_steps = 1000
+    return config
+
+
 def parse_argument(argument: str | None, **defaults: int) -> dict[str, int]:
     """Parses the part of `--config=file.py:experts=8,...` after the colon, by the names given."""
     values = dict(defaults)
