@@ -1,0 +1,256 @@
+"""A trained model in Python: logits, routing weights and text.
+
+Letters: B batch, L sequence, N segments, E experts, V vocabulary, Y layers.
+"""
+
+import codecs
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from lory_jax.data.manifest import TOKENIZER_NAME
+from lory_jax.data.tokenizer import Tokenizer
+from lory_jax.errors import InputError
+from lory_jax.inference.decode import ROUTINGS, decode
+from lory_jax.inference.sampling import check_settings, position_keys, sample
+from lory_jax.model.transformer import ModelConfig, Params, Routing, build, merge_params
+from lory_jax.parallel import make_mesh, start_process
+from lory_jax.training.workdir import load_params
+
+
+class Model:
+    """A Lory, or its dense baseline, with its tokenizer.
+
+    Attributes:
+      config: the fields of `config.model`; `num_experts` is 0 for a dense model.
+      params: float32 parameters as a nested dict.
+      tokenizer: text to token ids and back.
+      step: the training step the parameters come from.
+    """
+
+    def __init__(self, config: ModelConfig, params: Params, tokenizer: Tokenizer, step: int = 0):
+        self.config = config
+        self.params = params
+        self.tokenizer = tokenizer
+        self.step = step
+
+    def logits(
+        self,
+        tokens_BxL: ArrayLike,
+        routing: str = "training",
+        prompt_lengths_B: ArrayLike | None = None,
+    ) -> np.ndarray:
+        """Logits of the token after every position, float32 `[B, L, V]`.
+
+        Args:
+          tokens_BxL: token ids; documents begin with `tokenizer.bos_id`.
+          routing: "training" is exactly what the loss sees. "prompt" takes one decision per layer
+            from each row's prompt, for every position. "segment" routes as in training, except that
+            the first segment is routed by the prompt tokens in it. A dense model has no routing.
+          prompt_lengths_B: for "prompt" and "segment", how many tokens of each row are its prompt;
+            0 routes with 1/E for every expert. Only positions from the prompt's last on are free of
+            leaks.
+
+        Raises:
+          InputError: tokens or prompt lengths of a wrong shape, type or range, or an unknown
+            routing.
+        """
+        tokens = self._tokens(tokens_BxL)
+        lengths = self._prompt_lengths(tokens.shape, routing, prompt_lengths_B)
+        kind = None if routing == "training" or not self.config.num_experts else routing
+        return np.asarray(_forward(self.config, kind)(self.params, tokens, lengths)[0])
+
+    def routing_weights(self, tokens_BxL: ArrayLike) -> np.ndarray:
+        """The routing weights of every layer and segment as in training: float32 `[Y, B, N, E]`.
+
+        Raises:
+          InputError: the model is dense, or the tokens are of a wrong shape, type or range.
+        """
+        if not self.config.num_experts:
+            raise InputError("routing_weights: a dense model has none; load a run with experts")
+        tokens = self._tokens(tokens_BxL)
+        return np.asarray(_forward(self.config, None)(self.params, tokens, None)[1])
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 0.95,
+        routing: str = "prompt",
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> list[str]:
+        """Continues each prompt; returns the continuations alone.
+
+        A row's text depends on its prompt, the settings and the seed, not on the other prompts; the
+        same prompt given twice is continued differently.
+
+        Args:
+          prompts: texts, each with BOS put in front; "" starts from BOS alone.
+          max_new_tokens: at most so many; the end of the document ends it earlier.
+          temperature: 0 takes the most likely token each time.
+          top_k: only the k most likely tokens; 0 for all.
+          top_p: only the most likely tokens that together reach this probability.
+          routing: "prompt" (experts merged once) or "segment" (again at every segment border).
+          seed: of the draws.
+          stop: texts that end a continuation; they are cut off.
+
+        Raises:
+          InputError: a setting out of its range, or more tokens than the model reads.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if isinstance(stop, str) or not all(stop):
+            raise InputError(f"stop: got {stop!r}, takes a list of non-empty texts")
+        rows: list[list[int]] = [[] for _ in prompts]
+        running = set(range(len(prompts)))
+        settings = self._settings(temperature, top_k, top_p, routing)
+        for tokens_B in self._continue(prompts, max_new_tokens, settings, routing, seed):
+            for row in sorted(running):
+                if tokens_B[row] == self.tokenizer.eos_id:
+                    running.discard(row)
+                    continue
+                rows[row].append(int(tokens_B[row]))
+                if stop and _cut(self._text(rows[row]), stop) is not None:
+                    running.discard(row)
+            if not running:
+                break
+        texts = [self._text(row) for row in rows]
+        return [text if (cut := _cut(text, stop)) is None else cut for text in texts]
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 0.95,
+        routing: str = "prompt",
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """Yields the continuation of one prompt piece by piece; arguments as in `generate`."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        settings = self._settings(temperature, top_k, top_p, routing)
+        for tokens_B in self._continue([prompt], max_new_tokens, settings, routing, seed):
+            if tokens_B[0] == self.tokenizer.eos_id:
+                break
+            if text := decoder.decode(self.tokenizer.decode_bytes(tokens_B)):
+                yield text
+        if text := decoder.decode(b"", final=True):
+            yield text
+
+    def _continue(
+        self,
+        prompts: list[str],
+        max_new_tokens: int,
+        draw: Callable[..., Array],
+        routing: str,
+        seed: int,
+    ) -> Iterator[np.ndarray]:
+        ids = [[self.tokenizer.bos_id, *self.tokenizer.encode(prompt)] for prompt in prompts]
+        # A prompt's n-th occurrence is row n of its own stream of draws, whatever stands around it.
+        occurrence_B = np.array([prompts[:row].count(text) for row, text in enumerate(prompts)])
+        keys_B = position_keys(
+            jnp.broadcast_to(jax.random.key(seed), len(prompts)), jnp.asarray(occurrence_B, int)
+        )
+        return decode(
+            self.config,
+            self.params,
+            ids,
+            lambda logits_BxV, positions_B: draw(logits_BxV, position_keys(keys_B, positions_B)),
+            max_new_tokens=max_new_tokens,
+            routing=routing,
+        )
+
+    def _settings(
+        self, temperature: float, top_k: int, top_p: float, routing: str
+    ) -> Callable[..., Array]:
+        check_settings(temperature, top_k, top_p)
+        if routing not in ROUTINGS:
+            raise InputError(f"routing: got {routing!r}, takes {' or '.join(ROUTINGS)}")
+        return functools.partial(sample, temperature=temperature, top_k=top_k, top_p=top_p)
+
+    def _text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode_bytes(ids).decode("utf-8", "replace")
+
+    def _tokens(self, tokens_BxL: ArrayLike) -> np.ndarray:
+        try:
+            tokens = np.asarray(tokens_BxL)
+        except ValueError:
+            raise InputError("tokens: got rows of different lengths, takes [B, L]") from None
+        if tokens.ndim != 2 or 0 in tokens.shape or not np.issubdtype(tokens.dtype, np.integer):
+            raise InputError(
+                f"tokens: got {tokens.dtype} of shape {list(tokens.shape)}, takes integers [B, L] "
+                "with at least one row and one token"
+            )
+        low, high, V = int(tokens.min()), int(tokens.max()), self.config.vocab_size
+        if low < 0 or high >= V:
+            raise InputError(f"tokens: got ids from {low} to {high}, takes 0 to {V - 1}")
+        return tokens.astype(np.int32)
+
+    def _prompt_lengths(
+        self, shape: tuple[int, ...], routing: str, prompt_lengths_B: ArrayLike | None
+    ) -> np.ndarray | None:
+        if routing not in ("training", *ROUTINGS):
+            raise InputError(f"routing: got {routing!r}, takes training, {', '.join(ROUTINGS)}")
+        if routing == "training":
+            if prompt_lengths_B is not None:
+                raise InputError("prompt_lengths_B: only routing='prompt' or 'segment' takes it")
+            return None
+        if prompt_lengths_B is None:
+            raise InputError(
+                f"prompt_lengths_B: routing={routing!r} needs it, the number of prompt tokens of "
+                "each row"
+            )
+        lengths = np.asarray(prompt_lengths_B)
+        B, L = shape
+        if (
+            lengths.shape != (B,)
+            or not np.issubdtype(lengths.dtype, np.integer)
+            or not ((lengths >= 0) & (lengths <= L)).all()
+        ):
+            raise InputError(
+                f"prompt_lengths_B: got {lengths.tolist()}, takes {B} integers from 0 to {L}"
+            )
+        return lengths.astype(np.int32)
+
+
+def load(workdir: str | Path) -> Model:
+    """The model of the newest intact checkpoint of a run, over all devices of this process.
+
+    Raises:
+      InputError: `workdir` holds no run, or none of its checkpoints can be read.
+    """
+    start_process()
+    workdir = Path(workdir)
+    config, params, step = load_params(workdir, make_mesh(data=1, fsdp=0, tensor=1))
+    return Model(config, params, Tokenizer.load(workdir / TOKENIZER_NAME), step)
+
+
+@functools.lru_cache(maxsize=8)
+def _forward(config: ModelConfig, kind: str | None) -> Callable[..., tuple[Array, Array | None]]:
+    graph, _ = build(config)
+
+    @jax.jit
+    def forward(
+        params: Params, tokens_BxL: Array, prompt_lengths_B: Array | None
+    ) -> tuple[Array, Array | None]:
+        routing = None if kind is None else Routing(kind, prompt_lengths_B)
+        return merge_params(graph, params)(tokens_BxL, routing)
+
+    return forward
+
+
+def _cut(text: str, stop: Sequence[str]) -> str | None:
+    """The text before the first of the stops, or None if it holds none of them."""
+    found = [text.index(end) for end in stop if end in text]
+    return text[: min(found)] if found else None

@@ -1,0 +1,162 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lory_jax.errors import InputError
+from lory_jax.inference.decode import decode, make_decoder
+from lory_jax.model.transformer import (
+    ModelConfig,
+    Routing,
+    build,
+    init_params,
+    merge_params,
+)
+
+T = 8
+CONFIG = ModelConfig(
+    vocab_size=300,
+    num_layers=3,
+    embed_dim=16,
+    num_heads=2,
+    mlp_dim=24,
+    num_experts=4,
+    sequence_length=100,
+    segment_length=T,
+    router_init_scale=8.0,  # decided routers: a wrong decision shows
+)
+# Shorter than, equal to and longer than a segment, on and off a border.
+LENGTHS = [1, 5, 8, 9, 16, 21, 24]
+
+
+@pytest.fixture(scope="module")
+def params():
+    return init_params(CONFIG, jax.random.key(0))
+
+
+def random_tokens(count, length=64, seed=0):
+    return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, (count, length))
+
+
+def full_logits(config, params, tokens, routing, lengths):
+    graph, _ = build(config)
+    rule = Routing(routing, jnp.asarray(lengths))
+    return jax.jit(lambda params: merge_params(graph, params)(tokens, rule)[0])(params)
+
+
+def decoded_logits(config, params, tokens, routing, lengths):
+    """Logits at positions >= length - 1 of every row, by decoding the given tokens."""
+    rows, seen = np.arange(len(tokens)), []
+
+    def choose(logits, positions):
+        seen.append(np.asarray(logits))
+        return tokens[rows, positions]
+
+    prompts = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+    steps = tokens.shape[1] - max(lengths)
+    for chosen in decode(config, params, prompts, choose, max_new_tokens=steps, routing=routing):
+        assert chosen.shape == (len(tokens),)
+    return np.stack(seen, axis=1)
+
+
+def assert_decoding_equals_forward(config, params, routing):
+    tokens = random_tokens(len(LENGTHS))
+    full = full_logits(config, params, tokens, routing, LENGTHS)
+    found = decoded_logits(config, params, tokens, routing, LENGTHS)
+    for row, length in enumerate(LENGTHS):
+        expected = full[row, length - 1 : length - 1 + found.shape[1]]
+        np.testing.assert_allclose(found[row], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("routing", ["prompt", "segment"])
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_decoding_equals_the_forward_pass(routing, num_layers):
+    config = dataclasses.replace(CONFIG, num_layers=num_layers)
+    assert_decoding_equals_forward(config, init_params(config, jax.random.key(1)), routing)
+
+
+@pytest.mark.parametrize("routing", ["prompt", "segment"])
+def test_decoding_a_dense_model_equals_the_forward_pass(routing):
+    config = dataclasses.replace(CONFIG, num_experts=0)
+    assert_decoding_equals_forward(config, init_params(config, jax.random.key(1)), routing)
+
+
+def test_the_two_routings_differ_after_the_first_segment(params):
+    tokens = random_tokens(2)
+    prompt, segment = (
+        decoded_logits(CONFIG, params, tokens, routing, [5, 5]) for routing in ("prompt", "segment")
+    )
+    np.testing.assert_allclose(prompt[:, : T - 5 + 1], segment[:, : T - 5 + 1], atol=1e-5)
+    assert np.abs(prompt - segment)[:, T - 5 + 1 :].max() > 1e-2
+
+
+@pytest.mark.parametrize("routing", ["prompt", "segment"])
+def test_a_row_does_not_depend_on_its_batch(params, routing):
+    tokens = random_tokens(len(LENGTHS))
+    together = decoded_logits(CONFIG, params, tokens, routing, LENGTHS)
+    for row, length in enumerate(LENGTHS):
+        alone = decoded_logits(CONFIG, params, tokens[row : row + 1], routing, [length])[0]
+        count = together.shape[1]
+        np.testing.assert_allclose(together[row], alone[:count], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("routing", ["prompt", "segment"])
+def test_padding_is_never_read(params, routing):
+    decoder = make_decoder(CONFIG, routing)
+    tokens, lengths = random_tokens(2, 24), np.array([5, 13], np.int32)
+    other = np.where(np.arange(24) < lengths[:, None], tokens, 7)
+    (logits, cache), (other_logits, other_cache) = (
+        decoder.prefill(params, t.astype(np.int32), lengths, 32) for t in (tokens, other)
+    )
+    np.testing.assert_array_equal(logits, other_logits)
+    jax.tree.map(np.testing.assert_array_equal, cache.layers.merged, other_cache.layers.merged)
+
+
+def test_prompt_routing_merges_once(params):
+    """After the prompt nothing reads the experts or the router: NaN there changes nothing."""
+    decoder = make_decoder(CONFIG, "prompt")
+    _, cache = decoder.prefill(params, np.ones((2, 8), np.int32), np.array([8, 8], np.int32), 16)
+    scrambled = jax.tree.map(lambda leaf: leaf, params)
+    scrambled["layers"]["ffn"] = jax.tree.map(lambda w: w * jnp.nan, params["layers"]["ffn"])
+    logits, _ = decoder.step(scrambled, cache, np.ones(2, np.int32))
+    assert np.isfinite(logits).all()
+
+
+def test_greedy_choice_of_many_steps_compiles_once(params):
+    decoder = make_decoder(CONFIG, "segment")
+    before = decoder.step._cache_size()
+
+    def choose(logits, positions):
+        return jnp.argmax(logits, -1)
+
+    list(decode(CONFIG, params, [[1, 2, 3]] * 5, choose, max_new_tokens=30, routing="segment"))
+    assert decoder.step._cache_size() - before <= 1
+
+
+@pytest.mark.parametrize(
+    "prompts, count, message",
+    [
+        ([], 1, "at least one"),
+        ([[1], []], 1, "at least one"),
+        ([[1] * 60], 41, "got 41 after a prompt of 60 tokens .* takes 1 to 40"),
+        ([[1]], 0, "got 0 after"),
+        ([[1] * 100], 1, "got 100 tokens .* at most 99"),
+    ],
+)
+def test_bad_requests_are_refused(params, prompts, count, message):
+    with pytest.raises(InputError, match=message):
+        list(decode(CONFIG, params, prompts, lambda logits, _: logits, max_new_tokens=count))
+
+
+def test_an_unknown_routing_is_refused():
+    with pytest.raises(InputError, match="takes prompt or segment"):
+        make_decoder(CONFIG, "token")
+
+
+def test_the_last_position_is_reached(params):
+    def choose(logits, positions):
+        return jnp.argmax(logits, -1)
+
+    assert len(list(decode(CONFIG, params, [[1] * 96], choose, max_new_tokens=4))) == 4
