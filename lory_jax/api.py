@@ -162,11 +162,17 @@ class Model:
         keys_B = position_keys(
             jnp.broadcast_to(jax.random.key(seed), len(prompts)), jnp.asarray(occurrence_B, int)
         )
+
+        def choose(logits_BxV: Array, positions_B: np.ndarray) -> Array:
+            # A model may have more ids than its tokenizer, whose size is what the corpus gave.
+            known_BxV = logits_BxV[:, : self.tokenizer.vocab_size]
+            return draw(known_BxV, position_keys(keys_B, positions_B))
+
         return decode(
             self.config,
             self.params,
             ids,
-            lambda logits_BxV, positions_B: draw(logits_BxV, position_keys(keys_B, positions_B)),
+            choose,
             max_new_tokens=max_new_tokens,
             routing=routing,
         )

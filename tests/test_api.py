@@ -94,7 +94,10 @@ def test_greedy_generation_follows_the_logits(model, routing):
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode("def read")]
     length = len(ids)
     for _ in range(12):
-        ids.append(int(model.logits([ids], routing, [length])[0, -1].argmax()))
+        # Padded to one shape: what follows is never read.
+        padded = [ids + [0] * (32 - len(ids))]
+        logits = model.logits(padded, routing, [length])[0, len(ids) - 1]
+        ids.append(int(logits[: model.tokenizer.vocab_size].argmax()))
     if model.tokenizer.eos_id in ids:
         ids = ids[: ids.index(model.tokenizer.eos_id)]
     expected = model.tokenizer.decode_bytes(ids[length:]).decode("utf-8", "replace")
@@ -110,6 +113,13 @@ def test_generation_depends_on_prompt_and_seed_alone(model):
     assert [together[0]] == model.generate("def", max_new_tokens=10)
     assert together[0] != together[3]
     assert together != model.generate(prompts, max_new_tokens=10, seed=1)
+
+
+def test_ids_that_the_tokenizer_lacks_are_never_drawn():
+    model = make_model(vocab_size=2000)
+    assert model.tokenizer.vocab_size <= 300
+    texts = model.generate(["def"] * 4, max_new_tokens=30, temperature=5.0, top_p=1.0)
+    assert len(set(texts)) > 1
 
 
 def test_streaming_gives_the_same_text(model):

@@ -1,0 +1,197 @@
+"""The page of `compare`: the table of the runs, the pictures, samples, settings and times."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lory_jax.progress import duration
+from lory_jax.report import page, plots
+
+Report = Mapping[str, Any]
+
+
+def comparison_page(
+    report: Report,
+    metrics: Mapping[str, Sequence[Mapping[str, Any]]],
+    analyses: Mapping[str, Mapping[str, Any]],
+) -> str:
+    """The HTML of a report.
+
+    Args:
+      report: what `compare` writes as JSON.
+      metrics: the lines of metrics.jsonl by run.
+      analyses: analysis.json of the runs with experts.
+    """
+    names = list(report["perplexity"])
+    title = " against ".join([", ".join(names[1:]), names[0]]) if len(names) > 1 else names[0]
+    pieces = [
+        *_opening(report),
+        page.heading("Perplexity by domain"),
+        page.figure(
+            plots.to_svg(plots.perplexity_by_domain(report["perplexity"])),
+            "Test perplexity of each domain over positions ≥ T, where no prediction has seen any "
+            "of its future.",
+        ),
+        page.heading("Loss"),
+        page.figure(
+            plots.to_svg(plots.loss_curves(metrics)),
+            "Loss over the training. Thin: on training batches, averaged over 2 % of the run. "
+            "Marked: on validation documents, positions ≥ T.",
+        ),
+    ]
+    for name, analysis in analyses.items():
+        pieces += _specialisation(name, analysis)
+    pieces += _samples(report["samples"])
+    pieces += _settings(report)
+    return page.page(f"Lory: {title}", pieces)
+
+
+def percent(ratio: float) -> str:
+    """A signed percentage with one decimal, such as "−12.3 %"."""
+    text = f"{100 * ratio:+.1f} %"
+    return text.replace("-", "−") if float(text[:-2]) else "0.0 %"
+
+
+def _opening(report: Report) -> list[str]:
+    perplexity, bits = report["perplexity"], report["bits_per_byte"]
+    first, *others = perplexity
+    means, seconds = report["geometric_mean"], report["seconds"]
+    lead = []
+    for name in others:
+        ratio = means["perplexity"][name] / means["perplexity"][first] - 1
+        domains = perplexity[first]
+        lower = sum(perplexity[name][domain] < perplexity[first][domain] for domain in domains)
+        time = seconds[name]["training"] / seconds[first]["training"]
+        lead.append(
+            f"The test perplexity of {name} is {abs(100 * ratio):.1f} % "
+            f"{'lower' if ratio < 0 else 'higher'} than that of {first} (geometric mean over "
+            f"{len(domains)} domains; lower in {lower} of them), for {time:.2f} times the training "
+            "time."
+        )
+
+    header = ["domain", *perplexity, *(f"{name}, difference" for name in others), *perplexity]
+    groups = [("", 1), ("perplexity", len(perplexity) + len(others))]
+    groups.append(("bits per byte", len(perplexity)))
+
+    def row(label: str, figures: Mapping[str, float], byte_figures: Mapping[str, float]) -> list:
+        changes = [percent(figures[name] / figures[first] - 1) for name in others]
+        return [
+            label,
+            *(f"{figures[name]:.2f}" for name in perplexity),
+            *changes,
+            *(f"{byte_figures[name]:.3f}" for name in perplexity),
+        ]
+
+    rows = [
+        row(
+            domain,
+            {n: perplexity[n][domain] for n in perplexity},
+            {n: bits[n][domain] for n in bits},
+        )
+        for domain in perplexity[first]
+    ]
+    rows.append(row("geometric mean", means["perplexity"], means["bits_per_byte"]))
+    times = {name: seconds[name]["training"] for name in perplexity}
+    rows.append(
+        [
+            "training time",
+            *(duration(times[name]) for name in perplexity),
+            *(percent(times[name] / times[first] - 1) for name in others),
+            *("" for _ in perplexity),
+        ]
+    )
+    everywhere = means["perplexity_all_positions"]
+    listed = ", ".join(f"{name} {value:.2f}" for name, value in everywhere.items())
+    judged = range(1 + len(perplexity), 1 + len(perplexity) + len(others))
+    return [
+        *(page.paragraph(text, "lead") for text in lead),
+        page.table(header, rows, groups=groups, strong_rows=[len(rows) - 2], judged_columns=judged),
+        page.paragraph(
+            "Over the positions ≥ T of held-out test documents. Over all positions, routed as in "
+            "training (the first segment of an instance by its own mean, as in the paper), the "
+            f"geometric means are: {listed}.",
+            "note",
+        ),
+    ]
+
+
+def _specialisation(name: str, analysis: Mapping[str, Any]) -> list[str]:
+    widest = max(analysis["routing_distance"], key=lambda row: row["between"])
+    return [
+        page.heading(f"What the experts of {name} do"),
+        page.paragraph(
+            f"In layer {widest['layer']} the mean routing weights of "
+            f"{' and '.join(widest['domains'])} differ most: by {widest['between']:.3f} in total "
+            f"variation, against {widest['within']:.3f} between random halves of one domain."
+        ),
+        page.figure(
+            plots.to_svg(plots.routing_weights(analysis["routing_weights"])),
+            "Mean routing weight of every expert by domain and layer, over the segments of test "
+            "documents that were routed by the segment before them.",
+        ),
+        page.figure(
+            plots.to_svg(plots.routing_distance(analysis["routing_distance"])),
+            "How far routing differs between domains: the largest total-variation distance between "
+            "the mean weights of two domains, against that between random halves of one domain.",
+        ),
+        page.figure(
+            plots.to_svg(plots.utilisation(analysis["utilisation"])),
+            "Experts in use: pairs of layer and expert with a routing weight above 2/E at least "
+            "once in the last 10 steps.",
+        ),
+    ]
+
+
+def _samples(samples: Mapping[str, Any]) -> list[str]:
+    listed = ", ".join(
+        f"{key.replace('_', ' ')} {value}" for key, value in samples["settings"].items()
+    )
+    return [
+        page.heading(f"What {samples['run']} writes"),
+        page.paragraph(
+            "The beginning of a test document of each domain, and its continuation (marked). The "
+            f"experts are merged once, by the prompt; {listed}.",
+            "note",
+        ),
+        *(
+            page.sample(domain, text["prompt"], text["continuation"])
+            for domain, text in samples["texts"].items()
+        ),
+    ]
+
+
+def _settings(report: Report) -> list[str]:
+    models, seconds = report["models"], report["seconds"]
+    names = list(models)
+
+    def line(label: str, value: Any) -> list[str]:
+        return [label, *(value(models[name]) for name in names)]
+
+    fields = dict.fromkeys(field for name in names for field in models[name]["model"])
+    rows = [
+        line("parameters", lambda m: f"{m['parameters']['total']:,}"),
+        line("active per token", lambda m: f"{m['parameters']['active']:,}"),
+        line("steps", lambda m: f"{m['steps']:,}"),
+        line("training tokens", lambda m: f"{m['tokens']:,}"),
+        line("instances per step", lambda m: f"{m['global_batch_size']:,}"),
+        line("peak learning rate", lambda m: f"{m['learning_rate']:g}"),
+        line("seed", lambda m: str(m["seed"])),
+        *(
+            line(f"model.{field}", lambda m, field=field: str(m["model"].get(field, "")))
+            for field in fields
+        ),
+    ]
+    times = [
+        [f"{name}: {part}", duration(value)]
+        for name, parts in seconds.items()
+        for part, value in parts.items()
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    counts = ", ".join(f"{d} {n:,}" for d, n in report["test"]["instances"].items())
+    return [
+        page.heading("Settings"),
+        page.table(["", *names], rows),
+        page.paragraph(f"Instances of the {report['test']['split']} set: {counts}.", "note"),
+        page.heading("Times"),
+        page.table(["", "time"], times),
+        page.paragraph(f"Made with {versions}.", "note"),
+    ]

@@ -1,0 +1,218 @@
+"""Evaluation, analysis, generation and comparison of runs that were really trained."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tiny import (
+    SEQUENCE_LENGTH,
+    assert_one_line_error,
+    verb,
+    verb_command,
+    verb_environment,
+    write_prepared,
+    write_recipe,
+)
+
+import lory_jax
+from lory_jax import analyze, compare, evaluate, generate
+from lory_jax.data.pipeline import evaluation_sets
+from lory_jax.errors import ConfigError, InputError
+
+T = 8
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """Prepared data and two finished runs on them, `dense` and `lory`."""
+    directory = tmp_path_factory.mktemp("site")
+    recipe, data = write_recipe(directory), write_prepared(directory / "data")
+    trainings = [
+        subprocess.Popen(
+            verb_command(
+                "train",
+                f"--config={recipe}:experts={experts}",
+                f"--data={data}",
+                f"--workdir={directory / name}",
+            ),
+            stdout=subprocess.DEVNULL,
+            env=verb_environment(),
+        )
+        for name, experts in (("dense", 0), ("lory", 4))
+    ]
+    assert [training.wait(300) for training in trainings] == [0, 0]
+    return directory
+
+
+@pytest.fixture(scope="module")
+def evaluated(site):
+    for name in ("dense", "lory"):
+        out = site / name / "evaluation.json"
+        evaluate.main([f"--workdir={site / name}", f"--out={out}"])
+    analyze.main([f"--workdir={site / 'lory'}"])
+    return site
+
+
+def expected_measures(workdir, rows, routing, prompt_length):
+    """Perplexities from the logits of the Python API, token by token."""
+    model = lory_jax.load(workdir)
+    lengths = None if routing == "training" else [prompt_length] * len(rows)
+    logits = model.logits(rows[:, :-1], routing, lengths).astype(np.float64)
+    nll = np.array(
+        [
+            [
+                np.log(np.exp(logits[i, p]).sum()) - logits[i, p, rows[i, p + 1]]
+                for p in range(len(row) - 1)
+            ]
+            for i, row in enumerate(rows)
+        ]
+    )
+    size = sum(len(model.tokenizer.decode_bytes([token])) for row in rows for token in row[1 + T :])
+    return {
+        "perplexity": np.exp(nll[:, T:].mean()),
+        "perplexity_all_positions": np.exp(nll.mean()),
+        "bits_per_byte": nll[:, T:].sum() / np.log(2) / size,
+    }
+
+
+@pytest.mark.parametrize("name", ["dense", "lory"])
+def test_evaluation_is_what_the_logits_say(evaluated, name):
+    result = json.loads((evaluated / name / "evaluation.json").read_text())
+    assert result["step"] == 12 and result["tasks"] == {} and result["seconds"] > 0
+    assert result["routing"] == {"dense": None, "lory": "segment"}[name]
+    for domain, rows in evaluation_sets(evaluated / "data", "test").items():
+        expected = expected_measures(evaluated / name, rows, "training", 0)
+        for measure, value in expected.items():
+            assert result[measure][domain] == pytest.approx(value, rel=1e-5)
+    for measure in expected:
+        ones, threes = result[measure].values()
+        assert result["geometric_mean"][measure] == pytest.approx((ones * threes) ** 0.5)
+
+
+def test_evaluation_routed_by_the_prompt(evaluated):
+    workdir = evaluated / "lory"
+    result = evaluate.evaluate(workdir, routing="prompt", split="validation", batch_size=2)
+    for domain, rows in evaluation_sets(evaluated / "data", "validation").items():
+        expected = expected_measures(workdir, rows, "prompt", T)
+        everywhere = expected_measures(workdir, rows, "training", 0)
+        assert result["perplexity"][domain] == pytest.approx(expected["perplexity"], rel=1e-5)
+        assert result["bits_per_byte"][domain] == pytest.approx(expected["bits_per_byte"], rel=1e-5)
+        assert result["perplexity_all_positions"][domain] == pytest.approx(
+            everywhere["perplexity_all_positions"], rel=1e-5
+        )
+
+
+def test_analysis_is_what_the_routing_weights_say(evaluated):
+    directory = evaluated / "lory" / "analysis"
+    analysis = json.loads((directory / "analysis.json").read_text())
+    model = lory_jax.load(evaluated / "lory")
+    means = {}
+    for domain, rows in evaluation_sets(evaluated / "data", "test").items():
+        means[domain] = model.routing_weights(rows[:, :-1])[:, :, 1:].mean((1, 2))
+        np.testing.assert_allclose(analysis["routing_weights"][domain], means[domain], atol=1e-6)
+    for layer, row in enumerate(analysis["routing_distance"]):
+        between = 0.5 * np.abs(means["ones"][layer] - means["threes"][layer]).sum()
+        assert row["between"] == pytest.approx(between, abs=1e-5)
+        assert row["domains"] == ["ones", "threes"]
+    assert analysis["utilisation"]["step"] == list(range(4, 13))
+    assert analysis["utilisation"]["pairs"] == 2 * 4
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "analysis.json",
+        "distance.png",
+        "routing_weights.png",
+        "utilisation.png",
+    ]
+
+
+def test_random_halves_of_equal_instances_do_not_differ():
+    same = np.tile([0.7, 0.2, 0.1], (2, 6, 1))
+    other = np.tile([0.1, 0.2, 0.7], (2, 6, 1))
+    for row in analyze.routing_distances({"a": same, "b": other}, seed=0):
+        assert row["between"] == pytest.approx(0.6)
+        assert row["within"] == pytest.approx(0.0, abs=1e-12)
+    rng = np.random.default_rng(0)
+    noise = {name: rng.dirichlet([1, 1, 1], (2, 40)) for name in "abc"}
+    for row in analyze.routing_distances(noise, seed=0):
+        assert 0.02 < row["within"] < 0.3 and row["between"] < 0.3
+    with pytest.raises(InputError, match="at least 2 domains"):
+        analyze.routing_distances({"a": same}, seed=0)
+    with pytest.raises(InputError, match="too few in b"):
+        analyze.routing_distances({"a": same, "b": other[:, :1]}, seed=0)
+
+
+def test_comparison(evaluated, capsys):
+    out = evaluated / "report"
+    runs = [f"{name}={evaluated / name}" for name in ("dense", "lory")]
+    compare.main([*runs, f"--out={out}"])
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1].endswith("report.html")
+    report = json.loads((evaluated / "report.json").read_text())
+    for name in ("dense", "lory"):
+        evaluation = json.loads((evaluated / name / "evaluation.json").read_text())
+        for measure in evaluate.MEASURES:
+            assert report[measure][name] == evaluation[measure]
+        assert f"{evaluation['geometric_mean']['perplexity']:.3f}" in printed
+        lines = (evaluated / name / "metrics.jsonl").read_text().splitlines()
+        seconds = sum(json.loads(line)["step_seconds"] for line in lines)
+        assert report["seconds"][name]["training"] == pytest.approx(seconds)
+        assert report["models"][name]["tokens"] == 12 * 4 * SEQUENCE_LENGTH
+    assert set(report["samples"]["texts"]) == {"ones", "threes"}
+    assert report["samples"]["run"] == "lory"
+    pages = [(evaluated / f"report.{kind}").read_bytes() for kind in ("json", "html")]
+    compare.main([*runs, f"--out={out}"])
+    assert pages == [(evaluated / f"report.{kind}").read_bytes() for kind in ("json", "html")]
+    compare.main([runs[0], f"--out={evaluated / 'alone'}"])
+    assert "dense" in (evaluated / "alone.html").read_text()
+
+
+def test_documents_give_the_prompts_of_samples():
+    rows = np.array([[9, 9, 1, 4, 2, 1, 5, 6, 7], [1, 3, 3, 3, 3, 3, 2, 1, 8]])
+    assert compare.document_beginning(rows, 1, 2, 3) == [5, 6, 7]
+    assert compare.document_beginning(rows, 1, 2, 4) == [3, 3, 3, 3]
+    assert compare.document_beginning(rows, 1, 2, 7) == [3, 3, 3, 3, 3]
+    assert compare.document_beginning(rows, 99, 2, 3) == [9, 9, 1]
+
+
+def test_generation(evaluated, capsys):
+    workdir = f"--workdir={evaluated / 'lory'}"
+    generate.main([workdir, "--prompt=in", "--max_new_tokens=8"])
+    single = capsys.readouterr().out
+    assert single.startswith("in")
+    generate.main([workdir, "--prompt=in", "--prompt=by", "--max_new_tokens=8"])
+    assert single.rstrip("\n") in capsys.readouterr().out
+    with pytest.raises(InputError, match="max_new_tokens: got 99 after a prompt"):
+        generate.main([workdir, "--prompt=in", "--max_new_tokens=99"])
+    assert capsys.readouterr().out == ""
+
+
+def test_what_is_missing_is_named(evaluated, tmp_path):
+    with pytest.raises(InputError, match="a dense model, which routes nothing"):
+        analyze.main([f"--workdir={evaluated / 'dense'}"])
+    with pytest.raises(InputError, match=r"config\.json"):
+        evaluate.main([f"--workdir={tmp_path}", f"--out={tmp_path / 'x.json'}"])
+    with pytest.raises(ConfigError, match="NAME=W, each name once"):
+        compare.main([f"a={evaluated / 'lory'}", "b", f"--out={tmp_path / 'r'}"])
+    with pytest.raises(ConfigError, match="batch_size: got 0"):
+        evaluate.main([f"--workdir={tmp_path}", f"--out={tmp_path / 'x'}", "--batch_size=0"])
+    result = tmp_path / "lory" / "evaluation.json"
+    result.parent.mkdir()
+    for name in ("config.json", "metrics.jsonl"):
+        (result.parent / name).write_bytes((evaluated / "lory" / name).read_bytes())
+    with pytest.raises(InputError, match=r"missing; make it with python -m lory_jax\.evaluate"):
+        compare.main([f"lory={result.parent}", f"--out={tmp_path / 'r'}"])
+    result.write_text('{"step": 3}')
+    with pytest.raises(InputError, match="made at step 3, the run is at step 12"):
+        compare.main([f"lory={result.parent}", f"--out={tmp_path / 'r'}"])
+
+
+def test_errors_are_one_line(tmp_path):
+    assert_one_line_error(verb("generate", f"--workdir={tmp_path}", "--prompt=x"), 1, "config.json")
+
+
+def test_loading_as_the_readme_says(evaluated):
+    code = f"import lory_jax; m = lory_jax.load({str(evaluated / 'lory')!r})"
+    code += "; print(m.logits([[1, 2, 3]]).shape)"
+    printed = subprocess.check_output([sys.executable, "-c", code], env=verb_environment())
+    assert printed.split(b"\n")[-2] == b"(1, 3, 300)"
