@@ -9,7 +9,7 @@ from lory_jax.config import base_config, parse_argument
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
-    """`experts=8` is Lory with 8 experts per layer (the default); `experts=0` the dense baseline."""
+    """`experts=8` is Lory with 8 experts per layer (default), `experts=0` the dense baseline."""
     config = base_config()
     model = config.model
     model.num_experts = parse_argument(argument, experts=8)["experts"]

@@ -23,7 +23,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lory_jax.cli import Parser, run
-from lory_jax.data.corpus import Document, corpus_table, read_corpus, split_by_origin
+from lory_jax.data.corpus import corpus_table, read_corpus
+from lory_jax.data.documents import Document
 from lory_jax.data.embed import Embedder
 from lory_jax.data.instances import (
     TokenizedDocuments,
@@ -46,6 +47,7 @@ from lory_jax.data.manifest import (
     write_manifest,
 )
 from lory_jax.data.neighbors import find_neighbors
+from lory_jax.data.split import split_by_origin
 from lory_jax.data.tokenizer import Tokenizer, train_tokenizer
 from lory_jax.data.traverse import consecutive_similarity, order_by_similarity
 from lory_jax.errors import InputError
