@@ -21,16 +21,16 @@ def comparison_page(
       metrics: the lines of metrics.jsonl by run.
       analyses: analysis.json of the runs with experts.
     """
-    names = list(report["perplexity"])
-    title = " against ".join([", ".join(names[1:]), names[0]]) if len(names) > 1 else names[0]
-    pieces = [
-        *_opening(report),
-        page.heading("Perplexity by domain"),
-        page.figure(
-            plots.to_svg(plots.perplexity_by_domain(report["perplexity"])),
-            "Test perplexity of each domain over positions ≥ T, where no prediction has seen any "
-            "of its future.",
-        ),
+    first, *others = report["perplexity"]
+    pieces = _opening(report)
+    if others:
+        pieces.append(
+            page.figure(
+                plots.to_svg(plots.perplexity_change(report["perplexity"])),
+                f"Test perplexity of each domain over positions ≥ T, against that of {first}.",
+            )
+        )
+    pieces += [
         page.heading("Loss"),
         page.figure(
             plots.to_svg(plots.loss_curves(metrics)),
@@ -42,7 +42,8 @@ def comparison_page(
         pieces += _specialisation(name, analysis)
     pieces += _samples(report["samples"])
     pieces += _settings(report)
-    return page.page(f"Lory: {title}", pieces)
+    title = f"{', '.join(others)} against {first}" if others else first
+    return page.page(f"Report: {title}", pieces)
 
 
 def percent(ratio: float) -> str:
@@ -68,16 +69,16 @@ def _opening(report: Report) -> list[str]:
             "time."
         )
 
-    header = ["domain", *perplexity, *(f"{name}, difference" for name in others), *perplexity]
+    changes = ["change"] if len(others) == 1 else [f"change, {name}" for name in others]
+    header = ["domain", *perplexity, *changes, *perplexity]
     groups = [("", 1), ("perplexity", len(perplexity) + len(others))]
     groups.append(("bits per byte", len(perplexity)))
 
     def row(label: str, figures: Mapping[str, float], byte_figures: Mapping[str, float]) -> list:
-        changes = [percent(figures[name] / figures[first] - 1) for name in others]
         return [
             label,
             *(f"{figures[name]:.2f}" for name in perplexity),
-            *changes,
+            *(percent(figures[name] / figures[first] - 1) for name in others),
             *(f"{byte_figures[name]:.3f}" for name in perplexity),
         ]
 

@@ -4,8 +4,8 @@ Every function returns a piece of HTML; `page` puts pieces together.
 """
 
 import base64
+import html
 from collections.abc import Iterable, Sequence
-from html import escape
 
 STYLE = """
 :root { color-scheme: light; }
@@ -39,11 +39,20 @@ figcaption { margin-top: .35rem; max-width: 44rem; }
 pre { margin: 0; padding: .8rem 1rem; background: #f5f7f9; border-radius: 6px; color: #56606b;
   font: .8rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; white-space: pre-wrap;
   overflow-wrap: anywhere; }
-pre mark { background: #dcecf7; color: #003e63; border-radius: 2px; }
+pre mark { unicode-bidi: isolate; background: #dcecf7; color: #003e63; border-radius: 2px; }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; }
   .sample, figure, tr { break-inside: avoid; } h2 { break-after: avoid; }
   pre mark { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
+
+
+# HTML has no place for control characters other than tab and newline.
+CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+
+
+def escape(text: str) -> str:
+    """Text as HTML, in or outside an attribute."""
+    return html.escape(text.translate(CONTROLS))
 
 
 def page(title: str, pieces: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("#56606b", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("o", "D", "s", "^", "v", "P", "X")
+DIVERGING = ("#c8701f", "#f0c69c", "#f2f3f5", "#5aa6d6", "#00385c")
 INK, FAINT = "#1f2933", "#d9dee3"
 WIDTH = 7.2  # inches, of a picture as wide as the page
 SMOOTHING = 0.02  # of the training loss: the share of the run that a point averages over
@@ -38,6 +39,7 @@ STYLE: dict[str, Any] = {
     "xtick.labelsize": 9,
     "ytick.labelsize": 9,
     "text.color": INK,
+    "text.parse_math": False,  # a dollar in a domain's name is a dollar
     "legend.frameon": False,
     "legend.fontsize": 9,
     "svg.hashsalt": "lory_jax",  # the same ids in every run
@@ -81,38 +83,50 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure":
         return figure
 
 
-def perplexity_by_domain(perplexity: Mapping[str, Mapping[str, float]]) -> "Figure":
-    """One row per domain, one point per run: `{run: {domain: perplexity}}`, on a log scale."""
+def perplexity_change(perplexity: Mapping[str, Mapping[str, float]]) -> "Figure":
+    """By how many percent each run's perplexity differs from the first run's, domain by domain.
+
+    Args:
+      perplexity: `{run: {domain: perplexity}}`, at least two runs.
+    """
     with _style():
-        domains = list(next(iter(perplexity.values())))
-        figure, axes = _figure(0.9 + 0.42 * len(domains))
+        first, *others = perplexity
+        domains = list(perplexity[first])
+        figure, axes = _figure(0.9 + 0.4 * len(domains))
         rows = np.arange(len(domains))[::-1]
-        values = np.array([[run[domain] for domain in domains] for run in perplexity.values()])
-        axes.hlines(rows, values.min(axis=0), values.max(axis=0), color="#b8c1cb", linewidth=2.5)
-        for name, row, colour, marker in zip(
-            perplexity, values, *_looks(len(perplexity)), strict=True
+        axes.axvline(0, color=COLOURS[0], linewidth=1.8)
+        colours, markers = _looks(len(perplexity))
+        for run, (name, colour, marker) in enumerate(
+            zip(others, colours[1:], markers[1:], strict=True)
         ):
-            axes.plot(row, rows, marker, color=colour, markersize=8, label=name, linestyle="none")
-        axes.set_xscale("log")
-        axes.set_xticks(_log_ticks(values.min(), values.max()))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.minorticks_off()
+            offset = 0.5 * ((run + 0.5) / len(others) - 0.5)
+            values = [100 * (perplexity[name][d] / perplexity[first][d] - 1) for d in domains]
+            axes.hlines(rows - offset, 0, values, color=colour, linewidth=2.5, alpha=0.5)
+            look = {"color": colour, "marker": marker, "markersize": 8, "linestyle": "none"}
+            axes.plot(values, rows - offset, label=name, **look)
         axes.set_yticks(rows, domains)
         axes.set_ylim(-0.6, len(domains) - 0.4)
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel("test perplexity, positions ≥ T (log scale; left is better)")
+        axes.margins(x=0.08)
+        axes.set_xlabel(f"test perplexity compared with {first}, in % (left is better)")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderpad=0.1)
         return figure
 
 
 def routing_weights(weights: Mapping[str, Sequence[Sequence[float]]]) -> "Figure":
-    """A heat map of domain x expert for every layer, all on one scale: `{domain: [Y][E]}`."""
+    """A heat map of domain x expert for every layer, all on one scale: `{domain: [Y][E]}`.
+
+    Pale is uniform, 1/E: layers that route all domains alike are pale all over.
+    """
     import matplotlib.pyplot as plt
+    from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 
     with _style({"axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}):
         domains = list(weights)
         w_YxGxE = np.array([weights[domain] for domain in domains]).swapaxes(0, 1)
         Y, G, E = w_YxGxE.shape
+        colours = LinearSegmentedColormap.from_list("routing", DIVERGING)
+        scale = TwoSlopeNorm(1 / E, vmin=0, vmax=max(w_YxGxE.max(), 1.25 / E))
         columns = min(2 if Y <= 8 else 4, Y)
         rows = -(-Y // columns)
         figure, grid = plt.subplots(
@@ -128,9 +142,7 @@ def routing_weights(weights: Mapping[str, Sequence[Sequence[float]]]) -> "Figure
             if layer >= Y:
                 axes.set_visible(False)
                 continue
-            mesh = axes.pcolormesh(
-                w_YxGxE[layer], cmap="cividis", vmin=0, vmax=w_YxGxE.max(), edgecolor="white"
-            )
+            mesh = axes.pcolormesh(w_YxGxE[layer], cmap=colours, norm=scale, edgecolor="white")
             axes.set_title(f"layer {layer}")
             shown = range(0, E, max(1, E // 8))
             axes.set_xticks([e + 0.5 for e in shown], [str(e) for e in shown])
@@ -243,14 +255,3 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - window, 0)
     return (sums[ends] - sums[starts]) / (ends - starts)
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    """Three to about eight round numbers that cover the range."""
-    for steps in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), tuple(np.arange(10, 100) / 10)):
-        decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
-        ticks = [float(f"{s * 10.0**d:.3g}") for d in decades for s in steps]
-        inside = [tick for tick in ticks if low * 0.97 <= tick <= high * 1.03]
-        if len(inside) >= 3:
-            return inside[:: -(-len(inside) // 8)]
-    return [low, high]
