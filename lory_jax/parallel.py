@@ -5,7 +5,7 @@ Parameters name their logical axes where they are declared (`model/`); activatio
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +49,21 @@ def start_process() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache / "lory_jax" / "xla"))
 
 
-def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
-    """The mesh (data, fsdp, tensor) over all devices; `fsdp=0` takes all that remain."""
-    devices = jax.device_count()
+def make_mesh(
+    data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """The mesh (data, fsdp, tensor) over `devices` (all, if None); `fsdp=0` takes what remains."""
+    count = len(devices) if devices is not None else jax.device_count()
     if fsdp == 0:
-        fsdp = max(1, devices // (data * tensor))
-    if data * fsdp * tensor != devices:
+        fsdp = max(1, count // (data * tensor))
+    if data * fsdp * tensor != count:
         raise InputError(
             f"config.parallel: data x fsdp x tensor = {data} x {fsdp} x {tensor} is "
-            f"{data * fsdp * tensor}, but there are {devices} devices"
+            f"{data * fsdp * tensor}, but there are {count} devices"
         )
-    return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(
+        (data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+    )
 
 
 def partition_spec(axes: tuple[str, ...]) -> PartitionSpec:
