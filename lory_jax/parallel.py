@@ -43,10 +43,29 @@ RULES: Mapping[str, MeshAxes] = {
 
 
 def start_process() -> None:
-    """Sets JAX up for a run: compiled programs are kept in the user's cache directory."""
+    """Sets JAX up for a run, alone or as one of several processes; call it before any other use.
+
+    Compiled programs are kept in the user's cache directory. Processes find each other by
+    themselves on TPU pods and, with LORY_DISTRIBUTED=1, under SLURM and other launchers that JAX
+    knows; on plain hosts by LORY_COORDINATOR (HOST:PORT), LORY_NUM_PROCESSES and LORY_PROCESS_ID.
+    """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(cache / "lory_jax" / "xla"))
+    if "LORY_COORDINATOR" in os.environ:
+        count, index = (
+            _integer_variable(f"LORY_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID")
+        )
+        jax.distributed.initialize(os.environ["LORY_COORDINATOR"], count, index)
+    elif os.environ.get("LORY_DISTRIBUTED") == "1":
+        jax.distributed.initialize()
+
+
+def _integer_variable(name: str) -> int:
+    text = os.environ.get(name, "")
+    if not text.isdigit():
+        raise InputError(f"{name}: got {text!r}, takes a number (LORY_COORDINATOR is set)")
+    return int(text)
 
 
 def make_mesh(

@@ -56,9 +56,7 @@ class Checkpoints:
         meta = {"step": step, "phase": phase, "sums": leaf_sums(state)}
         saved = self._manager.save(
             step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta)
-            ),
+            args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta)),
         )
         if not saved:
             raise RuntimeError(f"{self.directory}: Orbax declined to save step {step}")
