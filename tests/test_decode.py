@@ -71,10 +71,8 @@ def assert_decoding_equals_forward(config, params, routing):
 
 
 @pytest.mark.parametrize("routing", ["prompt", "segment"])
-@pytest.mark.parametrize("num_layers", [1, 3])
-def test_decoding_equals_the_forward_pass(routing, num_layers):
-    config = dataclasses.replace(CONFIG, num_layers=num_layers)
-    assert_decoding_equals_forward(config, init_params(config, jax.random.key(1)), routing)
+def test_decoding_equals_the_forward_pass(params, routing):
+    assert_decoding_equals_forward(CONFIG, params, routing)
 
 
 @pytest.mark.parametrize("routing", ["prompt", "segment"])

@@ -108,8 +108,7 @@ def _opening(report: Report) -> list[str]:
         page.table(header, rows, groups=groups, strong_rows=[len(rows) - 2], judged_columns=judged),
         page.paragraph(
             "Over the positions ≥ T of held-out test documents. Over all positions, routed as in "
-            "training (the first segment of an instance by its own mean, as in the paper), the "
-            f"geometric means are: {listed}.",
+            f"training, the geometric means are: {listed}.",
             "note",
         ),
     ]
