@@ -69,6 +69,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
     "train": {
         "steps": _int(1000, "optimiser steps", 1),
         "global_batch_size": _int(256, "instances per step over all devices", 1),
+        "microbatches": _int(1, "parts of a batch whose gradients are accumulated", 1),
         "seed": _int(0, "seed of initialisation and of the data order", 0),
         "learning_rate": _float(2e-4, "peak learning rate", 0.0),
         "warmup_fraction": _float(0.05, "share of the steps with linear warm-up", 0.0, 1.0),
@@ -215,6 +216,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(
             f"config.model.num_heads: got {model.num_heads}, takes a divisor of "
             f"config.model.embed_dim ({model.embed_dim}) that leaves an even head width"
+        )
+    if train.global_batch_size % train.microbatches:
+        raise ConfigError(
+            f"config.train.microbatches: got {train.microbatches}, takes a divisor of "
+            f"config.train.global_batch_size ({train.global_batch_size})"
         )
     if train.beta1 >= 1 or train.beta2 >= 1:
         raise ConfigError(

@@ -94,7 +94,9 @@ def train(config: ConfigDict, data: Path, workdir: Path) -> None:
 
     def make_phase(name: str) -> Phase:
         phase_model = phase_config(model, name)
-        step = make_train_step(phase_model, optimizer, schedule, settings.clip_norm, mesh)
+        step = make_train_step(
+            phase_model, optimizer, schedule, settings.clip_norm, mesh, settings.microbatches
+        )
         return Phase(name, phase_model, step, make_loss_step(phase_model, mesh))
 
     # ---------------------------------------------------------------- where to start

@@ -115,7 +115,7 @@ def make_decoder(config: ModelConfig, routing: str) -> Decoder:
 
         x_BxPxD, cached = jax.lax.scan(run_layer, model.embed(tokens_BxP), layers)
         last_Bx1xD = x_BxPxD[jnp.arange(B), lengths_B - 1][:, None]
-        return model.unembed(last_Bx1xD)[:, 0], Cache(lengths_B, cached)
+        return model.unembed(model.normalize(last_Bx1xD))[:, 0], Cache(lengths_B, cached)
 
     # ------------------------------------------------------------------ a segment border
     def remerge(params: Params, cache: Cache) -> Cache:
@@ -178,7 +178,7 @@ def make_decoder(config: ModelConfig, routing: str) -> Decoder:
         )
         if cached.total_BxD is not None:
             cached = cached._replace(total_BxD=cached.total_BxD + h_YxBxD.astype(jnp.float32))
-        return model.unembed(x_Bx1xD)[:, 0], Cache(positions_B + 1, cached)
+        return model.unembed(model.normalize(x_Bx1xD))[:, 0], Cache(positions_B + 1, cached)
 
     return Decoder(
         jax.jit(prefill, static_argnums=3),

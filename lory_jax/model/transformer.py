@@ -178,10 +178,8 @@ class Transformer(nnx.Module):
             return constrain(x_BxLxD, "batch", "length", "activation_embed")
 
     def unembed(self, x_BxLxD: Array) -> Array:
-        """Final norm and head: float32 logits `[B, L, V]`."""
+        """Float32 logits `[B, L, V]` of what `hidden` returns."""
         with jax.named_scope("head"):
-            x_BxLxD = constrain(x_BxLxD, "moe_batch", "length", "activation_embed")
-            x_BxLxD = rms_norm(x_BxLxD, self.final_norm[...], self.config.norm_epsilon)
             logits_BxLxV = jnp.einsum(
                 "bld,dv->blv",
                 x_BxLxD,
@@ -193,14 +191,22 @@ class Transformer(nnx.Module):
     def __call__(
         self, tokens_BxL: Array, routing: Routing | None = None
     ) -> tuple[Array, Array | None]:
-        """A full forward pass.
+        """Float32 logits `[B, L, V]` and routing weights, as `hidden` returns them."""
+        x_BxLxD, r_YxBxNxE = self.hidden(tokens_BxL, routing)
+        return self.unembed(x_BxLxD), r_YxBxNxE
+
+    def hidden(
+        self, tokens_BxL: Array, routing: Routing | None = None
+    ) -> tuple[Array, Array | None]:
+        """A full forward pass up to the head.
 
         Args:
           tokens_BxL: token ids.
           routing: how to route; None is `config.routing`, as in training.
 
         Returns:
-          float32 logits `[B, L, V]` and routing weights `[Y, B, N, E]` (None for a dense model).
+          `[B, L, D]` after the final norm, in the compute type, and the routing weights
+          `[Y, B, N, E]` (None for a dense model).
         """
         x_BxLxD = self.embed(tokens_BxL)
         graph, layers = nnx.split(self.layers)
@@ -218,7 +224,12 @@ class Transformer(nnx.Module):
                 x_BxLxD, r_BxNxE = run_layer(x_BxLxD, jax.tree.map(lambda w, y=y: w[y], layers))
                 weights.append(r_BxNxE)
             r_YxBxNxE = jnp.stack(weights) if self.config.num_experts else None
-        return self.unembed(x_BxLxD), r_YxBxNxE
+        return self.normalize(x_BxLxD), r_YxBxNxE
+
+    def normalize(self, x_BxLxD: Array) -> Array:
+        """The final norm, laid out for the head."""
+        x_BxLxD = constrain(x_BxLxD, "moe_batch", "length", "activation_embed")
+        return rms_norm(x_BxLxD, self.final_norm[...], self.config.norm_epsilon)
 
 
 def rms_norm(x_xD: Array, scale_D: Array, epsilon: float) -> Array:

@@ -14,18 +14,13 @@ from jax.sharding import Mesh
 
 from lory_jax.model.transformer import ModelConfig, Params, Routing, build, merge_params
 from lory_jax.parallel import replicated
+from lory_jax.training.loss import mean_loss, token_losses
 from lory_jax.training.optimizer import clip_by_norm
 from lory_jax.training.state import State, state_shardings
 
 Metrics = dict[str, Array]
 
 ACTIVITY_WINDOW = 10  # steps; paper, G.1
-
-
-def cross_entropy(logits_BxLxV: Array, targets_BxL: Array) -> Array:
-    """Negative log-likelihood of every target in nats, float32 `[B, L]`."""
-    with jax.named_scope("loss"):
-        return optax.softmax_cross_entropy_with_integer_labels(logits_BxLxV, targets_BxL)
 
 
 def routing_metrics(r_YxBxNxE: Array, last_active_YxE: Array, step: Array) -> tuple[Metrics, Array]:
@@ -51,19 +46,39 @@ def make_train_step(
     schedule: Callable[[Array], Array],
     clip_norm: float,
     mesh: Mesh,
+    microbatches: int = 1,
 ) -> Callable[[State, Array], tuple[State, Metrics]]:
-    """Returns `(state, tokens_BxL+1) -> (state, metrics)`; the state given is donated."""
+    """Returns `(state, tokens_BxL+1) -> (state, metrics)`; the state given is donated.
+
+    With `microbatches` > 1 the gradient is accumulated over that many parts of the batch, one
+    after another: the same update in less memory.
+    """
     graph, _ = build(config)
 
     def loss_fn(params: Params, tokens_BxL1: Array) -> tuple[Array, Array | None]:
         model = merge_params(graph, params)
-        logits_BxLxV, r_YxBxNxE = model(tokens_BxL1[:, :-1])
-        return jnp.mean(cross_entropy(logits_BxLxV, tokens_BxL1[:, 1:])), r_YxBxNxE
+        x_BxLxD, r_YxBxNxE = model.hidden(tokens_BxL1[:, :-1])
+        return mean_loss(x_BxLxD, model.head[...], tokens_BxL1[:, 1:]), r_YxBxNxE
+
+    loss_and_gradients = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def accumulate(params: Params, tokens_BxL1: Array) -> tuple[tuple[Array, Any], Params]:
+        # Row b goes to microbatch b mod M: every device keeps its rows.
+        tokens_MxBxL1 = tokens_BxL1.reshape(-1, microbatches, tokens_BxL1.shape[1]).swapaxes(0, 1)
+
+        def add(sums: Any, tokens_BxL1: Array) -> tuple[Any, Any]:
+            (loss, r_YxBxNxE), gradients = loss_and_gradients(params, tokens_BxL1)
+            return jax.tree.map(jnp.add, sums, (loss, gradients)), r_YxBxNxE
+
+        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        sums, r_MxYxBxNxE = jax.lax.scan(add, zeros, tokens_MxBxL1)
+        loss, gradients = jax.tree.map(lambda total: total / microbatches, sums)
+        r = None if r_MxYxBxNxE is None else jnp.concatenate(r_MxYxBxNxE, axis=1)
+        return (loss, r), gradients
 
     def train_step(state: State, tokens_BxL1: Array) -> tuple[State, Metrics]:
-        (loss, r_YxBxNxE), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
-            state["params"], tokens_BxL1
-        )
+        compute = loss_and_gradients if microbatches == 1 else accumulate
+        (loss, r_YxBxNxE), gradients = compute(state["params"], tokens_BxL1)
         with jax.named_scope("optimizer"):
             rate = schedule(state["step"])
             norm = optax.global_norm(gradients)
@@ -98,7 +113,8 @@ def make_loss_step(
         if routing is not None and config.num_experts:
             lengths_B = jnp.full(tokens_BxL1.shape[0], prompt_length)
             rule = Routing(routing, lengths_B)
-        logits_BxLxV, _ = merge_params(graph, params)(tokens_BxL1[:, :-1], rule)
-        return cross_entropy(logits_BxLxV, tokens_BxL1[:, 1:])
+        model = merge_params(graph, params)
+        x_BxLxD, _ = model.hidden(tokens_BxL1[:, :-1], rule)
+        return token_losses(x_BxLxD, model.head[...], tokens_BxL1[:, 1:])
 
     return jax.jit(loss_step, out_shardings=replicated(mesh))
