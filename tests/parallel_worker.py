@@ -1,0 +1,109 @@
+"""Trains tiny models on 8 faked devices, mesh after mesh; prints one JSON object for the tests.
+
+python tests/parallel_worker.py
+"""
+
+import functools
+import json
+import os
+import sys
+
+# What is tested is how programs are split, not how well they are compiled: save the time.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+
+import jax
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from models import params_of, tiny_config  # noqa: E402
+
+from lory_jax.parallel import make_mesh, place_batch  # noqa: E402
+from lory_jax.training.optimizer import make_optimizer  # noqa: E402
+from lory_jax.training.state import init_state, new_state, state_shardings  # noqa: E402
+from lory_jax.training.step import make_loss_step, make_train_step  # noqa: E402
+from lory_jax.training.upcycle import upcycle  # noqa: E402
+
+STEPS, BATCH = 3, 8
+MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
+# Every sharded axis divides by 8. A large epsilon keeps Adam from amplifying rounding.
+CONFIG = functools.partial(tiny_config, vocab_size=40, sequence_length=10)
+OPTIMIZER = make_optimizer(0.9, 0.95, epsilon=1e-3, weight_decay=0.1)
+
+
+def by_name(tree):
+    return {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def error(actual, expected) -> float:
+    """The largest relative difference of any leaf, each on its own scale."""
+    errors = []
+    actual, expected = jax.device_get((actual, expected))
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        errors.append(np.max(np.abs(a - e)) / max(np.max(np.abs(e)), 1e-6))
+    return float(max(errors))
+
+
+def train(config, mesh):
+    """Losses, gradients of the first step, final parameters, and facts about the placement."""
+    state = new_state(config, OPTIMIZER, params_of(config))
+    state = jax.device_put(state, state_shardings(config, OPTIMIZER, mesh))
+    step = make_train_step(config, OPTIMIZER, lambda _: 0.01, 0.0, mesh)
+    tokens = np.random.default_rng(0).integers(0, 40, (STEPS, BATCH, 11)).astype(np.int32)
+    result = {"losses": [], "donated": True}
+    with jax.set_mesh(mesh):
+        for i in range(STEPS):
+            old, (state, metrics) = state, step(state, place_batch(tokens[i], mesh))
+            result["losses"].append(float(metrics["loss"]))
+            result["donated"] &= all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
+            if i == 0:
+                # From zero moments, the first moment is 0.1 times the gradient. A copy: an array
+                # that numpy looks into cannot be donated.
+                result["gradients"] = jax.tree.map(jnp.copy, state["opt_state"][0].mu)
+        nll = make_loss_step(config, mesh)(state["params"], place_batch(tokens[0], mesh))
+    result |= {"params": state["params"], "nll": nll}
+    result["compilations"] = step._cache_size()
+    adam = state["opt_state"][0]
+    result["fraction"] = {
+        part: {
+            name: leaf.addressable_shards[0].data.nbytes / leaf.nbytes
+            for name, leaf in by_name(tree).items()
+        }
+        for part, tree in (("params", state["params"]), ("mu", adam.mu), ("nu", adam.nu))
+    }
+    return result
+
+
+def compare(config, single) -> dict:
+    expected, report = train(config, single), {}
+    for shape in MESHES:
+        got = train(config, make_mesh(*shape))
+        report[str(shape)] = {
+            name: error(got[name], expected[name])
+            for name in ("losses", "nll", "gradients", "params")
+        } | {name: got[name] for name in ("donated", "compilations", "fraction")}
+    return report
+
+
+def main() -> None:
+    single = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    mesh = make_mesh(2, 2, 2)
+    dense, lory = CONFIG(num_experts=0), CONFIG()
+    report = {"dense": compare(dense, single), "lory": compare(lory, single)}
+
+    one, many = (init_state(lory, OPTIMIZER, m, seed=3) for m in (single, mesh))
+    report["init_is_independent_of_the_mesh"] = error(many, one) == 0.0
+
+    def upcycled(mesh):
+        state = new_state(dense, OPTIMIZER, params_of(dense))
+        state = jax.device_put(state, state_shardings(dense, OPTIMIZER, mesh))
+        return jax.device_get(upcycle(state, lory, OPTIMIZER, mesh, seed=3))
+
+    report["upcycle_is_independent_of_the_mesh"] = error(upcycled(mesh), upcycled(single)) == 0.0
+    json.dump(report, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

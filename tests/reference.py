@@ -1,0 +1,199 @@
+"""The model of the paper written as plain loops over numpy float64 arrays, to compare with.
+
+Nothing here shares code with `lory_jax`. Arrays are small; clarity is everything. A stop-gradient
+is modelled by `frozen`: routing weights of segment 1 that were computed before and do not move when
+an input is nudged, so that central differences of these functions are the gradients of the paper.
+"""
+
+import numpy as np
+
+
+def softmax(x):
+    e = np.exp(x - np.max(x))
+    return e / e.sum()
+
+
+def silu(x):
+    return x / (1.0 + np.exp(-x))
+
+
+def segments(length, segment_length):
+    """(start, end) of every segment; the last may be short."""
+    starts = range(0, length, segment_length)
+    return [(start, min(start + segment_length, length)) for start in starts]
+
+
+def routing_weights(
+    h_LxD, router, segment_length, kind, first_segment="self", prompt=0, frozen=None
+):
+    """One distribution over the experts per segment of one sequence, as a list of arrays [E].
+
+    `kind` is causal, prefix, segment or prompt (one weight for the whole sequence).
+    """
+    num_experts = router.shape[1]
+    uniform = np.full(num_experts, 1.0 / num_experts)
+
+    def route(tokens):
+        mean = np.zeros(h_LxD.shape[1])
+        for h in tokens:
+            mean += h / len(tokens)
+        return softmax(mean @ router)
+
+    if kind == "prompt":
+        return [route(h_LxD[:prompt]) if prompt else uniform]
+    bounds = segments(len(h_LxD), segment_length)
+    if kind == "segment":
+        first = route(h_LxD[: min(prompt, bounds[0][1])]) if prompt else uniform
+    elif first_segment == "uniform":
+        first = uniform
+    else:
+        first = route(h_LxD[: bounds[0][1]]) if frozen is None else frozen
+    weights = [first]
+    for k in range(1, len(bounds)):
+        start, end = bounds[0] if kind == "prefix" else bounds[k - 1]
+        weights.append(route(h_LxD[start:end]))
+    return weights
+
+
+def merged_ffn(h_TxD, experts, weights):
+    """Merges the experts with `weights`, matrix by matrix, and applies the SwiGLU to each token."""
+    merged = {}
+    for name in ("gate", "up", "down"):
+        merged[name] = np.zeros(experts[name].shape[1:])
+        for i, weight in enumerate(weights):
+            merged[name] += weight * experts[name][i]
+    rows = [(silu(h @ merged["gate"]) * (h @ merged["up"])) @ merged["down"] for h in h_TxD]
+    return np.array(rows)
+
+
+def lory_layer(h_BxLxD, params, segment_length, kind, first_segment, prompts=None, frozen=None):
+    """The FFN layer of Lory: outputs [B, L, D] and routing weights [B, N, E]."""
+    outputs, all_weights = [], []
+    for b, h_LxD in enumerate(h_BxLxD):
+        weights = routing_weights(
+            h_LxD,
+            params["router"],
+            segment_length,
+            kind,
+            first_segment,
+            0 if prompts is None else prompts[b],
+            None if frozen is None else frozen[b],
+        )
+        length = len(h_LxD) if kind == "prompt" else segment_length
+        bounds = segments(len(h_LxD), length)
+        parts = [
+            merged_ffn(h_LxD[start:end], params, w)
+            for (start, end), w in zip(bounds, weights, strict=True)
+        ]
+        outputs.append(np.concatenate(parts))
+        all_weights.append(weights)
+    return np.array(outputs), np.array(all_weights)
+
+
+def rotate(x_K, position, theta):
+    """Rotary embedding of one head: the pair (i, i + K/2) turns by position * theta^(-2i/K)."""
+    half = len(x_K) // 2
+    out = np.empty_like(x_K)
+    for i in range(half):
+        angle = position * theta ** (-2.0 * i / len(x_K))
+        a, b = x_K[i], x_K[i + half]
+        out[i] = a * np.cos(angle) - b * np.sin(angle)
+        out[i + half] = a * np.sin(angle) + b * np.cos(angle)
+    return out
+
+
+def causal_attention(query_LxK, key_LxK, value_LxK):
+    """One head: every query looks at the keys up to its own position."""
+    rows = []
+    for i, q in enumerate(query_LxK):
+        weights = softmax(np.array([q @ k for k in key_LxK[: i + 1]]) / np.sqrt(len(q)))
+        rows.append(weights @ value_LxK[: i + 1])
+    return np.array(rows)
+
+
+def attention(h_LxD, params, theta):
+    """Multi-head attention with rotary embeddings; weights are [D, H, K] and [H, K, D]."""
+    out = np.zeros_like(h_LxD)
+    for head in range(params["query"].shape[1]):
+        query, key = (
+            np.array([rotate(x @ params[name][:, head], p, theta) for p, x in enumerate(h_LxD)])
+            for name in ("query", "key")
+        )
+        mixed = causal_attention(query, key, h_LxD @ params["value"][:, head])
+        out += mixed @ params["output"][head]
+    return out
+
+
+def rms_norm(x_D, scale, epsilon):
+    return x_D / np.sqrt(np.mean(x_D**2) + epsilon) * scale
+
+
+def transformer(params, tokens_BxL, config, kind=None, prompts=None, frozen=None):
+    """Logits [B, L, V] and routing weights [Y, B, N, E] (empty for a dense model).
+
+    `frozen` is [Y, B, E], the weights of segment 1 of every layer.
+    """
+    x_BxLxD = np.array([[params["embedding"][t] for t in row] for row in tokens_BxL])
+    layers, all_weights = params["layers"], []
+
+    def norm(x_BxLxD, scale):
+        return np.array([[rms_norm(x, scale, config.norm_epsilon) for x in r] for r in x_BxLxD])
+
+    for y in range(config.num_layers):
+        attention_y = {name: w[y] for name, w in layers["attention"].items()}
+        ffn_y = {name: w[y] for name, w in layers["ffn"].items()}
+        h_BxLxD = norm(x_BxLxD, layers["attention_norm"][y])
+        x_BxLxD = x_BxLxD + np.array(
+            [attention(h, attention_y, config.rope_theta) for h in h_BxLxD]
+        )
+        h_BxLxD = norm(x_BxLxD, layers["ffn_norm"][y])
+        if config.num_experts:
+            out, weights = lory_layer(
+                h_BxLxD,
+                ffn_y,
+                config.segment_length,
+                kind or config.routing,
+                config.first_segment_routing,
+                prompts,
+                None if frozen is None else frozen[y],
+            )
+            all_weights.append(weights)
+        else:
+            one = {name: w[None] for name, w in ffn_y.items()}
+            out = np.array([merged_ffn(h, one, [1.0]) for h in h_BxLxD])
+        x_BxLxD = x_BxLxD + out
+    logits_BxLxV = norm(x_BxLxD, params["final_norm"]) @ params["head"]
+    return logits_BxLxV, np.array(all_weights)
+
+
+def token_losses(logits_BxLxV, targets_BxL):
+    """Negative log-likelihood of every target, nats."""
+    rows = []
+    for logits_LxV, targets_L in zip(logits_BxLxV, targets_BxL, strict=True):
+        rows.append([-np.log(softmax(x)[t]) for x, t in zip(logits_LxV, targets_L, strict=True)])
+    return np.array(rows)
+
+
+def central_differences(function, x, step=1e-5):
+    """The gradient of a scalar function at `x`, one entry after the other."""
+    gradient = np.zeros_like(x)
+    for index in np.ndindex(x.shape):
+        up, down = x.copy(), x.copy()
+        up[index] += step
+        down[index] -= step
+        gradient[index] = (function(up) - function(down)) / (2 * step)
+    return gradient
+
+
+def adamw(params, gradients, state, *, rate, beta1, beta2, epsilon, weight_decay):
+    """One step of AdamW on a dict of arrays; `state` holds m, v and the count, and is changed."""
+    state["count"] += 1
+    new = {}
+    for name, w in params.items():
+        g = gradients[name]
+        state["m"][name] = beta1 * state["m"][name] + (1 - beta1) * g
+        state["v"][name] = beta2 * state["v"][name] + (1 - beta2) * g**2
+        m = state["m"][name] / (1 - beta1 ** state["count"])
+        v = state["v"][name] / (1 - beta2 ** state["count"])
+        new[name] = w - rate * (m / (np.sqrt(v) + epsilon) + weight_decay[name] * w)
+    return new
