@@ -59,7 +59,6 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "first_segment_routing": _choice(
             "segment 1: its own mean (the paper) or 1/E each (strictly causal)", "self", "uniform"
         ),
-        "init_std": _float(0.02, "standard deviation of matrices at the start", 0.0),
         "router_init_scale": _float(0.23, "router starts at N(0, (scale/sqrt(D))^2)", 0.0),
         "rope_theta": _float(10_000.0, "base of the rotary position embedding", 1.0),
         "norm_epsilon": _float(1e-5, "added to the mean square in RMSNorm", 0.0, 1.0),

@@ -54,16 +54,16 @@ def causal_attention(query: Array, key: Array, value: Array) -> Array:
 class Attention(nnx.Module):
     """Projections of one layer (or of a stack of layers); the caller holds any cache."""
 
-    def __init__(
-        self, init: Initializer, embed_dim: int, num_heads: int, std: float, output_std: float
-    ):
+    def __init__(self, init: Initializer, embed_dim: int, num_heads: int, output_scale: float):
         D, H = embed_dim, num_heads
         K = D // H
         axes = ("attention_embed", "heads", "head_dim")
-        self.query = init.normal((D, H, K), axes, std)
-        self.key = init.normal((D, H, K), axes, std)
-        self.value = init.normal((D, H, K), axes, std)
-        self.output = init.normal((H, K, D), ("heads", "head_dim", "attention_embed"), output_std)
+        self.query = init.matrix((D, H, K), axes, fan_in=D)
+        self.key = init.matrix((D, H, K), axes, fan_in=D)
+        self.value = init.matrix((D, H, K), axes, fan_in=D)
+        self.output = init.matrix(
+            (H, K, D), ("heads", "head_dim", "attention_embed"), fan_in=D, scale=output_scale
+        )
 
     def project(self, x_BxLxD: Array, positions_BxL: Array, theta: float) -> tuple[Array, ...]:
         """Queries, keys (both rotated) and values, each `[B, L, H, K]`."""

@@ -1,5 +1,7 @@
 """One declaration per parameter: shape, logical axes (see parallel.py) and initialisation."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -22,10 +24,12 @@ class Initializer:
         """An initializer for a stack of layers, with keys of its own."""
         return Initializer(self._next_key(), (num_layers,))
 
-    def normal(self, shape: tuple[int, ...], axes: tuple[str, ...], std: float) -> nnx.Param:
-        """Normal with mean 0 and standard deviation `std`."""
+    def matrix(
+        self, shape: tuple[int, ...], axes: tuple[str, ...], *, fan_in: int, scale: float = 1.0
+    ) -> nnx.Param:
+        """Normal with standard deviation scale / sqrt(fan_in)."""
         values = jax.random.normal(self._next_key(), self._stack + shape, jnp.float32)
-        return self._declare(values * std, axes)
+        return self._declare(values * (scale / math.sqrt(fan_in)), axes)
 
     def ones(self, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
         """All ones, for norms."""

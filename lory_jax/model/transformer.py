@@ -40,7 +40,6 @@ class ModelConfig:
     segment_length: int
     routing: str = "causal"
     first_segment_routing: str = "self"
-    init_std: float = 0.02
     router_init_scale: float = 0.23
     rope_theta: float = 10_000.0
     norm_epsilon: float = 1e-5
@@ -64,11 +63,11 @@ class Routing:
 class DenseFFN(nnx.Module):
     """The parameter-matched baseline, and the FFN of the dense warm-up."""
 
-    def __init__(self, init: Initializer, config: ModelConfig, output_std: float):
+    def __init__(self, init: Initializer, config: ModelConfig, output_scale: float):
         D, F = config.embed_dim, config.mlp_dim
-        self.gate = init.normal((D, F), ("embed", "mlp"), config.init_std)
-        self.up = init.normal((D, F), ("embed", "mlp"), config.init_std)
-        self.down = init.normal((F, D), ("mlp", "embed"), output_std)
+        self.gate = init.matrix((D, F), ("embed", "mlp"), fan_in=D)
+        self.up = init.matrix((D, F), ("embed", "mlp"), fan_in=D)
+        self.down = init.matrix((F, D), ("mlp", "embed"), fan_in=F, scale=output_scale)
 
     def __call__(self, x_BxLxD: Array) -> Array:
         x_BxLxD = constrain(x_BxLxD, "moe_batch", "length", "activation_embed")
@@ -80,15 +79,17 @@ class DenseFFN(nnx.Module):
 class MergedFFN(nnx.Module):
     """E expert FFNs and their router, merged once per segment."""
 
-    def __init__(self, init: Initializer, config: ModelConfig, output_std: float):
+    def __init__(self, init: Initializer, config: ModelConfig, output_scale: float):
         D, F, E = config.embed_dim, config.mlp_dim, config.num_experts
         self.config = config
-        self.router = init.normal(
-            (D, E), ("embed", "router_experts"), config.router_init_scale * D**-0.5
+        self.router = init.matrix(
+            (D, E), ("embed", "router_experts"), fan_in=D, scale=config.router_init_scale
         )
-        self.gate = init.normal((E, D, F), ("experts", "embed", "mlp"), config.init_std)
-        self.up = init.normal((E, D, F), ("experts", "embed", "mlp"), config.init_std)
-        self.down = init.normal((E, F, D), ("experts", "mlp", "embed"), output_std)
+        self.gate = init.matrix((E, D, F), ("experts", "embed", "mlp"), fan_in=D)
+        self.up = init.matrix((E, D, F), ("experts", "embed", "mlp"), fan_in=D)
+        self.down = init.matrix(
+            (E, F, D), ("experts", "mlp", "embed"), fan_in=F, scale=output_scale
+        )
 
     def experts(self) -> dict[str, Array]:
         """The experts in the layout of `merged_ffn`."""
@@ -136,13 +137,13 @@ class Block(nnx.Module):
     def __init__(self, init: Initializer, config: ModelConfig):
         self.config = config
         D = config.embed_dim
-        # The residual stream adds up 2 * layers of outputs: its variance must not grow with depth.
-        output_std = config.init_std * (2 * config.num_layers) ** -0.5
+        # The residual stream is a sum over 2 * layers of outputs: keep its variance at 1.
+        output_scale = (2 * config.num_layers) ** -0.5
         self.attention_norm = init.ones((D,), ("norm",))
-        self.attention = Attention(init, D, config.num_heads, config.init_std, output_std)
+        self.attention = Attention(init, D, config.num_heads, output_scale)
         self.ffn_norm = init.ones((D,), ("norm",))
         ffn = MergedFFN if config.num_experts else DenseFFN
-        self.ffn = ffn(init, config, output_std)
+        self.ffn = ffn(init, config, output_scale)
 
     def __call__(self, x_BxLxD: Array, routing: Routing) -> tuple[Array, Array | None]:
         """Returns `[B, L, D]` and the layer's routing weights, None for a dense layer."""
@@ -165,10 +166,10 @@ class Transformer(nnx.Module):
         self.config = config
         init = Initializer(key)
         V, D = config.vocab_size, config.embed_dim
-        self.embedding = init.normal((V, D), ("vocab", "embed"), config.init_std)
+        self.embedding = init.matrix((V, D), ("vocab", "embed"), fan_in=D)
         self.layers = Block(init.stacked(config.num_layers), config)
         self.final_norm = init.ones((D,), ("norm",))
-        self.head = init.normal((D, V), ("embed", "vocab"), config.init_std)
+        self.head = init.matrix((D, V), ("embed", "vocab"), fan_in=D)
 
     def embed(self, tokens_BxL: Array) -> Array:
         """`[B, L, D]` in the compute type."""
