@@ -22,7 +22,7 @@ from lory_jax.data.documents import Document, join_pieces, split_long
 UNIT_BYTES = 400  # neighbouring pieces are joined up to about this size
 LONGEST_UNIT_BYTES = 2000
 LONG_DOCSTRING_BYTES = 200  # longer ones are prose, not part of the code around them
-BIG_PACKAGE_BYTES = 2_000_000
+BIG_PACKAGE_BYTES = 200_000
 LARGEST_ORIGIN_SHARE = 0.08  # of a domain: no single package or program fills it
 
 SKIPPED_DIRECTORIES = {"test", "tests", "testing", "__pycache__", "site-packages", "idlelib"}
