@@ -1,7 +1,4 @@
-"""A small Lory that trains on two CPU cores.
-
-    bash launch/local.sh
-"""
+"""A small Lory that trains on two CPU cores: bash launch/local.sh."""
 
 from ml_collections import ConfigDict
 

@@ -52,14 +52,14 @@ def test_an_unknown_parameter_is_refused():
 
 def test_clipping_scales_down_to_the_norm_and_never_up():
     gradients = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     clipped = clip_by_norm(gradients, norm, 1.0)
-    np.testing.assert_allclose(optax.global_norm(clipped), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(optax.tree.norm(clipped), 1.0, rtol=1e-6)
     np.testing.assert_allclose(clipped["a"] / clipped["b"][0, 0], [0.75, 0.0], rtol=1e-6)
     for limit in (5.0, 100.0, 0.0):  # 0 turns it off
         assert_trees_close(clip_by_norm(gradients, norm, limit), gradients, 1e-6)
     zero = jax.tree.map(jnp.zeros_like, gradients)
-    assert_trees_close(clip_by_norm(zero, optax.global_norm(zero), 1.0), zero, 0.0)
+    assert_trees_close(clip_by_norm(zero, optax.tree.norm(zero), 1.0), zero, 0.0)
 
 
 def test_adamw_equals_a_numpy_loop():

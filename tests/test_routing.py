@@ -33,7 +33,7 @@ RULES = [
 
 
 def layer(segment_length, kind, first_segment):
-    """The layer as `(h, params, prompts) -> (y, weights)`, and its parameters."""
+    """The layer as `(h, params, prompts) -> (y, weights)`, and parameters for it."""
     config = tiny_config(
         embed_dim=D,
         mlp_dim=F,
@@ -41,13 +41,17 @@ def layer(segment_length, kind, first_segment):
         segment_length=segment_length,
         first_segment_routing=first_segment,
     )
-    module = MergedFFN(Initializer(jax.random.key(1)), config, output_scale=1.0)
-    graph, state = nnx.split(module)
+    abstract = nnx.eval_shape(lambda: MergedFFN(Initializer(jax.random.key(0)), config, 1.0))
+    graph, state = nnx.split(abstract)
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), nnx.to_pure_dict(state)
+    )
 
     def apply(h, params, prompts):
         return merge_params(graph, params)(h, Routing(kind, prompts))
 
-    return apply, nnx.to_pure_dict(state)
+    return apply, params
 
 
 @pytest.mark.parametrize(("L", "T"), LENGTHS)

@@ -81,7 +81,7 @@ def make_train_step(
         (loss, r_YxBxNxE), gradients = compute(state["params"], tokens_BxL1)
         with jax.named_scope("optimizer"):
             rate = schedule(state["step"])
-            norm = optax.global_norm(gradients)
+            norm = optax.tree.norm(gradients)
             gradients = clip_by_norm(gradients, norm, clip_norm)
             updates, opt_state = optimizer.update(gradients, state["opt_state"], state["params"])
             params = jax.tree.map(lambda p, u: p - rate * u, state["params"], updates)

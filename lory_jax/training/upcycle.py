@@ -45,7 +45,8 @@ def upcycle(
         }
 
     pinned = jax.jit(convert, out_shardings=state_shardings(config, optimizer, mesh))
-    return pinned(dense, jax.random.key(seed))
+    # Not the key of the dense parameters: the router would start as a copy of some of their draws.
+    return pinned(dense, jax.random.fold_in(jax.random.key(seed), 1))
 
 
 def upcycle_params(params: Params, router_YxDxE: Array, divisor: int = 1) -> Params:
