@@ -112,7 +112,7 @@ def read_json_lines(path: Path) -> Iterator[Document]:
             raise InputError(
                 f"{path}:{number}: got {line[:40]!r}, takes a JSON object with a string text"
             )
-        yield _from_fields(fields, default_domain=path.stem)
+        yield _from_fields(fields, path.stem, where=f"{path}:{number}")
 
 
 def read_tfds(source: str) -> Iterator[Document]:
@@ -146,11 +146,16 @@ def read_tfds(source: str) -> Iterator[Document]:
             for name in ("text", "domain", "source")
             if name in example
         }
-        yield _from_fields(fields, default_domain=name.split("/")[0])
+        yield _from_fields(fields, name.split("/")[0], where=source)
 
 
-def _from_fields(fields: dict[str, Any], default_domain: str) -> Document:
+def _from_fields(fields: dict[str, Any], default_domain: str, where: str) -> Document:
     text = fields["text"]
+    try:
+        "".join(map(str, fields.values())).encode()
+    except UnicodeEncodeError as error:
+        bad = ascii(error.object[error.start])
+        raise InputError(f"{where}: got {bad}, half a character; takes valid Unicode") from None
     origin = fields.get("source") or hashlib.sha256(text.encode()).hexdigest()
     return Document(text, str(fields.get("domain") or default_domain), str(origin))
 

@@ -20,7 +20,7 @@ def split_by_origin(
     with more documents, gives nearly the same split.
 
     Raises:
-      InputError: a domain has fewer than three origins.
+      InputError: a domain has too few origins for three sides.
     """
     sizes: dict[str, Counter[str]] = defaultdict(Counter)
     totals: Counter[str] = Counter()
@@ -73,6 +73,11 @@ def _fill(
     for domain in sorted(totals):
         if not filled[domain]:
             free = [o for o in order if domain in sizes[o] and o not in side]
+            if len(free) < 2:
+                raise InputError(
+                    f"domain {domain!r}: shares its origins with other domains, and none is left "
+                    f"for {split}; takes text from more origins"
+                )
             smallest = min(free, key=lambda o: sizes[o][domain])
             side[smallest] = split
             filled.update(sizes[smallest])
