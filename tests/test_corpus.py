@@ -8,11 +8,11 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import ROOT
 
 from lory_jax.data.corpus import corpus_table, read_corpus
 from lory_jax.data.documents import join_pieces, split_long
 from lory_jax.errors import InputError
-from tiny import ROOT
 
 CLEANING = {"min_bytes": 4, "max_bytes": 1000, "max_domain_bytes": 0, "seed": 0}
 

@@ -19,11 +19,11 @@ from pathlib import Path
 
 from lory_jax.data.documents import Document, join_pieces, split_long
 
-UNIT_BYTES = 400  # neighbouring pieces are joined up to about this size
+UNIT_BYTES = 320  # neighbouring pieces are joined up to about this size
 LONGEST_UNIT_BYTES = 2000
 LONG_DOCSTRING_BYTES = 200  # longer ones are prose, not part of the code around them
 BIG_PACKAGE_BYTES = 200_000
-LARGEST_ORIGIN_SHARE = 0.08  # of a domain: no single package or program fills it
+LARGEST_ORIGIN_SHARE = 0.04  # of a domain: no single package or program fills it
 
 SKIPPED_DIRECTORIES = {"test", "tests", "testing", "__pycache__", "site-packages", "idlelib"}
 VENDOR_DIRECTORIES = {"_vendor", "vendor", "vendored", "_vendored", "extern", "third_party"}
@@ -36,9 +36,10 @@ Units = list[tuple[str, str]]  # (domain, text)
 
 @dataclass(frozen=True)
 class File:
-    """A file to read: `origin` is what the split keeps together."""
+    """A file to read: `name` is its path in the installation, `origin` what the split keeps."""
 
     path: Path
+    name: str
     origin: str
     read: Callable[[Path], Units]
 
@@ -55,11 +56,11 @@ def read_python_installation(max_domain_bytes: int, seed: int) -> list[Document]
 def read_files(files: Sequence[File], max_domain_bytes: int, seed: int) -> list[Document]:
     """Reads files in an order that the seed decides, until every domain they can give is full.
 
-    Returns the documents by path, so that units of one file follow each other; 0 reads all.
+    Returns the documents by name, so that units of one file follow each other; 0 reads all.
     """
     sizes: Counter[str] = Counter()
     origin_sizes: Counter[tuple[str, str]] = Counter()
-    found: dict[Path, list[Document]] = {}
+    found: dict[str, list[Document]] = {}
     gives: dict[str, set[str]] = {
         ".py": {"python", "prose"},
         ".pyi": {"stubs"},
@@ -74,7 +75,7 @@ def read_files(files: Sequence[File], max_domain_bytes: int, seed: int) -> list[
             for domain in domains
         )
 
-    for file in sorted(files, key=lambda file: _hash(seed, file.path)):
+    for file in sorted(files, key=lambda file: _hash(seed, file.name)):
         if is_full(file):
             continue
         documents = [
@@ -83,12 +84,12 @@ def read_files(files: Sequence[File], max_domain_bytes: int, seed: int) -> list[
             for text in split_long(unit, LONGEST_UNIT_BYTES)
             if is_clean(text)
         ]
-        found[file.path] = documents
+        found[file.name] = documents
         for document in documents:
             size = len(document.text.encode())
             sizes[document.domain] += size
             origin_sizes[document.domain, file.origin] += size
-    return [document for path in sorted(found) for document in found[path]]
+    return [document for name in sorted(found) for document in found[name]]
 
 
 def is_clean(text: str) -> bool:
@@ -118,7 +119,8 @@ def package_files(roots: Sequence[Path] | dict[Path, None]) -> list[File]:
                 sizes[relative.parts[0]] += path.stat().st_size
         for path, relative, reader in below:
             is_big = sizes[relative.parts[0]] > BIG_PACKAGE_BYTES
-            files.append(File(path, package_origin(relative, is_big), reader))
+            origin = package_origin(relative, is_big)
+            files.append(File(path, f"{root.name}/{relative.as_posix()}", origin, reader))
     return files
 
 
@@ -141,18 +143,29 @@ def package_origin(relative: Path, is_big: bool) -> str:
 def header_files(include: Path) -> list[File]:
     """The headers of Python itself."""
     paths = sorted(path for path in include.rglob("*.h") if "site-packages" not in path.parts)
-    return [File(path, f"include/{path.stem.split('_')[0]}", headers) for path in paths]
+    return [
+        File(
+            path,
+            f"include/{path.relative_to(include).as_posix()}",
+            f"include/{path.stem.split('_')[0]}",
+            headers,
+        )
+        for path in paths
+    ]
 
 
 def manual_files(manuals: Path, documentation: Path) -> list[File]:
     """English manual pages, and the READMEs of system packages; either directory may be missing."""
     pages = sorted(manuals.glob("man[1-8]/*.gz"))
     files = [
-        File(path, "man:" + re.split(r"[-_.:]", path.name)[0].lower(), manual) for path in pages
+        File(path, f"man/{path.name}", f"man:{re.split(r'[-_.:]', path.name)[0].lower()}", manual)
+        for path in pages
     ]
     for path in sorted(documentation.glob("*/README*")):
         if path.is_file():
-            files.append(File(path, "man:" + re.split(r"[-_.]", path.parent.name)[0], manual))
+            package = path.parent.name
+            origin = f"man:{re.split(r'[-_.]', package)[0]}"
+            files.append(File(path, f"doc/{package}/{path.name}", origin, manual))
     return files
 
 
@@ -246,6 +259,5 @@ def _paragraphs(text: str) -> Iterator[str]:
     return (piece for piece in re.split(r"\n[ \t]*\n", text) if piece.strip())
 
 
-def _hash(seed: int, path: Path) -> bytes:
-    # The installation's place must not matter: only the last parts of the path count.
-    return hashlib.sha256(f"{seed}:{'/'.join(path.parts[-4:])}".encode()).digest()
+def _hash(seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"{seed}:{name}".encode()).digest()
