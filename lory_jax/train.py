@@ -30,10 +30,16 @@ from lory_jax.parallel import make_mesh, place_batch, start_process
 from lory_jax.training.checkpoint import Checkpoints
 from lory_jax.training.metrics import MetricsLog
 from lory_jax.training.optimizer import learning_rate, make_optimizer
+from lory_jax.training.start import check_source, state_from
 from lory_jax.training.state import State, abstract_state, init_state
 from lory_jax.training.step import make_loss_step, make_train_step
 from lory_jax.training.upcycle import upcycle
-from lory_jax.training.workdir import DENSE, EXPERTS, open_workdir, phase_config
+from lory_jax.training.workdir import (
+    DENSE,
+    EXPERTS,
+    open_workdir,
+    phase_config,
+)
 
 
 @dataclass(frozen=True)
@@ -51,18 +57,25 @@ def main(argv: list[str]) -> None:
     parser.add_config_flag()
     parser.add_argument("--data", required=True, type=Path, help="directory written by prepare")
     parser.add_argument("--workdir", required=True, type=Path, help="where the run is kept")
+    parser.add_argument(
+        "--init_from",
+        type=Path,
+        metavar="W0",
+        help="start from the newest parameters of this work directory (another run's, or made by "
+        "convert from-hf), with fresh moments at step 0",
+    )
     args = parser.parse(argv)
     start_process()
-    train(args.config, args.data, args.workdir)
+    train(args.config, args.data, args.workdir, args.init_from)
 
 
-def train(config: ConfigDict, data: Path, workdir: Path) -> None:
-    """Runs, or goes on with, one training run."""
+def train(config: ConfigDict, data: Path, workdir: Path, init_from: Path | None = None) -> None:
+    """Runs, or goes on with, one training run; `init_from` is a work directory to start from."""
     # ---------------------------------------------------------------- what to train, on what
     model, settings = ModelConfig(**config.model), config.train
     mesh = make_mesh(**config.parallel)
     manifest = read_manifest(data)
-    load_tokenizer(manifest, data)
+    tokenizer = load_tokenizer(manifest, data)
     batches = TrainingBatches(
         data,
         sequence_length=model.sequence_length,
@@ -76,6 +89,8 @@ def train(config: ConfigDict, data: Path, workdir: Path) -> None:
         domain: rows[: settings.validation_batches * settings.global_batch_size]
         for domain, rows in evaluation_sets(data, "validation").items()
     }
+    if init_from is not None:
+        check_source(init_from, model, tokenizer, data)
     open_workdir(workdir, config.to_dict(), data)
     announce(model, config, mesh, batches)
 
@@ -100,7 +115,8 @@ def train(config: ConfigDict, data: Path, workdir: Path) -> None:
         return Phase(name, phase_model, step, make_loss_step(phase_model, mesh))
 
     # ---------------------------------------------------------------- where to start
-    # 1. the newest intact checkpoint of this run; 2. scratch. Never scratch over damaged ones.
+    # 1. The newest intact checkpoint of this run; 2. --init_from; 3. scratch. Never 2 or 3 over
+    # damaged checkpoints.
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     restored = checkpoints.restore_newest(
         lambda meta: abstract_state(phase_config(model, meta["phase"]), optimizer, mesh)
@@ -109,6 +125,10 @@ def train(config: ConfigDict, data: Path, workdir: Path) -> None:
         state, meta = restored
         phase, start = make_phase(meta["phase"]), meta["step"]
         print(f"resuming {workdir} at step {start} of {settings.steps}", flush=True)
+    elif init_from is not None:
+        state, phase_name = state_from(init_from, model, optimizer, mesh)
+        phase, start = make_phase(phase_name), 0
+        print(f"starting from {init_from}", flush=True)
     else:
         phase, start = make_phase(DENSE if dense_steps else EXPERTS), 0
         state = init_state(phase.config, optimizer, mesh, settings.seed)

@@ -21,6 +21,7 @@ BEGIN_AND_END = (
     ("<|endoftext|>", "<|endoftext|>"),
 )
 SMALLEST_VOCABULARY = 256 + 2
+UNUSED_PARTS = ("post_processor", "padding", "truncation")  # of a tokenizer JSON
 
 
 class Tokenizer:
@@ -71,6 +72,18 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         """Writes the JSON exactly as it was read or trained."""
         Path(path).write_bytes(self._json_text.encode())
+
+    def same_ids(self, other: "Tokenizer") -> bool:
+        """Returns whether both give every text the same ids, and every id the same text.
+
+        They may differ in what `encode` never uses: special tokens put around a text, padding and
+        truncation.
+        """
+        mine, others = (
+            {key: part for key, part in json.loads(text).items() if key not in UNUSED_PARTS}
+            for text in (self._json_text, other._json_text)
+        )
+        return mine == others
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`, without BOS and EOS.

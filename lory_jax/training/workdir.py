@@ -1,7 +1,8 @@
 """What a run leaves in its work directory, and how other verbs read it.
 
 config.json      the config, section by section
-dataset.json     where the prepared data are, and the hash of their manifest
+dataset.json     where the prepared data are, and the hash of their manifest; none where the model
+                 was trained elsewhere
 tokenizer.json   a copy of the data's
 metrics.jsonl    one object per step
 tensorboard/     the same for TensorBoard
@@ -17,7 +18,15 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from lory_jax.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, differences, file_sha256
+from lory_jax.data.manifest import (
+    MANIFEST_NAME,
+    TOKENIZER_NAME,
+    differences,
+    file_sha256,
+    load_tokenizer,
+    read_manifest,
+)
+from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.errors import InputError
 from lory_jax.model.transformer import ModelConfig, Params, build, init_params
 from lory_jax.parallel import shardings
@@ -71,7 +80,12 @@ def model_config(workdir: Path) -> ModelConfig:
 
 
 def data_directory(workdir: Path, override: Path | None = None) -> Path:
-    """The prepared data that a run was trained on, or `override`; the manifest must be the same."""
+    """The prepared data that a run was trained on, or `override`; the manifest must be the same.
+
+    A model that was not trained here (`convert from-hf`) takes any data made with its tokenizer.
+    """
+    if (workdir / CONFIG).exists() and not (workdir / DATASET).exists():
+        return _data_with_tokenizer(workdir, override)
     dataset = _read_json(workdir / DATASET)
     directory = Path(override or dataset["path"])
     if not (directory / MANIFEST_NAME).is_file():
@@ -79,6 +93,22 @@ def data_directory(workdir: Path, override: Path | None = None) -> Path:
     if file_sha256(directory / MANIFEST_NAME) != dataset["manifest_sha256"]:
         raise InputError(f"{directory}: other data than {workdir} was trained on")
     return directory
+
+
+def _data_with_tokenizer(workdir: Path, directory: Path | None) -> Path:
+    if directory is None:
+        raise InputError(f"{workdir}: was trained elsewhere; say which data with --data=DIR")
+    check_same_ids(load_tokenizer(read_manifest(directory), directory), directory, workdir)
+    return directory
+
+
+def check_same_ids(tokenizer: Tokenizer, data: Path, workdir: Path) -> None:
+    """Raises `InputError` unless prepared data have the ids of a work directory's tokenizer."""
+    if not tokenizer.same_ids(Tokenizer.load(workdir / TOKENIZER_NAME)):
+        raise InputError(
+            f"{data}: made with another tokenizer than {workdir} has; prepare it with "
+            f"--tokenizer={workdir / TOKENIZER_NAME}"
+        )
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
