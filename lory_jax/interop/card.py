@@ -1,0 +1,87 @@
+"""The model card of an exported model: what it is, how it was routed, how to use it."""
+
+import textwrap
+from dataclasses import dataclass
+
+import numpy as np
+
+from lory_jax.model.transformer import ModelConfig
+
+LONGEST_QUOTE = 400  # characters of a prompt that the card shows
+
+USE = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
+model = AutoModelForCausalLM.from_pretrained("DIRECTORY")
+inputs = tokenizer("PROMPT", return_tensors="pt", return_token_type_ids=False)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+"""
+
+
+@dataclass(frozen=True)
+class MergedBy:
+    """What decided the merge: a sentence, the text it quotes if any, and the weights `[Y, E]`."""
+
+    what: str
+    text: str | None
+    weights_YxE: np.ndarray
+
+
+def model_card(config: ModelConfig, step: int, dtype: str, merged_by: MergedBy | None) -> str:
+    """README.md of a directory; `config` is the trained model's, `merged_by` None if dense."""
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        f"tags: [{'lory, ' if merged_by else ''}llama]",
+        "---",
+        "",
+        f"# A language model in LLaMA's format, made with lory_jax at training step {step:,}",
+        "",
+        f"{config.num_layers} layers, width {config.embed_dim}, {config.num_heads} attention "
+        f"heads, FFN width {config.mlp_dim}, vocabulary {config.vocab_size:,}, trained on "
+        f"sequences of up to {config.sequence_length:,} tokens. Tensors are stored as {dtype}.",
+        "",
+        *(_routing(config, merged_by) if merged_by else ["A dense model: it has no routing.", ""]),
+        "## Use",
+        "",
+        "```python",
+        *USE.splitlines(),
+        "```",
+        "",
+        "Every text begins with the token BOS, which the tokenizer here puts in front by itself.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _routing(config: ModelConfig, merged_by: MergedBy) -> list[str]:
+    E = config.num_experts
+    lines = [
+        "## Routing",
+        "",
+        f"The model was trained as a Lory (arXiv 2405.03133) with {E} expert FFNs per layer. "
+        f"Here they are merged, once and for all, into one FFN per layer, by {merged_by.what}. For "
+        "other kinds of text another merge of the same model may do better.",
+        "",
+    ]
+    if merged_by.text is not None:
+        quote = merged_by.text[:LONGEST_QUOTE]
+        cut = len(merged_by.text) - len(quote)
+        lines += [
+            *textwrap.indent(quote, "    ", lambda line: True).splitlines(),
+            "",
+            *([f"(and {cut:,} more characters)", ""] if cut else []),
+        ]
+    lines += [
+        f"Weight of each expert in the merge (1/{E} = {1 / E:.3f} each would be uniform):",
+        "",
+        "| layer | " + " | ".join(f"expert {e}" for e in range(E)) + " |",
+        "|---" * (E + 1) + "|",
+        *(
+            f"| {layer} | " + " | ".join(f"{weight:.3f}" for weight in row) + " |"
+            for layer, row in enumerate(merged_by.weights_YxE)
+        ),
+        "",
+    ]
+    return lines

@@ -1,0 +1,203 @@
+"""LLaMA as Hugging Face stores it: the fields of its config.json, its tensors by name and shape.
+
+Letters: V vocabulary, D model, H heads, K head width, F FFN.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lory_jax.errors import InputError
+from lory_jax.model.transformer import ModelConfig
+
+ARCHITECTURE = "LlamaForCausalLM"
+
+# What else LLaMA's config can ask for, the value that means no such thing, and whether the field
+# may be left out. A field that is not here (dropout, cache settings) does not change the logits.
+PLAIN_VALUES: dict[str, Any] = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a LLaMA directory, and the parameter (of one layer) that it is.
+
+    Attributes:
+      name: in the safetensors files.
+      path: of our parameter in the nested dict.
+      layer: index into the first axis of our parameter; None where it has no layers.
+      shape: of our parameter, without the axis of layers.
+      inputs: how many axes of `shape`, from the first, are those of the input. PyTorch keeps
+        matrices as [output, input]; 0 is for what is no matrix product, and is kept as it is.
+    """
+
+    name: str
+    path: tuple[str, ...]
+    layer: int | None
+    shape: tuple[int, ...]
+    inputs: int
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape in the safetensors files."""
+        if not self.inputs:
+            return self.shape
+        return math.prod(self.shape[self.inputs :]), math.prod(self.shape[: self.inputs])
+
+    def store(self, w: np.ndarray) -> np.ndarray:
+        """Our parameter of one layer, laid out as the files have it."""
+        # A transposed view would be written in the wrong order: safetensors takes the buffer as is.
+        return np.ascontiguousarray(w.reshape(self.stored_shape[::-1]).T if self.inputs else w)
+
+    def restore(self, stored: np.ndarray) -> np.ndarray:
+        """The inverse of `store`."""
+        return stored.T.reshape(self.shape) if self.inputs else stored
+
+
+def tensors(config: ModelConfig) -> list[Tensor]:
+    """Every tensor of a dense model, in the order of the forward pass."""
+    V, D, F, H = config.vocab_size, config.embed_dim, config.mlp_dim, config.num_heads
+    K = D // H
+    layer = [
+        ("input_layernorm", ("attention_norm",), (D,), 0),
+        ("self_attn.q_proj", ("attention", "query"), (D, H, K), 1),
+        ("self_attn.k_proj", ("attention", "key"), (D, H, K), 1),
+        ("self_attn.v_proj", ("attention", "value"), (D, H, K), 1),
+        ("self_attn.o_proj", ("attention", "output"), (H, K, D), 2),
+        ("post_attention_layernorm", ("ffn_norm",), (D,), 0),
+        ("mlp.gate_proj", ("ffn", "gate"), (D, F), 1),
+        ("mlp.up_proj", ("ffn", "up"), (D, F), 1),
+        ("mlp.down_proj", ("ffn", "down"), (F, D), 1),
+    ]
+    return [
+        Tensor("model.embed_tokens.weight", ("embedding",), None, (V, D), 0),
+        *(
+            Tensor(f"model.layers.{y}.{name}.weight", ("layers", *path), y, shape, inputs)
+            for y in range(config.num_layers)
+            for name, path, shape, inputs in layer
+        ),
+        Tensor("model.norm.weight", ("final_norm",), None, (D,), 0),
+        Tensor("lm_head.weight", ("head",), None, (D, V), 1),
+    ]
+
+
+def ignored(name: str) -> bool:
+    """Whether a tensor is no parameter: old directories store the rotary frequencies."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+# ---------------------------------------------------------------- config.json
+
+
+def config_fields(config: ModelConfig, dtype: str, bos_id: int, eos_id: int) -> dict[str, Any]:
+    """The contents of config.json for a model whose tensors are stored as `dtype`."""
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.embed_dim,
+        "intermediate_size": config.mlp_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_heads,
+        "head_dim": config.embed_dim // config.num_heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.sequence_length,
+        "rms_norm_eps": config.norm_epsilon,
+        # transformers 5 reads rope_parameters, everything older rope_theta.
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+
+
+def model_fields(contents: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The fields of `ModelConfig` that a LLaMA's config.json decides; `name` is for messages.
+
+    What is left out has the default of transformers.
+
+    Raises:
+      InputError: another architecture, or a part of LLaMA's that the model does not have.
+    """
+    _check_architecture(contents, name)
+    for field, plain in PLAIN_VALUES.items():
+        if contents.get(field, plain) != plain:
+            raise InputError(f"{name}: {field}: got {contents[field]!r}, takes {plain!r}")
+    embed_dim = _size(contents, "hidden_size", name)
+    num_heads = _size(contents, "num_attention_heads", name)
+    if embed_dim % num_heads:
+        raise InputError(
+            f"{name}: num_attention_heads: got {num_heads}, takes a divisor of hidden_size "
+            f"({embed_dim})"
+        )
+    for field, only in (("head_dim", embed_dim // num_heads), ("num_key_value_heads", num_heads)):
+        if _size(contents, field, name, only) != only:
+            raise InputError(f"{name}: {field}: got {contents[field]}, takes {only}")
+    if contents.get("tie_word_embeddings", False):
+        raise InputError(f"{name}: tie_word_embeddings: got true, takes false")
+    return {
+        "vocab_size": _size(contents, "vocab_size", name),
+        "num_layers": _size(contents, "num_hidden_layers", name),
+        "embed_dim": embed_dim,
+        "num_heads": num_heads,
+        "mlp_dim": _size(contents, "intermediate_size", name),
+        "sequence_length": _size(contents, "max_position_embeddings", name, 2048),
+        "norm_epsilon": _number(contents, "rms_norm_eps", name, 1e-6),
+        **_rope_fields(contents, name),
+    }
+
+
+def _check_architecture(contents: Mapping[str, Any], name: str) -> None:
+    architectures = contents.get("architectures") or [ARCHITECTURE]
+    if contents.get("model_type") != "llama" or ARCHITECTURE not in architectures:
+        raise InputError(
+            f"{name}: model_type {contents.get('model_type')!r}, architectures {architectures}: "
+            f"unknown; takes 'llama', [{ARCHITECTURE!r}]"
+        )
+
+
+def _rope_fields(contents: Mapping[str, Any], name: str) -> dict[str, Any]:
+    # As transformers 5: rope_scaling, the older name, wins; either may hold the base or leave it.
+    field = "rope_scaling" if contents.get("rope_scaling") else "rope_parameters"
+    rope = contents.get(field) or {}
+    if not isinstance(rope, Mapping):
+        raise InputError(f"{name}: {field}: got {rope!r}, takes an object")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise InputError(f"{name}: {field}: got rope_type {kind!r}, takes 'default'")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise InputError(
+            f"{name}: {field}.partial_rotary_factor: got {rope['partial_rotary_factor']}, takes 1.0"
+        )
+    theta = _number(contents, "rope_theta", name, 10_000.0)
+    return {"rope_theta": _number(rope, "rope_theta", name, theta)}
+
+
+def _size(contents: Mapping[str, Any], field: str, name: str, default: int | None = None) -> int:
+    value = contents.get(field)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{name}: {field}: got {value!r}, takes a positive integer")
+    return value
+
+
+def _number(contents: Mapping[str, Any], field: str, name: str, default: float) -> float:
+    value = contents.get(field)
+    value = default if value is None else value
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise InputError(f"{name}: {field}: got {value!r}, takes a positive number")
+    return float(value)
