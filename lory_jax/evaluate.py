@@ -1,61 +1,154 @@
-"""Perplexity and bits per byte of a trained model on held-out documents, domain by domain.
+"""Perplexity, bits per byte and downstream tasks of a trained model.
 
     python -m lory_jax.evaluate --workdir=W --out=F.json [--routing=segment|prompt]
+    python -m lory_jax.evaluate --workdir=W --tasks=lory_paper [--limit=N] [--tasks_data=DIR]
+    python -m lory_jax.evaluate --workdir=W --perplexity_sets=DIR
+    python -m lory_jax.evaluate --list_tasks
+    python -m lory_jax.evaluate --tasks=lory_paper --fetch_tasks=DIR
 
-The headline counts positions >= T, where no prediction has seen its future. Perplexity over all
-positions is always routed as in training, like the paper's.
+Perplexity is of held-out documents, domain by domain. The headline counts positions >= T, where no
+prediction has seen its future. Perplexity over all positions is always routed as in training, like
+the paper's. docs/evaluation.md has the details.
 """
 
+import argparse
 import json
 import math
+import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from lory_jax import cli
+from lory_jax.api import Model
 from lory_jax.data.manifest import TOKENIZER_NAME
 from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.errors import InputError
 from lory_jax.evaluation.perplexity import summarize, token_losses
+from lory_jax.evaluation.perplexity_sets import SAMPLES, read_sets, standard_error
 from lory_jax.evaluation.sets import batches_of, held_out_sets
-from lory_jax.model.transformer import Params
 from lory_jax.parallel import make_mesh, start_process
 from lory_jax.progress import duration, progress
 from lory_jax.training.step import make_loss_step
 from lory_jax.training.workdir import data_directory, load_params, read_config, write_atomically
 
 MEASURES = ("perplexity", "perplexity_all_positions", "bits_per_byte")
+NO_SPLIT = "none"
+
+
+class Run(NamedTuple):
+    """A model to be measured, over all devices of the mesh, in batches of a size."""
+
+    workdir: Path
+    model: Model
+    mesh: jax.sharding.Mesh
+    batch_size: int
 
 
 def main(argv: list[str]) -> None:
     parser = cli.Parser("evaluate", __doc__)
-    parser.add_argument("--workdir", required=True, type=Path, help="a run of the verb train")
-    parser.add_argument("--out", required=True, type=Path, metavar="F.json", help="file to write")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--workdir", type=Path, help="a run of the verb train")
+    add("--out", type=Path, metavar="F.json", help="file to write (default: W/evaluation.json)")
+    add(
         "--routing",
         choices=("segment", "prompt"),
-        help="how positions >= T are routed, with the first T tokens as the prompt (default: as "
-        "the model was trained: segment, or prompt after prefix routing)",
+        help="positions >= T, with the first T tokens as the prompt (default: as the model was "
+        "trained: segment, or prompt after prefix routing), and tasks (default: prompt)",
     )
-    parser.add_argument("--data", type=Path, metavar="DIR", help="where the prepared data are now")
-    parser.add_argument(
-        "--split", choices=("test", "validation"), default="test", help="default: test"
+    add("--data", type=Path, metavar="DIR", help="where the prepared data are now")
+    add(
+        "--split",
+        choices=("test", "validation", NO_SPLIT),
+        default="test",
+        help="held-out documents; none leaves them out (default: test)",
     )
-    parser.add_argument(
-        "--batch_size", type=int, help="instances at a time (default: as in training)"
+    add("--batch_size", type=int, help="rows at a time (default: as in training; tasks: 16)")
+    add("--perplexity_sets", type=Path, metavar="DIR", help="DIR/NAME.jsonl, or text in DIR/NAME/")
+    add(
+        "--perplexity_samples",
+        type=int,
+        default=SAMPLES,
+        metavar="N",
+        help=f"at most N samples of L tokens from each of these sets (default: {SAMPLES:,})",
     )
+    add("--tasks", metavar="A,B", help="lory_paper, tasks of it, or others of lm-eval, by comma")
+    add("--limit", type=int, metavar="N", help="the first N documents of each task")
+    add("--tasks_data", type=Path, metavar="DIR", help="documents of tasks (default: from the hub)")
+    add("--fetch_tasks", type=Path, metavar="DIR", help="write the documents of --tasks, and end")
+    add("--list_tasks", action="store_true", help="print the tasks of the paper, and end")
     args = parser.parse(argv)
-    if args.batch_size is not None and args.batch_size < 1:
-        parser.error(f"--batch_size: got {args.batch_size}, takes an integer of at least 1")
+    _check(parser, args)
+
+    # ---- What needs no model -----------------------------------------------------------------
+    if args.list_tasks:
+        print(_tasks_module().list_tasks())
+        return
+    if args.fetch_tasks:
+        _tasks_module().fetch_tasks(args.fetch_tasks, args.tasks or "lory_paper")
+        return
+
+    # ---- What goes in: all of it is read before anything long starts --------------------------
     start_process()
-    result = evaluate(args.workdir, args.routing, args.data, args.split, args.batch_size)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(args.out, json.dumps(result, indent=1) + "\n")
-    print(table(result))
-    print(f"wrote {args.out}")
+    start = time.perf_counter()
+    run = open_run(args.workdir, args.batch_size)
+    held_out = {}
+    if args.split != NO_SPLIT:
+        held_out = held_out_sets(data_directory(args.workdir, args.data), args.split)
+    own_sets = {}
+    if args.perplexity_sets:
+        own_sets = read_sets(
+            args.perplexity_sets,
+            run.model.tokenizer,
+            run.model.config.sequence_length,
+            args.perplexity_samples,
+        )
+
+    # ---- Tasks -------------------------------------------------------------------------------
+    out = args.out or args.workdir / "evaluation.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    harness_out = out.with_name(f"{out.stem}_harness.json")
+    tasks: dict[str, Any] = {}
+    if args.tasks:
+        found = _tasks_module().run_tasks(
+            run.model,
+            args.tasks,
+            routing=args.routing or "prompt",
+            batch_size=args.batch_size,
+            limit=args.limit,
+            tasks_data=args.tasks_data,
+        )
+        write_atomically(harness_out, json.dumps(found, indent=1) + "\n")
+        tasks = _tasks_module().summary(found)
+
+    # ---- Perplexity --------------------------------------------------------------------------
+    result = measure(run, held_out, args.routing) | {"split": args.split, "tasks": tasks}
+    if own_sets:
+        result["perplexity_sets"] = measure(run, own_sets, args.routing)
+
+    # ---- What comes out ----------------------------------------------------------------------
+    result["seconds"] = time.perf_counter() - start
+    write_atomically(out, json.dumps(result, indent=1) + "\n")
+    print(report(result))
+    if tasks:
+        print(f"{_tasks_module().table(tasks)}\nwrote {harness_out}")
+    print(f"wrote {out}")
+
+
+def open_run(workdir: Path, batch_size: int | None = None) -> Run:
+    """The newest intact checkpoint of a run; `batch_size` is as in training unless given."""
+    mesh = make_mesh(data=1, fsdp=0, tensor=1)
+    config, params, step = load_params(workdir, mesh)
+    batch_size = batch_size or read_config(workdir)["train"]["global_batch_size"]
+    if batch_size % jax.device_count():
+        raise InputError(
+            f"--batch_size: got {batch_size}, takes a multiple of the {jax.device_count()} devices"
+        )
+    tokenizer = Tokenizer.load(workdir / TOKENIZER_NAME)
+    return Run(workdir, Model(config, params, tokenizer, step), mesh, batch_size)
 
 
 def evaluate(
@@ -65,7 +158,7 @@ def evaluate(
     split: str = "test",
     batch_size: int | None = None,
 ) -> dict[str, Any]:
-    """Evaluates the newest intact checkpoint of a run.
+    """Measures the newest intact checkpoint of a run on its held-out documents.
 
     Args:
       workdir: of the run.
@@ -75,58 +168,58 @@ def evaluate(
       batch_size: instances at a time over all devices.
 
     Returns:
-      every one of `MEASURES` by domain, their geometric means, and what was evaluated how.
+      what `measure` does, the split, and no tasks.
+    """
+    run = open_run(workdir, batch_size)
+    sets = held_out_sets(data_directory(workdir, data), split)
+    return measure(run, sets, routing) | {"split": split, "tasks": {}}
+
+
+def measure(run: Run, sets: dict[str, np.ndarray], routing: str | None = None) -> dict[str, Any]:
+    """Every one of `MEASURES` by domain, their geometric means, and what was measured how.
+
+    Args:
+      run: the model.
+      sets: instances of every domain, int32 `[N, L + 1]`.
+      routing: "segment" or "prompt"; None routes positions >= T as in training.
+
+    Raises:
+      InputError: no position is >= T.
     """
     start = time.perf_counter()
-    mesh = make_mesh(data=1, fsdp=0, tensor=1)
-    config, params, step = load_params(workdir, mesh)
-    batch_size = batch_size or read_config(workdir)["train"]["global_batch_size"]
-    if batch_size % jax.device_count():
+    config, T = run.model.config, run.model.config.segment_length
+    if sets and config.sequence_length <= T:
         raise InputError(
-            f"--batch_size: got {batch_size}, takes a multiple of the {jax.device_count()} devices"
+            f"{run.workdir}: instances of {config.sequence_length} tokens are one routing segment, "
+            "so there are no positions >= T to score"
         )
-    if config.sequence_length <= config.segment_length:
-        raise InputError(
-            f"{workdir}: instances of {config.sequence_length} tokens are one routing segment, so "
-            "there are no positions >= T to score"
-        )
-    token_bytes_V = Tokenizer.load(workdir / TOKENIZER_NAME).token_bytes
-    sets = held_out_sets(data_directory(workdir, data), split)
     as_trained = "prompt" if config.routing == "prefix" else "segment"
     routing = routing or as_trained
-
-    def losses(label: str, kind: str | None) -> dict[str, np.ndarray]:
-        loss_step = make_loss_step(config, mesh, kind, prompt_length=config.segment_length)
-        with jax.set_mesh(mesh):
-            return _losses(loss_step, params, sets, batch_size, mesh, label)
-
-    training = losses("evaluating", None)
+    training = _losses(run, sets, "evaluating", None)
     # With the first segment as the prompt, routing as in training is training's own on
     # positions >= T: one pass serves both.
     same = routing == as_trained or not config.num_experts
-    scored = training if same else losses(f"evaluating, routed by {routing}", routing)
+    scored = training if same else _losses(run, sets, f"evaluating, routed by {routing}", routing)
 
-    by_domain = {}
+    token_bytes_V = run.model.tokenizer.token_bytes
+    by_domain: dict[str, dict[str, Any]] = {}
     for domain, rows in sets.items():
-        T = config.segment_length
-        summary = summarize(scored[domain], rows, token_bytes_V, T)
         everywhere = summarize(training[domain], rows, token_bytes_V, T)
-        by_domain[domain] = summary | {
-            "perplexity_all_positions": everywhere["perplexity_all_positions"]
+        by_domain[domain] = summarize(scored[domain], rows, token_bytes_V, T) | {
+            "perplexity_all_positions": everywhere["perplexity_all_positions"],
+            "standard_error": standard_error(scored[domain], T),
         }
     result: dict[str, Any] = {
-        measure: {domain: values[measure] for domain, values in by_domain.items()}
-        for measure in MEASURES
+        name: {domain: values[name] for domain, values in by_domain.items()}
+        for name in (*MEASURES, "standard_error")
     }
-    result["tasks"] = {}
     result["geometric_mean"] = {
-        measure: geometric_mean(list(result[measure].values())) for measure in MEASURES
+        name: geometric_mean(list(result[name].values())) for name in MEASURES if sets
     }
     return result | {
         "routing": routing if config.num_experts else None,
-        "split": split,
         "instances": {domain: len(rows) for domain, rows in sets.items()},
-        "step": step,
+        "step": run.model.step,
         "seconds": time.perf_counter() - start,
     }
 
@@ -137,36 +230,78 @@ def geometric_mean(values: list[float]) -> float:
 
 
 def _losses(
-    loss_step: Any,
-    params: Params,
-    sets: dict[str, np.ndarray],
-    batch_size: int,
-    mesh: jax.sharding.Mesh,
-    label: str,
+    run: Run, sets: dict[str, np.ndarray], label: str, routing: str | None
 ) -> dict[str, np.ndarray]:
     """Losses in nats of every domain, `[N, L]`, batch by batch under a progress line."""
-    batches = batches_of(sets, batch_size)
+    if not sets:
+        return {}
+    config = run.model.config
+    loss_step = make_loss_step(config, run.mesh, routing, prompt_length=config.segment_length)
+    batches = batches_of(sets, run.batch_size)
     losses: dict[str, list[np.ndarray]] = {domain: [] for domain in sets}
-    for domain, rows in progress(batches, len(batches), label, "batches"):
-        losses[domain].append(token_losses(loss_step, params, rows, batch_size, mesh))
+    with jax.set_mesh(run.mesh):
+        for domain, rows in progress(batches, len(batches), label, "batches"):
+            losses[domain].append(
+                token_losses(
+                    loss_step, run.model.params, rows, run.batch_size, run.mesh, config.batch_axis
+                )
+            )
     return {domain: np.concatenate(parts) for domain, parts in losses.items()}
 
 
-def table(result: dict[str, Any]) -> str:
-    """The result as an aligned table, one line per domain and one for the geometric mean."""
+def report(result: dict[str, Any]) -> str:
+    """All that was measured, as aligned tables."""
     routed = f", routed by {result['routing']}" if result["routing"] else ""
-    lines = [f"{result['split']} set, step {result['step']}{routed}"]
+    lines = [f"step {result['step']}{routed}"]
+    if result["perplexity"]:
+        lines.append(table(f"{result['split']} set", result))
+    if "perplexity_sets" in result:
+        lines.append(table("own sets", result["perplexity_sets"]))
+    return "\n".join([*lines, f"in {duration(result['seconds'])}"])
+
+
+def table(title: str, result: dict[str, Any]) -> str:
+    """One line per domain and one for the geometric mean, under a line of headings."""
     names = ["geometric mean", *result["perplexity"]]
-    width = max(len(name) for name in names)
-    lines.append(f"{'':{width}}  perplexity  all positions  bits per byte")
+    width = max(len(name) for name in [*names, title])
+    lines = [f"{title:{width}}  perplexity  (s.e.)   all positions  bits per byte"]
     rows = {name: {m: result[m][name] for m in MEASURES} for name in result["perplexity"]}
     for name, row in (rows | {"geometric mean": result["geometric_mean"]}).items():
+        error = result["standard_error"].get(name)
         lines.append(
-            f"{name:{width}}  {row['perplexity']:10.3f}  {row['perplexity_all_positions']:13.3f}"
+            f"{name:{width}}  {row['perplexity']:10.3f}  "
+            f"{'' if error is None else f'{error:.3f}':7}  {row['perplexity_all_positions']:13.3f}"
             f"  {row['bits_per_byte']:13.4f}"
         )
-    lines.append(f"in {duration(result['seconds'])}")
     return "\n".join(lines)
+
+
+def _check(parser: cli.Parser, args: argparse.Namespace) -> None:
+    if args.workdir is None and not (args.list_tasks or args.fetch_tasks):
+        parser.error("the following arguments are required: --workdir")
+    for name in ("batch_size", "limit", "perplexity_samples"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name}: got {value}, takes an integer of at least 1")
+    if (args.limit or args.tasks_data) and not args.tasks:
+        parser.error("--limit and --tasks_data: take --tasks beside them")
+    if args.split == NO_SPLIT and not (args.tasks or args.perplexity_sets):
+        parser.error(f"--split={NO_SPLIT}: takes --tasks or --perplexity_sets beside it")
+
+
+def _tasks_module() -> Any:
+    """`evaluation.run_tasks`, which needs lm-evaluation-harness."""
+    # The harness forks to draw its bootstraps, and JAX's threads do not survive a fork; its bars
+    # print a line per task.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    try:
+        from lory_jax.evaluation import run_tasks
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"--tasks: needs {error.name}; pip install -r requirements-eval.txt"
+        ) from None
+    return run_tasks
 
 
 if __name__ == "__main__":

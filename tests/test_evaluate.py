@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from task_data import write_task_data
 from tiny import (
     SEQUENCE_LENGTH,
     assert_one_line_error,
@@ -102,6 +103,128 @@ def test_evaluation_routed_by_the_prompt(evaluated):
         assert result["perplexity_all_positions"][domain] == pytest.approx(
             everywhere["perplexity_all_positions"], rel=1e-5
         )
+
+
+def write_perplexity_sets(directory):
+    """`long` fills more samples than are wanted, `short` fewer."""
+    (directory / "long" / "part").mkdir(parents=True)
+    for i in range(30):
+        text = f"in {i} steps and words, " * (1 + i % 3)
+        (directory / "long" / "part" / f"{i:02}.txt").write_text(text)
+    lines = [json.dumps({"text": f"counting by {i} in numbers"}) for i in range(12)]
+    (directory / "short.jsonl").write_text("\n".join(lines) + "\n")
+    return directory
+
+
+@pytest.mark.parametrize("routing", ["segment", "prompt"])
+def test_perplexity_of_own_sets(evaluated, tmp_path, capsys, routing):
+    sets, workdir = write_perplexity_sets(tmp_path / "sets"), evaluated / "lory"
+    evaluate.main(
+        [
+            f"--workdir={workdir}",
+            f"--out={tmp_path / 'e.json'}",
+            f"--routing={routing}",
+            f"--perplexity_sets={sets}",
+            "--perplexity_samples=7",
+            "--split=none",
+        ]
+    )
+    assert "own sets" in capsys.readouterr().out
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert result["perplexity"] == result["tasks"] == {}
+    tokenizer = lory_jax.load(workdir).tokenizer
+    texts = {
+        "long": [p.read_text() for p in sorted((sets / "long" / "part").iterdir())],
+        "short": [json.loads(x)["text"] for x in (sets / "short.jsonl").read_text().splitlines()],
+    }
+    found = result["perplexity_sets"]
+    for name, documents in texts.items():
+        stream = []
+        for text in documents:
+            stream += [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+        starts = range(0, len(stream) - SEQUENCE_LENGTH, SEQUENCE_LENGTH)
+        rows = np.array([stream[start : start + SEQUENCE_LENGTH + 1] for start in starts])
+        if len(rows) > 7:
+            rows = rows[[i * len(rows) // 7 for i in range(7)]]
+        assert found["instances"][name] == len(rows)
+        expected = expected_measures(workdir, rows, routing, T)
+        assert found["perplexity"][name] == pytest.approx(expected["perplexity"], rel=1e-5)
+        alone = [expected_measures(workdir, rows[[i]], routing, T) for i in range(len(rows))]
+        means = np.log([measures["perplexity"] for measures in alone])
+        error = expected["perplexity"] * means.std(ddof=1) / len(rows) ** 0.5
+        assert found["standard_error"][name] == pytest.approx(error, rel=1e-4)
+    assert found["instances"]["long"] == 7
+
+
+def test_tasks_beside_perplexity(evaluated, tmp_path):
+    task_data = write_task_data(tmp_path / "tasks")
+    arguments = ["--tasks=sst2,nq_open", f"--tasks_data={task_data}", "--limit=2"]
+    workdir = evaluated / "lory"
+    printed = verb("evaluate", f"--workdir={workdir}", f"--out={tmp_path / 'e.json'}", *arguments)
+    assert printed.returncode == 0, printed.stderr
+    assert "exact_match" in printed.stdout and "geometric mean" in printed.stdout
+    result = json.loads((tmp_path / "e.json").read_text())
+    before = json.loads((workdir / "evaluation.json").read_text())
+    assert result["perplexity"] == before["perplexity"]
+    assert set(result["tasks"]) == {"sst2", "nq_open"}
+    assert result["tasks"]["sst2"]["shots"] == 16 and result["tasks"]["sst2"]["documents"] == 2
+    harness = json.loads((tmp_path / "e_harness.json").read_text())
+    assert harness["results"]["sst2"]["acc,none"] == result["tasks"]["sst2"]["acc,none"]
+
+    # The harness's own command line comes to the same.
+    command = [sys.executable, "-m", "lory_jax.evaluation.command", "--model", "lory"]
+    command += ["--model_args", f"workdir={workdir},tasks_data={task_data}", "--limit", "2"]
+    command += ["--tasks", "lory_paper", "--output_path", str(tmp_path / "theirs")]
+    environment = {**verb_environment(), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    (path,) = (tmp_path / "theirs").rglob("results_*.json")
+    theirs = json.loads(path.read_text())
+    assert len(theirs["results"]) == 17 + 1  # the group has a line of its own
+    for name in ("sst2", "nq_open"):
+        for key, value in result["tasks"][name].items():
+            if "," in key:
+                assert theirs["results"][name][key] == value
+
+
+def test_the_command_line_of_the_harness_names_what_is_wrong(tmp_path):
+    command = [sys.executable, "-m", "lory_jax.evaluation.command", "--model", "lory"]
+    command += ["--model_args", f"workdir={tmp_path}", "--tasks", str(tmp_path / "task.yaml")]
+    (tmp_path / "task.yaml").write_text("task: mine\ndataset_path: json\n")
+    result = subprocess.run(command, capture_output=True, text=True, env=verb_environment())
+    assert_one_line_error(result, 1, "config.json: no such file")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--tasks=piqa", "--limit=0"], "--limit: got 0, takes an integer of at least 1"),
+        (["--limit=3"], "take --tasks beside them"),
+        (["--perplexity_samples=0"], "--perplexity_samples: got 0"),
+        (["--split=none"], "--split=none: takes --tasks or --perplexity_sets"),
+        (["--routing=training"], "--routing: invalid choice"),
+    ],
+)
+def test_bad_flags_are_refused(tmp_path, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluate.main([f"--workdir={tmp_path}", *arguments])
+
+
+def test_bad_sets_are_named(evaluated, tmp_path):
+    flags = [f"--workdir={evaluated / 'dense'}", "--split=none", f"--out={tmp_path / 'e.json'}"]
+    for directory, message in (
+        (tmp_path / "none", "--perplexity_sets: got .*none, takes an existing directory"),
+        (tmp_path / "empty", "empty: holds no text"),
+        (tmp_path / "tiny", "set tiny has 3 tokens, takes at least 25"),
+    ):
+        if directory.name != "none":
+            directory.mkdir()
+        if directory.name == "tiny":
+            (directory / "tiny.jsonl").write_text('{"text": "a"}\n')
+        with pytest.raises(InputError, match=message):
+            evaluate.main([*flags, f"--perplexity_sets={directory}"])
+    with pytest.raises(ConfigError, match="required: --workdir"):
+        evaluate.main(["--tasks=piqa"])
 
 
 def test_analysis_is_what_the_routing_weights_say(evaluated):

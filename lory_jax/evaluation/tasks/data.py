@@ -1,0 +1,135 @@
+"""The documents of the tasks: from the Hugging Face hub, or from a local directory.
+
+    DIR/<task>/<split>.parquet   or   DIR/<task>/<split>.jsonl
+
+`lory_paper.yaml` says which splits a task reads; columns are those of its data set on the hub.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+from datasets import Dataset, load_dataset
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from lory_jax.errors import InputError
+
+GROUP = "lory_paper"
+# Where the harness keeps the tasks of the group that it ships, below lm_eval/tasks.
+SHIPPED = (
+    "arc",
+    "glue/mrpc",
+    "glue/sst2",
+    "hellaswag",
+    "nq_open",
+    "piqa",
+    "race",
+    "siqa",
+    "super_glue/boolq",
+    "triviaqa",
+    "winogrande",
+)
+FETCH = "python -m lory_jax.evaluate --tasks={task} --fetch_tasks={directory}"
+
+
+def group(resolve: bool = True) -> dict[str, Any]:
+    """The group file; `resolve` imports the functions that it names."""
+    return load_yaml(Path(__file__).parent / f"{GROUP}.yaml", resolve_func=resolve)
+
+
+def members() -> dict[str, dict[str, Any]]:
+    """What the group says of each of its tasks, by name."""
+    return {item["task"]: item for item in group(resolve=False)["task"]}
+
+
+def load(
+    task: str,
+    path: str,
+    splits: Iterable[str],
+    name: str | None = None,
+    tasks_data: str | Path | None = None,
+    **metadata: Any,
+) -> dict[str, Dataset]:
+    """The splits of a task, by name; the harness calls this with its metadata.
+
+    Args:
+      task, path, splits, name: of the group file: the task, its data set on the hub, what it reads
+        of it, and the configuration of the data set.
+      tasks_data: a local directory; None is the hub (or its cache on this machine).
+      metadata: whatever else the harness knows of the run.
+
+    Raises:
+      InputError: a file is missing or damaged, or the hub cannot be reached.
+    """
+    if tasks_data is not None:
+        return {split: read_split(Path(tasks_data), task, split) for split in splits}
+    return _download(task, path, name, splits)
+
+
+def read_split(directory: Path, task: str, split: str) -> Dataset:
+    """One split of a task from the local directory."""
+    path = directory / task / split
+    if path.with_suffix(".parquet").is_file():
+        path = path.with_suffix(".parquet")
+        try:
+            dataset = Dataset(pyarrow.parquet.read_table(path))
+        except pyarrow.lib.ArrowInvalid as error:
+            raise InputError(f"{path}: not a Parquet file ({error})") from None
+    elif path.with_suffix(".jsonl").is_file():
+        path = path.with_suffix(".jsonl")
+        dataset = Dataset.from_list(_json_lines(path))
+    else:
+        command = FETCH.format(task=task, directory=directory)
+        raise InputError(
+            f"{path}.parquet: missing (nor is there a .jsonl); where there is a network, {command} "
+            "fetches it"
+        )
+    if not len(dataset):
+        raise InputError(f"{path}: no document, takes at least one")
+    return dataset
+
+
+def fetch(directory: Path, tasks: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes the splits of these `members` into a local directory, from the hub.
+
+    Raises:
+      InputError: the hub cannot be reached.
+    """
+    for task, item in tasks.items():
+        arguments = item["dataset_kwargs"]
+        for split, dataset in load(**arguments).items():
+            path = directory / task / f"{split}.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f"{path.name}.tmp")
+            dataset.to_parquet(str(temporary))
+            temporary.replace(path)
+            print(f"{path}: {len(dataset):,} documents")
+
+
+def _download(task: str, path: str, name: str | None, splits: Iterable[str]) -> dict[str, Dataset]:
+    splits = list(splits)
+    try:
+        return dict(zip(splits, load_dataset(path, name, split=splits), strict=True))
+    except (OSError, ValueError) as error:  # ValueError: no such configuration or split
+        raise InputError(
+            f"{task}: cannot load the data set {path} from the Hugging Face hub "
+            f"({str(error).splitlines()[0]}); a directory written by "
+            f"{FETCH.format(task=task, directory='DIR')} is read with --tasks_data=DIR"
+        ) from None
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(path.read_text("utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise InputError(f"{path}:{number}: got {line[:40]!r}, takes a JSON object")
+        rows.append(row)
+    return rows
