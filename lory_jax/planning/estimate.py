@@ -1,0 +1,94 @@
+"""From a compiled training step to the numbers of a plan: memory, communication, bounds of time."""
+
+import math
+from typing import Any
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from lory_jax.flops import flops_per_token, peak_flops
+from lory_jax.model.transformer import ModelConfig
+from lory_jax.planning.collectives import bytes_by_kind_and_axis, find_collectives
+from lory_jax.planning.cycles import count_cycles
+from lory_jax.planning.hlo import executions, parse
+from lory_jax.planning.program import compile_step
+from lory_jax.planning.topology import Device
+
+# Rows of a matrix's D that a device should keep: a bfloat16 tile of a TPU is 16 x 128. With fewer,
+# the compiler pads the gathers, or turns them and the scatters into sums of whole matrices.
+MIN_ROWS = 16
+
+
+def default_mesh(model: ModelConfig, sequences: int, devices: int) -> tuple[int, int, int]:
+    """The mesh (data, fsdp, tensor) for a number of devices when nobody chose one.
+
+    `tensor` is 1 as long as every device gets a sequence; with more devices than sequences (and
+    `attention_sharding=heads`) it takes what is too many. `fsdp` takes all others, but leaves each
+    device `MIN_ROWS` rows of a matrix's D; `data` takes what remains.
+
+    Args:
+      model: the model.
+      sequences: in a microbatch.
+      devices: how many there are.
+    """
+    tensor = 1
+    if model.attention_sharding == "heads" and devices > sequences:
+        tensor = devices // math.gcd(devices, sequences)
+    rest = devices // tensor
+    fits = [n for n in range(1, rest + 1) if rest % n == 0 and model.embed_dim // n >= MIN_ROWS]
+    fsdp = max((n for n in fits if model.embed_dim % n == 0), default=1)
+    return rest // fsdp, fsdp, tensor
+
+
+def plan_step(config: ConfigDict, mesh: Mesh, device: Device) -> dict[str, Any]:
+    """Compiles a recipe's training step for a mesh and reads it off; the fields are the plan's.
+
+    Raises:
+      ConfigError: the recipe does not fit the mesh.
+    """
+    program = compile_step(config, mesh)
+    total = program.arguments + program.temporaries
+    result: dict[str, Any] = {
+        "bytes_per_device": {
+            "arguments": program.arguments,
+            "temporaries": program.temporaries,
+            "total": total,
+            "limit": device.memory_limit,
+            "fits": bool(program.text) and total <= device.memory_limit,
+        },
+        "collective_bytes": None,
+        "compile_seconds": round(program.seconds, 1),
+        "estimate": None,
+    }
+    if program.text:
+        result |= read_program(program.text, config, mesh, device)
+    return result
+
+
+def read_program(text: str, config: ConfigDict, mesh: Mesh, device: Device) -> dict[str, Any]:
+    """`collective_bytes`, and `estimate`: bounds of the step's time from the compiler's cycles."""
+    module = parse(text)
+    runs = executions(module)
+    collectives = find_collectives(module, runs, mesh.shape)
+    cycles = count_cycles(module, runs, device.flops_per_cycle)
+    computing = cycles.total / device.clock
+    moving = sum(c.received * c.times for c in collectives) / device.ici_bandwidth
+    seconds = max(computing, moving)
+    model = ModelConfig.for_platform(config.model, mesh.devices.flat[0].platform)
+    tokens = config.train.global_batch_size * model.sequence_length
+    peak = peak_flops(mesh.devices.flat[0].device_kind)
+    rate = tokens / seconds / mesh.devices.size
+    return {
+        "collective_bytes": bytes_by_kind_and_axis(collectives),
+        "estimate": {
+            "cycles": {**cycles.by_scope, "total": cycles.total},
+            "kernel_cycles": dict(cycles.kernels),
+            "uncounted_kernels": dict(cycles.uncounted),
+            "loops_counted_once": list(runs.unknown_loops),
+            "compute_seconds": computing,
+            "collective_seconds": moving,
+            "step_seconds_lower_bound": seconds,
+            "tokens_per_second_per_device_upper_bound": rate,
+            "mfu_upper_bound": rate * flops_per_token(model) / peak if peak else None,
+        },
+    }

@@ -1,0 +1,114 @@
+"""Compiles the real training step for devices that are not there."""
+
+import functools
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from lory_jax.errors import InputError
+from lory_jax.model.transformer import ModelConfig
+from lory_jax.parallel import check_batch, partition_spec
+from lory_jax.training.optimizer import learning_rate, make_optimizer
+from lory_jax.training.state import abstract_state
+from lory_jax.training.step import make_train_step
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled training step.
+
+    Attributes:
+      text: its optimised HLO; "" if it does not fit, for then there is none.
+      arguments: bytes per device of state and batch.
+      temporaries: bytes per device of everything else.
+      seconds: of tracing and compiling.
+    """
+
+    text: str
+    arguments: int
+    temporaries: int
+    seconds: float
+
+
+def compile_step(config: ConfigDict, mesh: Mesh) -> Program:
+    """The training step of a recipe, as `train` runs it, compiled for the devices of a mesh.
+
+    Raises:
+      ConfigError: the recipe does not fit the mesh.
+      InputError: the program needs more memory than the device has, and the compiler does not say
+        how much.
+    """
+    model = ModelConfig.for_platform(config.model, mesh.devices.flat[0].platform)
+    settings = config.train
+    check_batch(settings.global_batch_size, settings.microbatches, model.batch_axis, mesh)
+    optimizer = make_optimizer(
+        settings.beta1,
+        settings.beta2,
+        settings.epsilon,
+        settings.weight_decay,
+        settings.first_moment_dtype,
+    )
+    schedule = functools.partial(
+        learning_rate,
+        steps=settings.steps,
+        peak=settings.learning_rate,
+        warmup_fraction=settings.warmup_fraction,
+        final_fraction=settings.final_learning_rate_fraction,
+    )
+    step = make_train_step(
+        model, optimizer, schedule, settings.clip_norm, mesh, settings.microbatches
+    )
+    state = abstract_state(model, optimizer, mesh)
+    tokens_BxL1 = jax.ShapeDtypeStruct(
+        (settings.global_batch_size, model.sequence_length + 1),
+        jnp.int32,
+        sharding=NamedSharding(mesh, partition_spec((model.batch_axis, "length"))),
+    )
+    arguments = bytes_on_one_device([*jax.tree.leaves(state), tokens_BxL1])
+    start = time.monotonic()
+    with jax.set_mesh(mesh):
+        lowered = step.lower(state, tokens_BxL1)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            needed = memory_needed(str(error))
+            return Program("", arguments, max(0, needed - arguments), time.monotonic() - start)
+    memory = compiled.memory_analysis()
+    return Program(
+        compiled.as_text(),
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        time.monotonic() - start,
+    )
+
+
+def bytes_on_one_device(leaves: Sequence[jax.ShapeDtypeStruct]) -> int:
+    """Bytes of one device's part of sharded arrays, padding left aside."""
+    total = 0
+    for leaf in leaves:
+        count = 1
+        for size in leaf.sharding.shard_shape(leaf.shape):  # type: ignore[union-attr]
+            count *= size
+        total += count * leaf.dtype.itemsize
+    return total
+
+
+def memory_needed(message: str) -> int:
+    """The bytes that a program would need, from the compiler's message that they are too many.
+
+    Raises:
+      InputError: the message is another one.
+    """
+    patterns = (r"Used ([\d.]+)([KMGT]?)i?B? of", r"\(([\d.]+)([KMGT])\) exceeds available HBM")
+    for pattern in patterns:
+        if found := re.search(pattern, message):
+            return int(float(found[1]) * _UNITS[found[2]])
+    raise InputError(f"the compiler refused the program: {message.splitlines()[0][:300]}")

@@ -1,0 +1,108 @@
+"""TPU topologies by the names that Google Cloud gives them, and what a device of each can do.
+
+`v5e-256` and `v6e-64` count chips; `v5p-128` and `tpu7x-128` count TensorCores, two to a chip.
+"""
+
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+
+from lory_jax.errors import ConfigError, InputError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device as JAX sees it.
+
+    Attributes:
+      generation: name of the generation for libtpu.
+      units_per_chip: what the cloud's name counts per chip (chips or TensorCores).
+      memory_limit: bytes of HBM that a program may use, as libtpu 0.0.52 names it when a program
+        needs more ("exceeds available HBM (15.75G)").
+      clock: cycles per second.
+      flops_per_cycle: of bf16 matrix products, peak. Together with the clock the vendor's peak
+        (docs.cloud.google.com/tpu, one page per generation); the compiler's estimates of large
+        products come within 2 to 15 % of it: 126,900, 256,300, 455,700 and 444,800 FLOP a cycle.
+      ici_bandwidth: bytes per second that all its links to other chips take in together: half of
+        the vendor's bidirectional bandwidth per chip.
+    """
+
+    generation: str
+    units_per_chip: int
+    memory_limit: int
+    clock: float
+    flops_per_cycle: int
+    ici_bandwidth: float
+
+
+DEVICES = {
+    "v5e": Device("v5e", 1, int(15.75 * GIB), 1.5e9, 131_072, 200e9),
+    "v5p": Device("v5p", 2, int(95.73 * GIB), 1.75e9, 262_144, 600e9),
+    "v6e": Device("v6e", 1, int(31.24 * GIB), 1.75e9, 524_288, 400e9),
+    # JAX sees each of a TPU7x chip's two TensorCores as a device.
+    "tpu7x": Device("tpu7x", 2, int(94.74 * GIB), 2.2e9, 524_288, 300e9),
+}
+
+# Shapes in chips that the cloud offers, by their number of chips.
+PLANES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"}
+CUBES |= {512: "8x8x8", 1024: "8x8x16", 2048: "8x16x16", 4096: "16x16x16"}
+SHAPES = {"v5e": PLANES, "v6e": PLANES, "v5p": CUBES, "tpu7x": CUBES}
+
+PIP = "pip install libtpu==0.0.52"
+
+
+@dataclass(frozen=True)
+class Topology:
+    """A slice: `name` as the cloud has it, `libtpu_name` such as v5p:4x4x4."""
+
+    name: str
+    libtpu_name: str
+    device: Device
+
+    def devices(self) -> Sequence[jax.Device]:
+        """Descriptions of its devices, to compile for.
+
+        Raises:
+          InputError: libtpu is not installed.
+        """
+        if importlib.util.find_spec("libtpu") is None:
+            raise InputError(
+                "libtpu: not found, and compiling for TPUs takes it (no TPU, though); "
+                f"{PIP}, or --no_compile"
+            )
+        # Nothing here asks the machine for a TPU: no lock, no look-up of what this host is.
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        from jax.experimental import topologies
+
+        return topologies.get_topology_desc(self.libtpu_name, platform="tpu").devices
+
+
+def parse_topology(name: str) -> Topology:
+    """The topology of a cloud name, without libtpu.
+
+    Raises:
+      ConfigError: there is no such topology.
+    """
+    found = re.fullmatch(r"(v5e|v5litepod|v5p|v6e|tpu7x)-(\d+)", name)
+    if not found:
+        raise ConfigError(
+            f"--topology: got {name!r}, takes the cloud's name of a slice: v5e-CHIPS, v6e-CHIPS, "
+            "v5p-CORES or tpu7x-CORES, such as v5e-256 or v5p-128"
+        )
+    generation = found[1].replace("v5litepod", "v5e")
+    device, shapes = DEVICES[generation], SHAPES[generation]
+    chips, remainder = divmod(int(found[2]), device.units_per_chip)
+    if remainder or chips not in shapes:
+        sizes = ", ".join(str(count * device.units_per_chip) for count in shapes)
+        raise ConfigError(f"--topology: got {name!r}, takes {found[1]}- and one of {sizes}")
+    return Topology(name, f"{generation}:{shapes[chips]}", device)
