@@ -1,0 +1,152 @@
+#!/usr/bin/env bash
+# Runs `python -m lory_jax.VERB ARGUMENTS` on NVIDIA GPUs, of one host or of many:
+#
+#   bash launch/gpu.sh [OPTIONS] VERB ARGUMENTS
+#
+# One host     bash launch/gpu.sh train --config=configs/lory_0_3b.py --data=D --workdir=W
+# Plain hosts  on each of N, with I from 0:
+#              bash launch/gpu.sh --hosts=N --host=I --coordinator=HOST0:PORT train ...
+# SLURM        one task a host: srun --ntasks-per-node=1 --gpus-per-node=8 bash launch/gpu.sh train ...
+#
+# Options
+#   --processes=N         processes on this host, which share its GPUs evenly (default 1: all GPUs)
+#   --hosts=N --host=I    number of hosts, and which one this is (default: SLURM's, else 1 and 0)
+#   --coordinator=H:P     address and free port of host 0 (default: SLURM's, else this machine)
+#   --restarts=N          if one process dies the others are stopped and all start again, at most N
+#                         times (default 3)
+#
+# $PYTHON and $VENV choose interpreter and environment; $XLA_FLAGS is added to what is set here.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/setup.sh
+
+PORT=12321         # of the coordinator, unless --coordinator says otherwise
+GRACE_SECONDS=30   # to save and stop, before a process is killed
+USAGE_STATUS=2     # a wrong flag or field: starting again would not help
+
+# Reasons. What XLA does by itself is not repeated here.
+FLAGS=(
+  # Schedules collectives early and waits for them late, so that they run beside the computation;
+  # off by default. FSDP gathers parameters and scatters gradients in every layer.
+  --xla_gpu_enable_latency_hiding_scheduler=true
+  # Lets the gather of the next layer start in the scan's iteration before; off by default.
+  --xla_gpu_enable_pipelined_all_gather=true
+)
+
+# ---------------------------------------------------------------- what is asked for
+processes=1 hosts=${SLURM_NTASKS:-1} host=${SLURM_PROCID:-0} coordinator='' restarts=3
+while [ $# -gt 0 ]; do
+  case $1 in
+    -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' launch/gpu.sh && exit 0 ;;
+    --processes=?*) processes=${1#*=} ;;
+    --hosts=?*) hosts=${1#*=} ;;
+    --host=?*) host=${1#*=} ;;
+    --coordinator=?*) coordinator=${1#*=} ;;
+    --restarts=?*) restarts=${1#*=} ;;
+    -*) fail "$1: unknown or without a value; see --help" ;;
+    *) break ;;
+  esac
+  shift
+done
+[ $# -gt 0 ] || fail "takes a verb, such as train --config=... --data=... --workdir=..."
+for number in "--processes=$processes" "--hosts=$hosts" "--host=$host" "--restarts=$restarts"; do
+  case ${number#*=} in *[!0-9]* | '') fail "${number%%=*}: got '${number#*=}', takes a number" ;; esac
+done
+[ "$processes" -ge 1 ] || fail "--processes: got $processes, takes at least 1"
+[ "$host" -lt "$hosts" ] || fail "--host: got $host, takes a number below --hosts=$hosts"
+if [ -z "$coordinator" ] && [ "$hosts" -gt 1 ]; then
+  [ -n "${SLURM_JOB_NODELIST:-}" ] || fail "--coordinator: missing; takes HOST:PORT of host 0"
+  [ "${SLURM_NTASKS_PER_NODE:-1}" = 1 ] || fail "srun: takes --ntasks-per-node=1; a task sees all GPUs of its host"
+  coordinator=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$PORT
+fi
+coordinator=${coordinator:-localhost:$PORT}
+verb=$1
+shift
+
+# ---------------------------------------------------------------- set-up
+setup requirements-cuda.txt
+# A process takes 90 % of each GPU's memory instead of 75 %: cuDNN and NCCL need little.
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9}
+export XLA_FLAGS="${FLAGS[*]} ${XLA_FLAGS:-}"
+gpus=0
+case ${JAX_PLATFORMS:-cuda} in
+  *cuda* | *gpu*)
+    gpus=$(nvidia-smi --list-gpus | grep -c .) ||
+      fail "nvidia-smi: finds no GPU; is the driver installed? (JAX_PLATFORMS=cpu does without)"
+    [ $((gpus % processes)) -eq 0 ] ||
+      fail "--processes: got $processes, takes a divisor of the $gpus GPUs here"
+    ;;
+esac
+
+# ---------------------------------------------------------------- processes
+children=()
+
+start() {
+  local i first per_process=$((gpus / processes))
+  children=()
+  for ((i = 0; i < processes; i++)); do
+    local settings=(env)
+    if [ $((hosts * processes)) -gt 1 ]; then
+      settings+=("LORY_COORDINATOR=$coordinator" "LORY_NUM_PROCESSES=$((hosts * processes))"
+        "LORY_PROCESS_ID=$((host * processes + i))")
+      # Else JAX would take one GPU a task, where it sees SLURM.
+      if [ "$gpus" -gt 0 ]; then
+        first=$((i * per_process))
+        settings+=("JAX_LOCAL_DEVICE_IDS=$(seq -s, "$first" $((first + per_process - 1)))")
+      fi
+    fi
+    "${settings[@]}" "$PY" -m "lory_jax.$verb" "$@" &
+    children+=($!)
+  done
+}
+
+# Waits until all have ended well, or one has not: then stops the others and returns its status.
+wait_for_all() {
+  local running=("${children[@]}") still child status
+  while [ ${#running[@]} -gt 0 ]; do
+    still=()
+    for child in "${running[@]}"; do
+      if kill -0 "$child" 2>/dev/null; then
+        still+=("$child")
+      else
+        status=0
+        wait "$child" || status=$?
+        if [ "$status" -ne 0 ]; then
+          stop_all
+          return "$status"
+        fi
+      fi
+    done
+    running=(${still[@]+"${still[@]}"})
+    if [ ${#running[@]} -gt 0 ]; then sleep 1; fi
+  done
+}
+
+stop_all() {
+  local second
+  kill -TERM "${children[@]}" 2>/dev/null || true
+  for ((second = 0; second < GRACE_SECONDS; second++)); do
+    kill -0 "${children[@]}" 2>/dev/null || break
+    sleep 1
+  done
+  kill -KILL "${children[@]}" 2>/dev/null || true
+  wait
+}
+
+stop() {
+  trap '' INT TERM
+  if [ ${#children[@]} -gt 0 ]; then stop_all; fi
+  echo "stopped; the same command goes on from here" >&2
+  exit 143
+}
+trap stop INT TERM
+
+for ((attempt = 0; ; attempt++)); do
+  start "$@"
+  status=0
+  wait_for_all || status=$?
+  [ "$status" -ne 0 ] || exit 0
+  [ "$status" -ne "$USAGE_STATUS" ] || exit "$status"
+  [ "$attempt" -lt "$restarts" ] || fail "a process ended with status $status, and --restarts=$restarts are used up"
+  echo "a process ended with status $status: starting all again ($((attempt + 1)) of at most $restarts)" >&2
+done

@@ -1,0 +1,164 @@
+"""Where data and runs lie: local directories, or gs:// and s3:// addresses through etils.epath.
+
+docs/storage.md says which part of a run needs a local copy, and why.
+"""
+
+import argparse
+import fcntl
+import importlib.util
+import os
+import shutil
+import tempfile
+import time
+import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import cast
+
+from etils import epath
+
+from lory_jax.errors import InputError
+
+PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # by scheme
+
+CHUNK_BYTES = 16 * 2**20
+
+
+class UnusablePath(InputError, argparse.ArgumentTypeError):
+    """A path that cannot be used; argparse, too, prints its message."""
+
+
+def storage_path(text: str | Path) -> Path:
+    """A local path, or an object store's address with the same methods; a flag's `type`.
+
+    Remote paths have what `pathlib.Path` has, but the builtin `open` does not take them: use
+    `path.open`.
+
+    Raises:
+      UnusablePath: the package for the scheme is not installed, or the scheme is unknown.
+    """
+    scheme, separator, _ = str(text).partition("://")
+    if not separator:
+        return Path(text)
+    if scheme not in PACKAGES:
+        raise UnusablePath(f"{text}: got scheme {scheme}://, takes a directory, gs:// or s3://")
+    if importlib.util.find_spec(PACKAGES[scheme]) is None:
+        raise UnusablePath(f"{text}: needs pip install -r requirements-storage.txt")
+    return cast(Path, epath.Path(str(text)))
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether a path is in an object store."""
+    return "://" in str(path)
+
+
+def cache_directory() -> Path:
+    """$LORY_CACHE, by default lory_jax in the user's cache directory; made if missing."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lory_jax"
+    directory = Path(os.environ.get("LORY_CACHE", default))
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file that readers see whole or not at all."""
+    if is_remote(path):  # an object appears when its upload is complete
+        path.write_text(text, encoding="utf-8")
+        return
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def fetch(source: Path, target: Path) -> None:
+    """Copies a remote file to a local one, which appears when it is complete."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    with source.open("rb") as reader, open(temporary, "wb") as writer:
+        shutil.copyfileobj(reader, writer, CHUNK_BYTES)
+    temporary.replace(target)
+
+
+def send(source: Path, target: Path) -> None:
+    """Copies a local file to a remote one."""
+    with open(source, "rb") as reader, target.open("wb") as writer:
+        shutil.copyfileobj(reader, writer, CHUNK_BYTES)
+
+
+class Staging:
+    """A temporary directory below the cache.
+
+    Removed by `close`, with this object, or, if the process is killed, by the next one.
+    """
+
+    def __init__(self, kind: str):
+        parent = cache_directory() / kind
+        parent.mkdir(parents=True, exist_ok=True)
+        for leftover in sorted(parent.glob("*.lock")):
+            _remove_if_abandoned(leftover)
+        descriptor, name = tempfile.mkstemp(suffix=".lock", dir=parent)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        self.directory = Path(name).with_suffix("")
+        self.directory.mkdir()
+        self.close = weakref.finalize(self, _remove, Path(name), descriptor)
+
+
+def _remove(lock: Path, descriptor: int) -> None:
+    shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+    lock.unlink(missing_ok=True)
+    os.close(descriptor)
+
+
+def _remove_if_abandoned(lock: Path) -> None:
+    """Removes a staging directory whose process is gone: its lock is free."""
+    try:
+        descriptor = os.open(lock, os.O_RDWR)
+    except FileNotFoundError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:  # in use
+        os.close(descriptor)
+        return
+    _remove(lock, descriptor)
+
+
+class Uploads:
+    """Copies what has changed below a local directory to a remote one, in the background."""
+
+    def __init__(self, source: Path, target: Path, every_seconds: float = 60.0):
+        self._source, self._target = source, target
+        self._every_seconds = every_seconds
+        self._sent: dict[Path, tuple[int, int]] = {}
+        self._pool = ThreadPoolExecutor(1)
+        self._running: Future[None] | None = None
+        self._last = time.monotonic()
+
+    def poll(self) -> None:
+        """Starts a round of uploads if the last one is long enough ago."""
+        if time.monotonic() - self._last >= self._every_seconds:
+            self.start()
+
+    def start(self) -> None:
+        """Starts a round of uploads once the one before is done; raises what failed there."""
+        self.wait()
+        self._last = time.monotonic()
+        self._running = self._pool.submit(self._send_changed)
+
+    def wait(self) -> None:
+        if self._running is not None:
+            self._running.result()
+
+    def close(self) -> None:
+        """Uploads what is left."""
+        self.start()
+        self.wait()
+        self._pool.shutdown()
+
+    def _send_changed(self) -> None:
+        for path in sorted(p for p in self._source.rglob("*") if p.is_file()):
+            status = path.stat()
+            stamp = (status.st_size, status.st_mtime_ns)
+            if self._sent.get(path) != stamp:
+                send(path, self._target / path.relative_to(self._source).as_posix())
+                self._sent[path] = stamp
