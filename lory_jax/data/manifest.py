@@ -1,7 +1,9 @@
 """`manifest.json`: what a prepared directory holds, how it was made, and the hash of every file."""
 
+import fcntl
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -13,6 +15,8 @@ import numpy as np
 from lory_jax.data.instances import token_dtype
 from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.errors import InputError
+from lory_jax.progress import progress
+from lory_jax.storage import cache_directory, fetch, is_remote, storage_path
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
@@ -80,9 +84,9 @@ def read_manifest(directory: str | Path) -> Manifest:
       InputError: the directory is missing or not prepared, or the manifest is malformed, of
         another version, or names a file outside the directory.
     """
-    directory = Path(directory)
+    directory = storage_path(directory)
     path = directory / MANIFEST_NAME
-    if not directory.is_dir():
+    if not is_remote(directory) and not directory.is_dir():
         raise InputError(f"{directory}: no such directory; make it with python -m lory_jax.prepare")
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
@@ -113,13 +117,19 @@ def _check_types(manifest: Manifest) -> None:
         raise TypeError("sequence_length and vocab_size are not integers")
 
 
-def verify_files(manifest: Manifest, directory: str | Path, *, hashes: bool) -> None:
-    """Checks that every file is there with the right size and, with `hashes`, the right SHA-256.
+def verify_files(
+    manifest: Manifest, directory: str | Path, *, hashes: bool, prefix: str = ""
+) -> None:
+    """Checks that files are there with the right size and, with `hashes`, the right SHA-256.
+
+    Only those whose name begins with `prefix`, such as "train/".
 
     Raises:
       InputError: names the first file that is missing or differs.
     """
     for name, entry in manifest.files.items():
+        if not name.startswith(prefix):
+            continue
         path = Path(directory) / name
         if not path.is_file():
             raise InputError(f"{path}: missing; run prepare again into a new directory")
@@ -136,13 +146,62 @@ def verify_files(manifest: Manifest, directory: str | Path, *, hashes: bool) -> 
             )
 
 
+def local_files(manifest: Manifest, directory: str | Path, prefix: str) -> Path:
+    """Where the files whose name begins with `prefix` can be opened: ArrayRecord reads local files.
+
+    That is `directory` itself, or, if it is remote, a copy in the cache. Copied files are checked
+    by their SHA-256 and kept for later runs; the processes of one host share them.
+
+    Raises:
+      InputError: a remote file is missing or damaged, or the disk of the cache is too small.
+    """
+    if not is_remote(directory):
+        return Path(directory)
+    key = hashlib.sha256(json.dumps(manifest.files, sort_keys=True).encode()).hexdigest()[:16]
+    copy = cache_directory() / "data" / key
+    copy.mkdir(parents=True, exist_ok=True)
+    with open(copy / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        missing = [
+            name
+            for name in sorted(manifest.files)
+            if name.startswith(prefix) and not (copy / name).is_file()
+        ]
+        _check_space(copy, sum(manifest.files[name]["bytes"] for name in missing))
+        label = f"copying {directory}"
+        for name in progress(missing, len(missing), label, "files") if missing else []:
+            _fetch_verified(storage_path(directory) / name, copy / name, manifest.files[name])
+    return copy
+
+
+def _check_space(directory: Path, needed: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise InputError(
+            f"{directory}: {free:,} bytes are free, the data take {needed:,}; set LORY_CACHE to a "
+            "directory on a larger disk"
+        )
+
+
+def _fetch_verified(source: Path, target: Path, entry: Mapping[str, Any]) -> None:
+    unverified = target.with_name(target.name + ".unverified")
+    try:
+        fetch(source, unverified)
+    except FileNotFoundError:
+        raise InputError(f"{source}: missing; copy the prepared directory again") from None
+    if file_sha256(unverified) != entry["sha256"]:
+        unverified.unlink()
+        raise InputError(f"{source}: damaged (its SHA-256 is not the manifest's); copy it again")
+    unverified.replace(target)
+
+
 def load_tokenizer(manifest: Manifest, directory: str | Path) -> Tokenizer:
     """Reads the prepared directory's tokenizer; raises `InputError` unless it is the manifest's."""
-    tokenizer = Tokenizer.load(Path(directory) / TOKENIZER_NAME)
+    tokenizer = Tokenizer.load(local_files(manifest, directory, TOKENIZER_NAME) / TOKENIZER_NAME)
     expected = manifest.files.get(TOKENIZER_NAME, {}).get("sha256")
     if tokenizer.sha256 != expected:
         raise InputError(
-            f"{Path(directory) / TOKENIZER_NAME}: does not match {MANIFEST_NAME} "
+            f"{storage_path(directory) / TOKENIZER_NAME}: does not match {MANIFEST_NAME} "
             f"(SHA-256 {tokenizer.sha256[:12]}…, takes {str(expected)[:12]}…): "
             "the shards were made with another tokenizer"
         )
@@ -218,5 +277,5 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
 
 def file_sha256(path: Path) -> str:
     """Returns the SHA-256 of a file, read in pieces."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

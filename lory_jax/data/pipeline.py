@@ -18,6 +18,7 @@ from lory_jax.data.manifest import (
     Manifest,
     check_model_fits,
     domain_directory,
+    local_files,
     read_manifest,
     verify_files,
 )
@@ -51,7 +52,7 @@ class TrainingBatches:
         """Opens the shards of `directory`/train.
 
         Args:
-          directory: what `prepare` wrote.
+          directory: what `prepare` wrote; gs:// and s3:// are copied to the cache first.
           sequence_length: L of the model; must be that of the instances.
           vocab_size: of the model; must cover the tokenizer's.
           global_batch_size: instances per step over all processes.
@@ -70,7 +71,8 @@ class TrainingBatches:
             )
         manifest = read_manifest(directory)
         check_model_fits(manifest, sequence_length=sequence_length, vocab_size=vocab_size)
-        verify_files(manifest, directory, hashes=False)
+        local = local_files(manifest, directory, "train/")
+        verify_files(manifest, local, hashes=False, prefix="train/")
         self.num_instances = manifest.counts["train"]["instances"]
         if self.num_instances < global_batch_size:
             raise InputError(
@@ -79,7 +81,7 @@ class TrainingBatches:
                 "config.train.global_batch_size or config.model.sequence_length"
             )
         self.batches_per_epoch = self.num_instances / global_batch_size
-        self._source = _InstanceSource(manifest, Path(directory))
+        self._source = _InstanceSource(manifest, local)
         self._global_batch_size = global_batch_size
         self._process_index, self._process_count = process_index, process_count
         # Neighbouring seeds share no epochs: Grain shuffles epoch n with seed + n.
@@ -130,7 +132,7 @@ class _InstanceSource:
             )
 
     def _name_damaged_file(self) -> None:
-        verify_files(self._manifest, self._directory, hashes=True)
+        verify_files(self._manifest, self._directory, hashes=True, prefix="train/")
 
     def __len__(self) -> int:
         return len(self._records)
@@ -150,17 +152,18 @@ def evaluation_sets(directory: str | Path, split: str) -> dict[str, np.ndarray]:
     """Returns the instances of each domain, int32 `[N, L + 1]`, domains sorted by name.
 
     Args:
-      directory: what `prepare` wrote.
+      directory: what `prepare` wrote; gs:// and s3:// are copied to the cache first.
       split: "validation" (for choices) or "test" (for reports).
 
     Raises:
       InputError: the directory is not prepared, or a file of it is missing or damaged.
     """
     manifest = read_manifest(directory)
-    verify_files(manifest, directory, hashes=False)
+    local = local_files(manifest, directory, f"{split}/")
+    verify_files(manifest, local, hashes=False, prefix=f"{split}/")
     return {
         domain: read_instances(
-            Path(directory) / split / domain_directory(domain),
+            local / split / domain_directory(domain),
             manifest.sequence_length,
             manifest.dtype,
         )

@@ -4,6 +4,9 @@ A checkpoint holds two items: `state`, the train state, and `meta`, JSON: the st
 the data position: batches are a pure function of it), the phase, and one sum per leaf. The sums are
 over all elements modulo 2^32, so they are the same on every mesh, and any single flipped bit
 changes one.
+
+Orbax writes to file systems and to gs://, not to s3://: there it writes to the cache, and a
+`Mirror` copies.
 """
 
 import sys
@@ -18,6 +21,8 @@ from absl import logging
 from jax import Array
 
 from lory_jax.errors import InputError
+from lory_jax.storage import is_remote
+from lory_jax.training.mirror import Mirror
 from lory_jax.training.state import State
 
 Meta = dict[str, Any]
@@ -30,12 +35,17 @@ class Checkpoints:
     """The checkpoints of one run, newest last."""
 
     def __init__(self, directory: Path, keep: int | None = None):
-        """`keep` newest checkpoints stay; None opens them for reading only."""
+        """`keep` newest checkpoints stay; None opens them for reading only.
+
+        Raises:
+          InputError: the directory is on s3:// and there are several processes.
+        """
         logging.set_verbosity(logging.ERROR)  # Orbax narrates every file it touches
         policies = ocp.checkpoint_managers.preservation_policy
-        self.directory = directory.absolute()
+        self.directory = directory if is_remote(directory) else directory.absolute()
+        self._mirror = Mirror(directory, keep) if str(directory).startswith("s3://") else None
         self._manager = ocp.CheckpointManager(
-            self.directory,
+            self._mirror.local if self._mirror else self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.LatestN(keep) if keep else policies.PreserveAll(),
                 read_only=keep is None,
@@ -46,12 +56,12 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""
-        return sorted(self._manager.all_steps())
+        return self._mirror.steps() if self._mirror else sorted(self._manager.all_steps())
 
     def save(self, state: State, phase: str) -> None:
         """Saves in the background; returns once the state may be donated."""
         step = int(state["step"])
-        if step in self.steps():  # a damaged one, or its step would not have been run again
+        if step in self._manager.all_steps():  # damaged, or its step would not have run again
             self._manager.delete(step)
         meta = {"step": step, "phase": phase, "sums": leaf_sums(state)}
         saved = self._manager.save(
@@ -60,6 +70,9 @@ class Checkpoints:
         )
         if not saved:
             raise RuntimeError(f"{self.directory}: Orbax declined to save step {step}")
+        if self._mirror:
+            self._manager.wait_until_finished()
+            self._mirror.upload(step)
 
     def restore_newest(self, target: Callable[[Meta], Any]) -> tuple[Any, Meta] | None:
         """The newest intact checkpoint, or None where there is none at all.
@@ -89,6 +102,9 @@ class Checkpoints:
         return None
 
     def _restore(self, step: int, target: Callable[[Meta], Any]) -> tuple[Any, Meta]:
+        if self._mirror:
+            self._mirror.download(step)
+            self._manager.reload()
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
         meta = self._manager.restore(step, args=args)["meta"]
         wanted = target(meta)
@@ -108,6 +124,8 @@ class Checkpoints:
         """Waits for saves under way."""
         self._manager.wait_until_finished()
         self._manager.close()
+        if self._mirror:
+            self._mirror.close()
 
 
 def leaf_sums(tree: Any) -> dict[str, int]:

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 from tensorboardX import SummaryWriter
 
-from lory_jax.training.workdir import METRICS, read_metrics, write_atomically
+from lory_jax.storage import Staging, Uploads, is_remote, write_atomically
+from lory_jax.training.workdir import METRICS, read_metrics
 
 
 class MetricsLog:
@@ -17,6 +18,9 @@ class MetricsLog:
 
     Call `dispatched` after every step; it reads the step before. `settle` ends the time of the
     step under way, before anything else (validation, a save) makes it look slow.
+
+    Object stores cannot append: with a remote work directory the files grow in the cache and are
+    uploaded once a minute, after every validation and save, and at the end.
     """
 
     def __init__(
@@ -38,19 +42,21 @@ class MetricsLog:
         self._pending: tuple[int, dict[str, Any]] | None = None
         self._seconds: float | None = None
         self._recent: list[dict[str, Any]] = []
-        self._file = self._tensorboard = None
+        self._file = self._tensorboard = self._staging = self._uploads = None
         if jax.process_index() == 0:
-            path = workdir / METRICS
+            has_lines = (workdir / METRICS).exists()
             kept = (
-                [m for m in read_metrics(workdir) if m["step"] <= start_step]
-                if (path.exists())
-                else []
+                [m for m in read_metrics(workdir) if m["step"] <= start_step] if has_lines else []
             )
+            local = workdir
+            if is_remote(workdir):
+                self._staging = Staging("logs")
+                local = self._staging.directory
+                self._uploads = Uploads(local, workdir)
+            path = local / METRICS
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
-            self._tensorboard = SummaryWriter(
-                str(workdir / "tensorboard"), purge_step=start_step + 1
-            )
+            self._tensorboard = SummaryWriter(str(local / "tensorboard"), purge_step=start_step + 1)
         self._clock = time.perf_counter()
 
     def dispatched(self, step: int, metrics: dict[str, Any]) -> None:
@@ -69,7 +75,10 @@ class MetricsLog:
         self._clock = now
 
     def restart_clock(self) -> None:
-        """Starts the clock of the next step, after a validation or a save."""
+        """Writes what is pending and starts the next step's clock, after a validation or a save."""
+        self.write()
+        if self._uploads is not None:
+            self._uploads.start()
         self._clock = time.perf_counter()
 
     def write(self, **extra: Any) -> None:
@@ -103,6 +112,8 @@ class MetricsLog:
         for name, value in line.items():
             if isinstance(value, int | float) and name != "step":
                 self._tensorboard.add_scalar(name, value, step)
+        if self._uploads is not None:
+            self._uploads.poll()
         self._recent.append(line)
         if extra or step % self._log_every_steps == 0 or step == self._steps:
             print(self._console_line(), flush=True)
@@ -113,6 +124,9 @@ class MetricsLog:
         if self._file is not None and self._tensorboard is not None:
             self._file.close()
             self._tensorboard.close()
+        if self._uploads is not None and self._staging is not None:
+            self._uploads.close()
+            self._staging.close()
 
     def _mfu(self, tokens_per_second: float) -> float | None:
         if self._peak_flops is None:

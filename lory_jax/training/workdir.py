@@ -7,11 +7,12 @@ tokenizer.json   a copy of the data's
 metrics.jsonl    one object per step
 tensorboard/     the same for TensorBoard
 checkpoints/     one directory per step
+
+It may be in an object store (gs://, s3://): docs/storage.md.
 """
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.errors import InputError
 from lory_jax.model.transformer import ModelConfig, Params, build, init_params
 from lory_jax.parallel import shardings
+from lory_jax.storage import is_remote, storage_path, write_atomically
 from lory_jax.training.checkpoint import Checkpoints, Meta
 
 CONFIG, DATASET, METRICS = "config.json", "dataset.json", "metrics.jsonl"
@@ -50,7 +52,7 @@ def open_workdir(workdir: Path, config: dict[str, Any], data: Path) -> None:
         differ.
     """
     dataset = {
-        "path": str(data.resolve()),
+        "path": str(data if is_remote(data) else data.resolve()),
         "manifest_sha256": file_sha256(data / MANIFEST_NAME),
     }
     if (workdir / CONFIG).exists():
@@ -60,7 +62,10 @@ def open_workdir(workdir: Path, config: dict[str, Any], data: Path) -> None:
         if found:
             raise InputError(f"{workdir}: holds a run of another config ({'; '.join(found)})")
         return
-    workdir.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() > 0:
+        return
+    if not is_remote(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
     write_atomically(workdir / TOKENIZER_NAME, (data / TOKENIZER_NAME).read_text("utf-8"))
     write_atomically(workdir / DATASET, json.dumps(dataset, indent=1) + "\n")
     write_atomically(workdir / CONFIG, json.dumps(config, indent=1) + "\n")
@@ -87,7 +92,7 @@ def data_directory(workdir: Path, override: Path | None = None) -> Path:
     if (workdir / CONFIG).exists() and not (workdir / DATASET).exists():
         return _data_with_tokenizer(workdir, override)
     dataset = _read_json(workdir / DATASET)
-    directory = Path(override or dataset["path"])
+    directory = storage_path(override or dataset["path"])
     if not (directory / MANIFEST_NAME).is_file():
         raise InputError(f"{directory}: holds no prepared data; say where they are with --data=DIR")
     if file_sha256(directory / MANIFEST_NAME) != dataset["manifest_sha256"]:
@@ -149,13 +154,6 @@ def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:
         shapes,
         shardings(build(config)[1], mesh),
     )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes to a temporary name and moves it into place."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
