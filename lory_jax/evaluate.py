@@ -112,11 +112,12 @@ def main(argv: list[str]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     harness_out = out.with_name(f"{out.stem}_harness.json")
     tasks: dict[str, Any] = {}
-    if args.tasks:
+    tasks_routing = args.routing or "prompt"
+    if args.tasks is not None:
         found = _tasks_module().run_tasks(
             run.model,
             args.tasks,
-            routing=args.routing or "prompt",
+            routing=tasks_routing,
             batch_size=args.batch_size,
             limit=args.limit,
             tasks_data=args.tasks_data,
@@ -134,7 +135,9 @@ def main(argv: list[str]) -> None:
     write_atomically(out, json.dumps(result, indent=1) + "\n")
     print(report(result))
     if tasks:
-        print(f"{_tasks_module().table(tasks)}\nwrote {harness_out}")
+        routed = f", routed by {tasks_routing}" if run.model.config.num_experts else ""
+        print(_tasks_module().table(f"tasks{routed}", tasks))
+        print(f"wrote {harness_out}")
     print(f"wrote {out}")
 
 
@@ -252,12 +255,12 @@ def _losses(
 def report(result: dict[str, Any]) -> str:
     """All that was measured, as aligned tables."""
     routed = f", routed by {result['routing']}" if result["routing"] else ""
-    lines = [f"step {result['step']}{routed}"]
+    lines = [f"step {result['step']}, in {duration(result['seconds'])}"]
     if result["perplexity"]:
-        lines.append(table(f"{result['split']} set", result))
+        lines.append(table(f"{result['split']} set{routed}", result))
     if "perplexity_sets" in result:
-        lines.append(table("own sets", result["perplexity_sets"]))
-    return "\n".join([*lines, f"in {duration(result['seconds'])}"])
+        lines.append(table(f"own sets{routed}", result["perplexity_sets"]))
+    return "\n".join(lines)
 
 
 def table(title: str, result: dict[str, Any]) -> str:
@@ -283,7 +286,7 @@ def _check(parser: cli.Parser, args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name}: got {value}, takes an integer of at least 1")
-    if (args.limit or args.tasks_data) and not args.tasks:
+    if (args.limit or args.tasks_data) and args.tasks is None:
         parser.error("--limit and --tasks_data: take --tasks beside them")
     if args.split == NO_SPLIT and not (args.tasks or args.perplexity_sets):
         parser.error(f"--split={NO_SPLIT}: takes --tasks or --perplexity_sets beside it")

@@ -1,21 +1,27 @@
 """The model as the harness sees it, against logits computed row by row without any padding."""
 
 import functools
+import json
 import os
+import subprocess
+import sys
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from models import params_of
+from tiny import ROOT, verb_environment
 
 from lory_jax.api import Model
 from lory_jax.data.tokenizer import train_tokenizer
 from lory_jax.errors import ConfigError, InputError
 from lory_jax.evaluation.harness import LoryLM
 from lory_jax.interop.hf import write_directory
-from lory_jax.model.transformer import ModelConfig
+from lory_jax.model.transformer import ModelConfig, build
+from lory_jax.parallel import make_mesh, shardings
 
 L = 48
 TEXT = "The quick brown fox reads: how many words, and which? Answer: yes or no.\n"
@@ -128,6 +134,35 @@ def test_neither_batch_nor_padding_changes_a_score(order, count, batch_size, rou
 def scores_alone(routing):
     lm = LoryLM(make_model(), routing, 1)
     return [lm.loglikelihood(instances("loglikelihood", [case]))[0] for case in CASES]
+
+
+def sharded_answers() -> dict:
+    """Scores and a text from parameters that lie over all devices, as `load` leaves them."""
+    model = make_model()
+    mesh = make_mesh(data=1, fsdp=0, tensor=1)
+    params = jax.device_put(model.params, shardings(build(model.config)[1], mesh))
+    lm = LoryLM(Model(model.config, params, model.tokenizer), "segment", batch_size=3)
+    request = ("The quick", {"max_gen_toks": 12})
+    return {
+        "devices": jax.device_count(),
+        "rows": lm.batch_size,
+        "scores": [score[0] for score in lm.loglikelihood(instances("loglikelihood", CASES))],
+        "texts": lm.generate_until(instances("generate_until", [request])),
+    }
+
+
+def test_eight_devices_answer_like_one():
+    code = "import json, test_harness; print(json.dumps(test_harness.sharded_answers()))"
+    environment = {
+        **verb_environment(),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": str(ROOT / "tests"),
+    }
+    printed = subprocess.check_output([sys.executable, "-c", code], env=environment, cwd=ROOT)
+    found = json.loads(printed.splitlines()[-1])
+    assert (found["devices"], found["rows"]) == (8, 8)
+    assert found["scores"] == pytest.approx([s[0] for s in scores_alone("segment")], abs=1e-4)
+    assert found["texts"] == [greedy(make_model(), "The quick", 12, "segment", L)]
 
 
 def test_routing_is_by_the_context():

@@ -116,7 +116,7 @@ def test_results_in_the_layout_of_the_harness(results):
     assert tasks["nq_open"]["metric"].startswith("exact_match,")
     assert tasks["piqa"]["metric"] == "acc_norm,none"
     assert tasks["sst2"]["metric"] == "acc,none" and "acc_stderr,none" in tasks["sst2"]
-    lines = run_tasks.table(tasks).splitlines()
+    lines = run_tasks.table("tasks, routed by prompt", tasks).splitlines()
     assert len(lines) == 1 + 17 + 1
     mean = sum(task[task["metric"]] for task in tasks.values()) / 17
     assert float(lines[-1].split()[-1]) == pytest.approx(mean, abs=1e-4)
@@ -260,8 +260,17 @@ def test_missing_and_damaged_documents_are_named(task_data, tmp_path):
     with pytest.raises(InputError, match="yelp: got 1 documents for 16 demonstrations, takes at"):
         run("yelp")
     (local / "sst2" / "train.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(InputError, match=r"sst2/train\.parquet: not a Parquet file"):
+    with pytest.raises(InputError, match=r"sst2/train\.parquet: not parquet"):
         run("sst2")
+    (local / "ag_news" / "test.jsonl").write_text('{"text": "a", "label": 0}\n{"text": 3}\n')
+    with pytest.raises(InputError, match=r"ag_news/test\.jsonl: not jsonl of one type per column"):
+        run("ag_news")
+    (local / "arc_easy" / "test.jsonl").write_text('{"query": "a"}\n')
+    with pytest.raises(InputError, match=r"arc_easy: its documents lack a column .*question"):
+        run("arc_easy")
+    (local / "race_middle" / "test.jsonl").write_text('{"query": "a"}\n')
+    with pytest.raises(InputError, match=r"race_middle: its documents lack a column .*article"):
+        run("race_middle")
     (local / "boolq" / "validation.jsonl").write_text("\n")
     with pytest.raises(InputError, match=r"boolq/validation\.jsonl: no document"):
         run("boolq")
@@ -277,6 +286,24 @@ def test_an_unreachable_hub_is_named(tmp_path):
         cwd=ROOT,
     )
     assert_one_line_error(result, 1, "aps/super_glue", "--tasks_data=DIR")
+
+
+def test_a_group_of_the_harness_is_run_by_its_name(task_data, tmp_path, monkeypatch):
+    """`swag` of the harness, its documents from a directory in the place of the hub."""
+    rows = [
+        {"startphrase": f"He {phrase(i)}", "label": i % 4}
+        | {f"ending{k}": ending for k, ending in enumerate(phrases(i, 4))}
+        for i in range(4)
+    ]
+    directory = tmp_path / "allenai" / "swag"
+    directory.mkdir(parents=True)
+    for split in ("train", "validation"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), directory / f"{split}.parquet")
+    (directory / "README.md").write_text("---\nconfigs:\n- config_name: regular\n---\n")
+    monkeypatch.chdir(tmp_path)
+    results = run_tasks.run_tasks(make_model(), "swag,piqa", limit=2, tasks_data=task_data)
+    assert list(run_tasks.summary(results)) == ["swag", "piqa"]
+    assert run_tasks.summary(results)["swag"]["shots"] == 0
 
 
 def test_unknown_tasks_are_refused_with_the_nearest_name(task_data):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval.tasks
+from jinja2 import UndefinedError
 from lm_eval.api.task import Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.evaluator import evaluate
@@ -101,10 +102,10 @@ def summary(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return tasks
 
 
-def table(tasks: Mapping[str, Mapping[str, Any]]) -> str:
+def table(title: str, tasks: Mapping[str, Mapping[str, Any]]) -> str:
     """What `summary` returns as an aligned table, with the mean of the reported metrics."""
-    width = max(len(name) for name in [*tasks, "mean"])
-    lines = [f"{'':{width}}  shots  documents  metric         value  standard error"]
+    width = max(len(name) for name in [*tasks, title])
+    lines = [f"{title:{width}}  shots  documents  metric         value  standard error"]
     values = []
     for name, task in tasks.items():
         line = f"{name:{width}}  {task['shots']:5}  {task['documents']:9,}"
@@ -142,8 +143,8 @@ def _names(tasks: str) -> list[str]:
 def _load(names: Sequence[str], tasks_data: Path | None) -> dict[str, Task]:
     """Tasks by name in the order given; the group's come with its shots and documents."""
     shipped = Path(lm_eval.tasks.__file__).parent
-    ours = [item for item in group()["task"] if item["task"] in names]
-    others = [name for name in names if name not in members()]
+    known = {item["task"]: item for item in group()["task"]}
+    others = [name for name in names if name not in known]
     manager = TaskManager(
         # Reading all its thousands of files takes the harness ten seconds.
         include_defaults=bool(others),
@@ -157,16 +158,19 @@ def _load(names: Sequence[str], tasks_data: Path | None) -> dict[str, Task]:
                 f"--tasks: got {name!r}, takes {GROUP}, its tasks, or other tasks of the harness; "
                 f"did you mean {near[0]}?"
             )
-    specs: list[Any] = list(others)
-    if ours:
-        specs.append({**group(), "task": ours})
-    try:
-        tasks = manager.load(specs)["tasks"]
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:
-        raise InputError(f"--tasks: cannot load ({str(error).splitlines()[0]})") from None
-    return {name: tasks[name] for name in names if name in tasks} | tasks
+    tasks: dict[str, Task] = {}
+    for name in names:
+        spec: Any = {**group(), "task": [known[name]]} if name in known else name
+        try:
+            # One by one: a name can be a group of the harness, and an error belongs to its task.
+            tasks |= manager.load([spec])["tasks"]
+        except InputError:
+            raise
+        except (KeyError, UndefinedError) as error:  # from the functions and templates of a task
+            raise InputError(f"{name}: its documents lack a column ({error})") from None
+        except (OSError, ValueError) as error:
+            raise InputError(f"{name}: cannot load ({str(error).splitlines()[0]})") from None
+    return tasks
 
 
 def _check_shots(name: str, task: Task) -> None:

@@ -102,8 +102,8 @@ def _run(
     mesh: Mesh,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     lengths_B = np.array([len(row.tokens) for row in rows], np.int32)
-    longest = int(lengths_B.max())
-    P = min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, max(config.sequence_length, longest))
+    P = -(-int(lengths_B.max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    P = min(P, config.sequence_length)
     tokens_BxP = np.zeros((len(rows), P), np.int32)
     for tokens_P, row in zip(tokens_BxP, rows, strict=True):
         tokens_P[: len(row.tokens)] = row.tokens
@@ -128,14 +128,14 @@ def _positions(count: int) -> int:
 def _make_forward(
     config: ModelConfig, kind: str, known_tokens: int, mesh: Mesh
 ) -> Callable[..., tuple[Array, Array, Array]]:
-    """Returns `(params, tokens_BxP, prompt_lengths_B, ends_B, K)` to what `score` below returns."""
+    """The jitted forward pass; its docstring says what it takes and returns."""
     graph, _ = build(config)
 
     @functools.partial(jax.jit, static_argnums=4, out_shardings=replicated(mesh))
     def forward(
         params: Params, tokens_BxP: Array, prompt_lengths_B: Array, ends_B: Array, K: int
     ) -> tuple[Array, Array, Array]:
-        """Scores the K positions before each row's last, and its last.
+        """Scores each row's last position, `ends_B`, and the K before it.
 
         Returns:
           log-probabilities of the tokens after those K, `[B, K]`; the most likely token after

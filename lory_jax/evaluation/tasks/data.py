@@ -6,7 +6,7 @@
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,19 +73,23 @@ def read_split(directory: Path, task: str, split: str) -> Dataset:
     path = directory / task / split
     if path.with_suffix(".parquet").is_file():
         path = path.with_suffix(".parquet")
-        try:
-            dataset = Dataset(pyarrow.parquet.read_table(path))
-        except pyarrow.lib.ArrowInvalid as error:
-            raise InputError(f"{path}: not a Parquet file ({error})") from None
+        read: Callable[[Path], Dataset] = _parquet
     elif path.with_suffix(".jsonl").is_file():
         path = path.with_suffix(".jsonl")
-        dataset = Dataset.from_list(_json_lines(path))
+        read = _json_lines
     else:
         command = FETCH.format(task=task, directory=directory)
         raise InputError(
             f"{path}.parquet: missing (nor is there a .jsonl); where there is a network, {command} "
             "fetches it"
         )
+    try:
+        dataset = read(path)
+    except pyarrow.lib.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{path}: not {path.suffix[1:]} of one type per column ({reason})"
+        ) from None
     if not len(dataset):
         raise InputError(f"{path}: no document, takes at least one")
     return dataset
@@ -120,7 +124,11 @@ def _download(task: str, path: str, name: str | None, splits: Iterable[str]) -> 
         ) from None
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
+def _parquet(path: Path) -> Dataset:
+    return Dataset(pyarrow.parquet.read_table(path))
+
+
+def _json_lines(path: Path) -> Dataset:
     rows = []
     for number, line in enumerate(path.read_text("utf-8").split("\n"), start=1):
         if not line.strip():
@@ -132,4 +140,4 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             raise InputError(f"{path}:{number}: got {line[:40]!r}, takes a JSON object")
         rows.append(row)
-    return rows
+    return Dataset.from_list(rows)
