@@ -20,9 +20,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/setup.sh
 
-PORT=12321         # of the coordinator, unless --coordinator says otherwise
-GRACE_SECONDS=30   # to save and stop, before a process is killed
-USAGE_STATUS=2     # a wrong flag or field: starting again would not help
+PORT=12321       # of the coordinator, unless --coordinator says otherwise
+SAVE_SECONDS=600 # to save and stop when asked to, before a process is killed
+PEER_SECONDS=10  # to stop when another process has died: a save would take all of them
+USAGE_STATUS=2   # a wrong flag or field: starting again would not help
 
 # Reasons. What XLA does by itself is not repeated here.
 FLAGS=(
@@ -112,7 +113,7 @@ wait_for_all() {
         status=0
         wait "$child" || status=$?
         if [ "$status" -ne 0 ]; then
-          stop_all
+          stop_all "$PEER_SECONDS"
           return "$status"
         fi
       fi
@@ -122,10 +123,10 @@ wait_for_all() {
   done
 }
 
-stop_all() {
+stop_all() { # seconds
   local second
   kill -TERM "${children[@]}" 2>/dev/null || true
-  for ((second = 0; second < GRACE_SECONDS; second++)); do
+  for ((second = 0; second < $1; second++)); do
     kill -0 "${children[@]}" 2>/dev/null || break
     sleep 1
   done
@@ -135,7 +136,7 @@ stop_all() {
 
 stop() {
   trap '' INT TERM
-  if [ ${#children[@]} -gt 0 ]; then stop_all; fi
+  if [ ${#children[@]} -gt 0 ]; then stop_all "$SAVE_SECONDS"; fi
   echo "stopped; the same command goes on from here" >&2
   exit 143
 }
