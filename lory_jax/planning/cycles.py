@@ -8,7 +8,7 @@ Kernels that are neither are named, so that nobody takes the sum for the whole.
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -60,7 +60,7 @@ def count_cycles(module: Module, runs: Executions, flops_per_cycle: float) -> Cy
         for instruction in computation.instructions.values():
             estimate = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
             if estimate:
-                by_scope[scope_of(instruction)] += int(estimate[1]) * runs.times[name]
+                by_scope[scope_of(instruction, module)] += int(estimate[1]) * runs.times[name]
             elif 'custom_call_target="tpu_custom_call"' in instruction.attributes:
                 kernel = re.sub(r"(\.\d+|\.clone)*$", "", instruction.name)
                 flops = kernel_flops(instruction, computation)
@@ -68,19 +68,31 @@ def count_cycles(module: Module, runs: Executions, flops_per_cycle: float) -> Cy
                     uncounted[kernel] += runs.times[name]
                     continue
                 kernels[kernel] += flops / flops_per_cycle * runs.times[name]
-                by_scope[scope_of(instruction)] += flops / flops_per_cycle * runs.times[name]
+                by_scope[scope_of(instruction, module)] += (
+                    flops / flops_per_cycle * runs.times[name]
+                )
     return Cycles(by_scope, dict(sorted(kernels.items())), dict(sorted(uncounted.items())))
 
 
-def scope_of(instruction: Instruction) -> str:
-    """The part of the model that an instruction belongs to; copies are a part of their own."""
-    copies = instruction.opcode == "copy" or re.match(r"(?:copy|transpose)\b", instruction.name)
-    if copies:
+def scope_of(instruction: Instruction, module: Module) -> str:
+    """The part of the model that an instruction belongs to; copies are a part of their own.
+
+    A fusion whose own path tells nothing is where most of what it holds is.
+    """
+    if instruction.opcode == "copy" or re.match(r"(?:copy|transpose)\b", instruction.name):
         return COPIES
-    for scope, pattern in SCOPES.items():
-        if re.search(pattern, instruction.op_name):
-            return scope
-    return OTHER
+    scope = _scope_of_path(instruction.op_name)
+    called = instruction.attribute("calls")
+    if scope == OTHER and called:
+        held = module.computations[called].instructions.values()
+        scopes = Counter(_scope_of_path(inner.op_name) for inner in held)
+        del scopes[OTHER]
+        scope = max(scopes, key=lambda name: (scopes[name], name), default=OTHER)
+    return scope
+
+
+def _scope_of_path(op_name: str) -> str:
+    return next((s for s, pattern in SCOPES.items() if re.search(pattern, op_name)), OTHER)
 
 
 def kernel_flops(instruction: Instruction, computation: Computation) -> float | None:

@@ -12,7 +12,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16}
-BITS |= {"s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "c128": 128}
+BITS |= {
+    "token": 0,
+    "s32": 32,
+    "u32": 32,
+    "f32": 32,
+    "s64": 64,
+    "u64": 64,
+    "f64": 64,
+    "c64": 64,
+    "c128": 128,
+}
 
 MAX_TURNS = 100_000  # a loop that is run for its trip count is given up after these
 
@@ -132,7 +142,7 @@ def shape_bytes(shape: str) -> int:
         count = 1
         for size in filter(None, dimensions.split(",")):
             count *= int(size.removeprefix("<="))
-        total += count * BITS.get(dtype, 8) // 8  # what is not listed is one of the 8-bit floats
+        total += count * BITS.get(dtype, 8) // 8  # not listed: the 8-bit floats
     return total
 
 
