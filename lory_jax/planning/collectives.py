@@ -16,8 +16,15 @@ import numpy as np
 
 from lory_jax.planning.hlo import Computation, Executions, Instruction, Module, shape_bytes
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-KINDS += ("collective-broadcast", "ragged-all-to-all")
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+    "ragged-all-to-all",
+)
 
 # A TPU fuses an all-reduce with the slice that each device keeps of it.
 _SCATTER_FUSION = "all-reduce-scatter"

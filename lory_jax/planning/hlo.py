@@ -209,20 +209,23 @@ def trip_count(module: Module, caller: Computation, loop: Instruction) -> int | 
         return None
     values: dict[tuple[int, int], int] = {}  # of element k of the loop's tuple before turn t
 
+    def before(t: int) -> Callable[[int], int]:
+        return lambda k: value(k, t)
+
     def value(k: int, t: int) -> int:
         if (k, t) not in values:
             if t == 0:
                 values[k, t] = _evaluate(module, caller, carried.operands[k], _no_element)
             else:
                 result = body.instructions[body.root].operands[k]
-                values[k, t] = _evaluate(module, body, result, lambda j: value(j, t - 1))
+                values[k, t] = _evaluate(module, body, result, before(t - 1))
         return values[k, t]
 
     try:
         for t in itertools.count():
             if t > MAX_TURNS:
                 return None
-            if not _evaluate(module, condition, condition.root, lambda k, t=t: value(k, t)):
+            if not _evaluate(module, condition, condition.root, before(t)):
                 return t
     except _NotAConstant:
         return None

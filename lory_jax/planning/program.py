@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +64,7 @@ def compile_step(config: ConfigDict, mesh: Mesh) -> Program:
         warmup_fraction=settings.warmup_fraction,
         final_fraction=settings.final_learning_rate_fraction,
     )
-    step = make_train_step(
+    step: Any = make_train_step(
         model, optimizer, schedule, settings.clip_norm, mesh, settings.microbatches
     )
     state = abstract_state(model, optimizer, mesh)
@@ -95,7 +96,7 @@ def bytes_on_one_device(leaves: Sequence[jax.ShapeDtypeStruct]) -> int:
     total = 0
     for leaf in leaves:
         count = 1
-        for size in leaf.sharding.shard_shape(leaf.shape):  # type: ignore[union-attr]
+        for size in leaf.sharding.shard_shape(leaf.shape):
             count *= size
         total += count * leaf.dtype.itemsize
     return total
