@@ -7,9 +7,10 @@ and the compiler's own cycle estimates as a lower bound of the step's time and a
 MFU. Slices go by the cloud's names: v5e-N and v6e-N count chips, v5p-N and tpu7x-N TensorCores, two
 a chip. Needs libtpu (pip install libtpu), except with --no_compile.
 
-What the bounds leave out: estimates of the compiler cover fusions and copies; a Pallas kernel
-counts with its FLOPs at the peak of the device, those that cannot be counted are named; collectives
-are bounded by their bytes over all links together, and taken to overlap with computing entirely.
+The bounds are as good as the estimates, which cover fusions and copies (and are pessimistic
+about memory-bound ones, see docs/scaling.md). A Pallas kernel counts with its FLOPs at the peak of
+the device; those that cannot be counted are named. Collectives are bounded by their bytes over all
+links together, and taken to overlap with computing entirely.
 """
 
 import copy
@@ -38,8 +39,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--mesh",
         metavar="DATA,FSDP,TENSOR",
-        help="devices on the three mesh axes (default: config.parallel if set, else fsdp over all "
-        "devices that leave each 16 rows of D, data over the rest)",
+        help="devices on the three mesh axes (default: config.parallel if set, else as many on "
+        "fsdp as leave each a multiple of 16 rows of D, the rest on data)",
     )
     parser.add_argument(
         "--no_compile", action="store_true", help="only parameters and FLOPs, without libtpu"

@@ -83,7 +83,7 @@ def test_a_mesh_is_three_positive_integers(text):
     [
         (model(), 256, 64, (1, 64, 1)),
         (model(), 256, 256, (4, 64, 1)),  # 256 would leave 4 rows of D
-        (model(embed_dim=1536), 256, 64, (1, 64, 1)),
+        (model(embed_dim=1536), 256, 64, (2, 32, 1)),  # 64 would leave one tile and a half
         (model(embed_dim=4096), 256, 256, (1, 256, 1)),
         (model(attention_sharding="heads"), 64, 256, (1, 64, 4)),
         (model(attention_sharding="heads"), 256, 256, (4, 64, 1)),

@@ -14,17 +14,17 @@ from lory_jax.planning.hlo import executions, parse
 from lory_jax.planning.program import compile_step
 from lory_jax.planning.topology import Device
 
-# Rows of a matrix's D that a device should keep: a bfloat16 tile of a TPU is 16 x 128. With fewer,
-# the compiler pads the gathers, or turns them and the scatters into sums of whole matrices.
-MIN_ROWS = 16
+# A device should hold whole tiles of a matrix's D: a TPU's tile of bfloat16 is 16 x 128. With parts
+# of tiles, the compiler turns gathers and scatters into sums of whole matrices.
+TILE_ROWS = 16
 
 
 def default_mesh(model: ModelConfig, sequences: int, devices: int) -> tuple[int, int, int]:
     """The mesh (data, fsdp, tensor) for a number of devices when nobody chose one.
 
     `tensor` is 1 as long as every device gets a sequence; with more devices than sequences (and
-    `attention_sharding=heads`) it takes what is too many. `fsdp` takes all others, but leaves each
-    device `MIN_ROWS` rows of a matrix's D; `data` takes what remains.
+    `attention_sharding=heads`) it takes what is too many. `fsdp` takes as many of the others as
+    leave each device a multiple of `TILE_ROWS` rows of a matrix's D; `data` takes what remains.
 
     Args:
       model: the model.
@@ -35,8 +35,10 @@ def default_mesh(model: ModelConfig, sequences: int, devices: int) -> tuple[int,
     if model.attention_sharding == "heads" and devices > sequences:
         tensor = devices // math.gcd(devices, sequences)
     rest = devices // tensor
-    fits = [n for n in range(1, rest + 1) if rest % n == 0 and model.embed_dim // n >= MIN_ROWS]
-    fsdp = max((n for n in fits if model.embed_dim % n == 0), default=1)
+    whole_tiles = [
+        n for n in range(1, rest + 1) if rest % n == 0 and model.embed_dim % (n * TILE_ROWS) == 0
+    ]
+    fsdp = max(whole_tiles, default=1)
     return rest // fsdp, fsdp, tensor
 
 

@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict
 from lory_jax.errors import InputError
 from lory_jax.model.transformer import ModelConfig
 from lory_jax.parallel import check_batch, partition_spec
+from lory_jax.planning.topology import PIP
 from lory_jax.training.optimizer import learning_rate, make_optimizer
 from lory_jax.training.state import abstract_state
 from lory_jax.training.step import make_train_step
@@ -44,8 +46,8 @@ def compile_step(config: ConfigDict, mesh: Mesh) -> Program:
 
     Raises:
       ConfigError: the recipe does not fit the mesh.
-      InputError: the program needs more memory than the device has, and the compiler does not say
-        how much.
+      InputError: the compiler refuses the program for another reason than its size, or its version
+        writes programs that jaxlib cannot read.
     """
     model = ModelConfig.for_platform(config.model, mesh.devices.flat[0].platform)
     settings = config.train
@@ -82,9 +84,16 @@ def compile_step(config: ConfigDict, mesh: Mesh) -> Program:
         except jax.errors.JaxRuntimeError as error:
             needed = memory_needed(str(error))
             return Program("", arguments, max(0, needed - arguments), time.monotonic() - start)
+        try:
+            text = compiled.as_text()
+        except jax.errors.JaxRuntimeError as error:
+            raise InputError(
+                f"libtpu {version('libtpu')}: jaxlib {version('jaxlib')} cannot read its program "
+                f"({str(error).splitlines()[0][:100]}); {PIP}"
+            ) from None
     memory = compiled.memory_analysis()
     return Program(
-        compiled.as_text(),
+        text,
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
         time.monotonic() - start,

@@ -23,7 +23,7 @@ class Device:
     Attributes:
       generation: name of the generation for libtpu.
       units_per_chip: what the cloud's name counts per chip (chips or TensorCores).
-      memory_limit: bytes of HBM that a program may use, as libtpu 0.0.52 names it when a program
+      memory_limit: bytes of HBM that a program may use, as libtpu names it when a program
         needs more ("exceeds available HBM (15.75G)").
       clock: cycles per second.
       flops_per_cycle: of bf16 matrix products, peak. Together with the clock the vendor's peak
@@ -55,7 +55,9 @@ CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x
 CUBES |= {512: "8x8x8", 1024: "8x8x16", 2048: "8x16x16", 4096: "16x16x16"}
 SHAPES = {"v5e": PLANES, "v6e": PLANES, "v5p": CUBES, "tpu7x": CUBES}
 
-PIP = "pip install libtpu==0.0.52"
+# The version that JAX's extra `tpu` takes. The programs of newer ones cannot always be read: the
+# HLO that they write (async-update of several operands) is not that of this jaxlib.
+PIP = "pip install libtpu==0.0.42.1"
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,9 @@ class Topology:
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         from jax.experimental import topologies
 
-        return topologies.get_topology_desc(self.libtpu_name, platform="tpu").devices
+        # A host has four chips, unless told; the smallest slice has one.
+        bounds = {"chips_per_host_bounds": (1, 1, 1)} if self.libtpu_name.endswith(":1x1") else {}
+        return topologies.get_topology_desc(self.libtpu_name, platform="tpu", **bounds).devices
 
 
 def parse_topology(name: str) -> Topology:
