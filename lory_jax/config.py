@@ -64,6 +64,12 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "norm_epsilon": _float(1e-5, "added to the mean square in RMSNorm", 0.0, 1.0),
         "compute_dtype": _choice("type of matrix products", "bfloat16", "float32"),
         "remat": _choice("what the backward pass recomputes per layer", "none", "full", "dots"),
+        "attention": _choice(
+            "auto is cudnn on GPUs, splash on TPUs, else xla", "auto", "xla", "cudnn", "splash"
+        ),
+        "attention_sharding": _choice(
+            "over `tensor`: sequences, or heads (more devices than sequences)", "batch", "heads"
+        ),
         "scan_layers": _bool(True, "scan over the layers rather than unroll them"),
     },
     "train": {
@@ -80,6 +86,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "beta1": _float(0.9, "AdamW: decay of the first moment", 0.0, 1.0),
         "beta2": _float(0.95, "AdamW: decay of the second moment", 0.0, 1.0),
         "epsilon": _float(1e-8, "AdamW: added to the root of the second moment", 0.0),
+        "first_moment_dtype": _choice("AdamW: type of the first moment", "float32", "bfloat16"),
         "weight_decay": _float(0.1, "AdamW: decoupled decay of matrices (not of norms)", 0.0),
         "clip_norm": _float(1.0, "largest global gradient norm; 0 turns clipping off", 0.0),
         "log_every_steps": _int(10, "steps between console lines", 1),

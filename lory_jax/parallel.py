@@ -4,6 +4,7 @@ Parameters name their logical axes where they are declared (`model/`); activatio
 `constrain`. Everything else is left to the compiler (Auto axis types).
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lory_jax.errors import InputError
+from lory_jax.errors import ConfigError, InputError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -31,13 +33,15 @@ RULES: Mapping[str, MeshAxes] = {
     "router_experts": (),
     "attention_embed": ("fsdp", "tensor"),
     "heads": (),
+    "tensor_heads": ("tensor",),
     "head_dim": (),
     "vocab": ("tensor",),
     "norm": (),
-    # activations
+    # activations; with heads on `tensor`, "moe_batch" is the batch everywhere
     "batch": ("data", "fsdp", "tensor"),
     "moe_batch": ("data", "fsdp"),
     "length": (),
+    "whole": (),
     "activation_embed": (),
 }
 
@@ -45,20 +49,35 @@ RULES: Mapping[str, MeshAxes] = {
 def start_process() -> None:
     """Sets JAX up for a run, alone or as one of several processes; call it before any other use.
 
-    Compiled programs are kept in the user's cache directory. Processes find each other by
-    themselves on TPU pods and, with LORY_DISTRIBUTED=1, under SLURM and other launchers that JAX
-    knows; on plain hosts by LORY_COORDINATOR (HOST:PORT), LORY_NUM_PROCESSES and LORY_PROCESS_ID.
+    Compiled programs are kept in the user's cache directory. Several processes find each other
+
+    - with LORY_DISTRIBUTED=1 by themselves, on TPU pods (one slice or several), under SLURM (`srun`
+      with one task per GPU: a task sees the GPU of its local rank) and other launchers JAX knows;
+    - on plain hosts by LORY_COORDINATOR (HOST:PORT of process 0), LORY_NUM_PROCESSES and
+      LORY_PROCESS_ID.
+
+    Raises:
+      InputError: these variables are incomplete, or no launcher is found.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(cache / "lory_jax" / "xla"))
+    if jax.distributed.is_initialized():
+        return
     if "LORY_COORDINATOR" in os.environ:
         count, index = (
             _integer_variable(f"LORY_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID")
         )
         jax.distributed.initialize(os.environ["LORY_COORDINATOR"], count, index)
     elif os.environ.get("LORY_DISTRIBUTED") == "1":
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise InputError(
+                f"LORY_DISTRIBUTED: got '1', but this is no TPU pod, SLURM step or other launcher "
+                f"that JAX knows ({error}); on plain hosts set LORY_COORDINATOR, "
+                "LORY_NUM_PROCESSES and LORY_PROCESS_ID"
+            ) from None
 
 
 def _integer_variable(name: str) -> int:
@@ -71,18 +90,46 @@ def _integer_variable(name: str) -> int:
 def make_mesh(
     data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """The mesh (data, fsdp, tensor) over `devices` (all, if None); `fsdp=0` takes what remains."""
-    count = len(devices) if devices is not None else jax.device_count()
+    """The mesh (data, fsdp, tensor) over `devices` (all, if None); `fsdp=0` takes what remains.
+
+    Over several TPU slices, whole slices lie along `data`: what crosses the network between them is
+    one sum of gradients per step.
+    """
+    devices = jax.devices() if devices is None else devices
     if fsdp == 0:
-        fsdp = max(1, count // (data * tensor))
-    if data * fsdp * tensor != count:
+        fsdp = max(1, len(devices) // (data * tensor))
+    if data * fsdp * tensor != len(devices):
         raise InputError(
             f"config.parallel: data x fsdp x tensor = {data} x {fsdp} x {tensor} is "
-            f"{data * fsdp * tensor}, but there are {count} devices"
+            f"{data * fsdp * tensor}, but there are {len(devices)} devices"
         )
-    return jax.make_mesh(
-        (data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
-    )
+    arranged = arrange_devices(devices, (data, fsdp, tensor))
+    return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def arrange_devices(devices: Sequence[Any], shape: tuple[int, int, int]) -> np.ndarray:
+    """`devices` as an array of `shape`, neighbours of a TPU's interconnect next to each other.
+
+    Raises:
+      ConfigError: there are several TPU slices, and their number does not divide `data`.
+    """
+    data, fsdp, tensor = shape
+    slices: dict[int, list[Any]] = {}
+    for device in devices:
+        # Hosts of GPUs carry a slice_index too, but sharding parameters over hosts is usual there.
+        index = getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
+        slices.setdefault(index, []).append(device)
+    if data % len(slices):
+        raise ConfigError(
+            f"config.parallel.data: got {data}, takes a multiple of {len(slices)}, "
+            "the number of TPU slices"
+        )
+    in_slice = (data // len(slices), fsdp, tensor)
+    parts = [
+        mesh_utils.create_device_mesh(in_slice, slices[i], allow_split_physical_axes=True)
+        for i in sorted(slices)
+    ]
+    return np.concatenate(parts, axis=0)
 
 
 def partition_spec(axes: tuple[str, ...]) -> PartitionSpec:
@@ -119,7 +166,90 @@ def constrain(x: Array, *axes: str) -> Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
 
 
-def place_batch(batch_BxL: np.ndarray, mesh: Mesh) -> Array:
-    """Makes the global batch `[B, L]` from this process's rows of it."""
-    sharding = NamedSharding(mesh, partition_spec(("batch", "length")))
+def place_batch(batch_BxL: np.ndarray, mesh: Mesh, axis: str = "batch") -> Array:
+    """Makes the global batch `[B, L]` from this process's rows of it; `axis` names its first."""
+    sharding = NamedSharding(mesh, partition_spec((axis, "length")))
     return jax.make_array_from_process_local_data(sharding, batch_BxL)
+
+
+# ---------------------------------------------------------------- what must fit the mesh
+
+# The field of `config.model` that is the size of a logical axis; the others are never sharded.
+SIZE_FIELDS = {
+    "embed": "embed_dim",
+    "attention_embed": "embed_dim",
+    "mlp": "mlp_dim",
+    "vocab": "vocab_size",
+    "tensor_heads": "num_heads",
+}
+
+MAX_UNSHARDED = 0.02  # of the bytes of all parameters
+
+
+def _shards(axis: str, mesh: Mesh) -> int:
+    return math.prod(mesh.shape[name] for name in RULES[axis])
+
+
+def _product(axis: str, mesh: Mesh) -> str:
+    sizes = " x ".join(f"{name}={mesh.shape[name]}" for name in RULES[axis])
+    return f"config.parallel {sizes}"
+
+
+def _multiples(size: int, divisor: int) -> str:
+    """A divisor's multiples next to a size, for messages."""
+    below = size // divisor * divisor
+    return " or ".join(str(value) for value in (below, below + divisor) if value)
+
+
+def check_batch(global_batch_size: int, microbatches: int, axis: str, mesh: Mesh) -> None:
+    """Every device must get as many whole sequences of every microbatch; else `ConfigError`.
+
+    `axis` is the logical axis of the batch (`ModelConfig.batch_axis`).
+    """
+    divisor = _shards(axis, mesh) * microbatches
+    if global_batch_size % divisor == 0:
+        return
+    way_out = ""
+    if axis == "batch" and global_batch_size % (_shards("moe_batch", mesh) * microbatches) == 0:
+        way_out = "; config.model.attention_sharding=heads takes it as it is"
+    raise ConfigError(
+        f"config.train.global_batch_size: got {global_batch_size}, takes a multiple of {divisor} "
+        f"({_product(axis, mesh)}, config.train.microbatches={microbatches}), such as "
+        f"{_multiples(global_batch_size, divisor)}{way_out}"
+    )
+
+
+def check_parameters(axes: Any, shapes: Any, mesh: Mesh) -> None:
+    """Every sharded dimension must divide, and hardly any bytes may stay unsharded.
+
+    Args:
+      axes: a tree whose leaves are tuples of logical axes.
+      shapes: the same tree of `jax.ShapeDtypeStruct`.
+
+    Raises:
+      ConfigError: a size does not divide what it is sharded over, or parameters of more than
+        `MAX_UNSHARDED` of all bytes lie whole on every device of `fsdp` and `tensor`.
+    """
+    unsharded: dict[str, int] = {}
+    total = 0
+    leaves, _ = jax.tree_util.tree_flatten_with_path(shapes)
+    all_axes = jax.tree.leaves(axes, is_leaf=lambda node: isinstance(node, tuple))
+    for (path, leaf), leaf_axes in zip(leaves, all_axes, strict=True):
+        for size, axis in zip(leaf.shape, leaf_axes, strict=True):
+            if size % _shards(axis, mesh):
+                raise ConfigError(
+                    f"config.model.{SIZE_FIELDS[axis]}: got {size}, takes a multiple of "
+                    f"{_shards(axis, mesh)} ({_product(axis, mesh)}), such as "
+                    f"{_multiples(size, _shards(axis, mesh))}"
+                )
+        total += leaf.size * leaf.dtype.itemsize
+        if all(_shards(axis, mesh) == 1 for axis in leaf_axes):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            unsharded[name] = leaf.size * leaf.dtype.itemsize
+    share = sum(unsharded.values()) / total
+    if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1 and share > MAX_UNSHARDED:
+        raise ConfigError(
+            f"config.parallel: fsdp={mesh.shape['fsdp']}, tensor={mesh.shape['tensor']} leave "
+            f"{share:.1%} of the parameters unsharded, at most {MAX_UNSHARDED:.0%} may be: "
+            + ", ".join(sorted(unsharded))
+        )

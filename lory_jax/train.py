@@ -26,10 +26,11 @@ from lory_jax.data.pipeline import TrainingBatches, evaluation_sets
 from lory_jax.evaluation.perplexity import token_losses
 from lory_jax.flops import flops_per_token, parameter_counts, peak_flops
 from lory_jax.model.transformer import ModelConfig
-from lory_jax.parallel import make_mesh, place_batch, start_process
+from lory_jax.parallel import check_batch, make_mesh, place_batch, start_process
 from lory_jax.training.checkpoint import Checkpoints
 from lory_jax.training.metrics import MetricsLog
 from lory_jax.training.optimizer import learning_rate, make_optimizer
+from lory_jax.training.profile import Trace, parse_steps
 from lory_jax.training.start import check_source, state_from
 from lory_jax.training.state import State, abstract_state, init_state
 from lory_jax.training.step import make_loss_step, make_train_step
@@ -64,16 +65,35 @@ def main(argv: list[str]) -> None:
         help="start from the newest parameters of this work directory (another run's, or made by "
         "convert from-hf), with fresh moments at step 0",
     )
+    parser.add_argument(
+        "--profile",
+        metavar="FIRST:LAST",
+        help="write a profiler trace of these steps, counted from 1, to W/profile",
+    )
     args = parser.parse(argv)
+    try:
+        profile = parse_steps(args.profile) if args.profile else None
+    except ValueError as error:
+        parser.error(f"--profile: {error}")
     start_process()
-    train(args.config, args.data, args.workdir, args.init_from)
+    train(args.config, args.data, args.workdir, args.init_from, profile)
 
 
-def train(config: ConfigDict, data: Path, workdir: Path, init_from: Path | None = None) -> None:
-    """Runs, or goes on with, one training run; `init_from` is a work directory to start from."""
+def train(
+    config: ConfigDict,
+    data: Path,
+    workdir: Path,
+    init_from: Path | None = None,
+    profile: tuple[int, int] | None = None,
+) -> None:
+    """Runs, or goes on with, one training run.
+
+    `init_from` is a work directory to start from; `profile` the first and last step to trace.
+    """
     # ---------------------------------------------------------------- what to train, on what
-    model, settings = ModelConfig(**config.model), config.train
+    model, settings = ModelConfig.for_platform(config.model, jax.default_backend()), config.train
     mesh = make_mesh(**config.parallel)
+    check_batch(settings.global_batch_size, settings.microbatches, model.batch_axis, mesh)
     manifest = read_manifest(data)
     tokenizer = load_tokenizer(manifest, data)
     batches = TrainingBatches(
@@ -96,7 +116,11 @@ def train(config: ConfigDict, data: Path, workdir: Path, init_from: Path | None 
 
     # ---------------------------------------------------------------- the two phases
     optimizer = make_optimizer(
-        settings.beta1, settings.beta2, settings.epsilon, settings.weight_decay
+        settings.beta1,
+        settings.beta2,
+        settings.epsilon,
+        settings.weight_decay,
+        settings.first_moment_dtype,
     )
     schedule = functools.partial(
         learning_rate,
@@ -147,15 +171,18 @@ def train(config: ConfigDict, data: Path, workdir: Path, init_from: Path | None 
         log_every_steps=settings.log_every_steps,
     )
     stop = StopRequest()
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), Trace(profile, workdir / "profile") as trace:
         batch_iterator = batches.iterate(start)
         for step in range(start, settings.steps):
             if phase.name == DENSE and model.num_experts and step == dense_steps:
                 state = upcycle(state, model, optimizer, mesh, settings.seed)
                 phase = make_phase(EXPERTS)
                 print(f"step {step}: every FFN upcycled to {model.num_experts} experts", flush=True)
-            state, metrics = phase.train_step(state, place_batch(next(batch_iterator), mesh))
             completed = step + 1
+            trace.before(completed)
+            batch = place_batch(next(batch_iterator), mesh, model.batch_axis)
+            state, metrics = phase.train_step(state, batch)
+            trace.after(completed, metrics)
             log.dispatched(completed, metrics)
             is_last = completed == settings.steps
             if completed % settings.validate_every_steps == 0 or is_last:
@@ -188,7 +215,9 @@ def validate(
     T = phase.config.segment_length
     losses = {}
     for domain, instances in sets.items():
-        nll = token_losses(phase.loss_step, state["params"], instances, batch_size, mesh)
+        nll = token_losses(
+            phase.loss_step, state["params"], instances, batch_size, mesh, phase.config.batch_axis
+        )
         losses[domain] = float(nll[:, T:].mean(dtype=np.float64))
     mean = float(np.mean(list(losses.values())))
     return {"validation_loss": mean, "validation_loss_by_domain": losses}
@@ -205,7 +234,7 @@ def announce(model: ModelConfig, config: ConfigDict, mesh: Mesh, batches: Traini
         f"{kind}: {counts['total'] / 1e6:,.1f}M parameters, {counts['active'] / 1e6:,.1f}M active\n"
         f"{config.train.steps:,} steps of {tokens:,} tokens, {epochs:.2f} epochs of "
         f"{batches.num_instances:,} instances\n"
-        f"mesh {dict(mesh.shape)} of {device}"
+        f"mesh {dict(mesh.shape)} of {device}, attention by {model.attention}"
         + ("" if peak_flops(device) else " (peak unknown: no MFU)"),
         flush=True,
     )

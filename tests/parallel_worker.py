@@ -5,7 +5,9 @@ python tests/parallel_worker.py
 
 import functools
 import json
+import math
 import os
+import re
 import sys
 
 # What is tested is how programs are split, not how well they are compiled: save the time.
@@ -28,6 +30,7 @@ from lory_jax.training.upcycle import upcycle  # noqa: E402
 
 STEPS, BATCH = 3, 8
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
+HEADS_MESHES = [(2, 2, 2), (1, 2, 4)]  # more devices than sequences per microbatch
 # Every sharded axis divides by 8. A large epsilon keeps Adam from amplifying rounding.
 CONFIG = functools.partial(tiny_config, vocab_size=40, sequence_length=10)
 OPTIMIZER = make_optimizer(0.9, 0.95, epsilon=1e-3, weight_decay=0.1)
@@ -46,23 +49,24 @@ def error(actual, expected) -> float:
     return float(max(errors))
 
 
-def train(config, mesh):
+def train(config, mesh, microbatches=1):
     """Losses, gradients of the first step, final parameters, and facts about the placement."""
     state = new_state(config, OPTIMIZER, params_of(config))
     state = jax.device_put(state, state_shardings(config, OPTIMIZER, mesh))
-    step = make_train_step(config, OPTIMIZER, lambda _: 0.01, 0.0, mesh)
+    step = make_train_step(config, OPTIMIZER, lambda _: 0.01, 0.0, mesh, microbatches)
     tokens = np.random.default_rng(0).integers(0, 40, (STEPS, BATCH, 11)).astype(np.int32)
+    place = functools.partial(place_batch, mesh=mesh, axis=config.batch_axis)
     result = {"losses": [], "donated": True}
     with jax.set_mesh(mesh):
         for i in range(STEPS):
-            old, (state, metrics) = state, step(state, place_batch(tokens[i], mesh))
+            old, (state, metrics) = state, step(state, place(tokens[i]))
             result["losses"].append(float(metrics["loss"]))
             result["donated"] &= all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
             if i == 0:
                 # From zero moments, the first moment is 0.1 times the gradient. A copy: an array
                 # that numpy looks into cannot be donated.
                 result["gradients"] = jax.tree.map(jnp.copy, state["opt_state"][0].mu)
-        nll = make_loss_step(config, mesh)(state["params"], place_batch(tokens[0], mesh))
+        nll = make_loss_step(config, mesh)(state["params"], place(tokens[0]))
     result |= {"params": state["params"], "nll": nll}
     result["compilations"] = step._cache_size()
     adam = state["opt_state"][0]
@@ -76,10 +80,10 @@ def train(config, mesh):
     return result
 
 
-def compare(config, single) -> dict:
+def compare(config, single, meshes=MESHES, microbatches=1) -> dict:
     expected, report = train(config, single), {}
-    for shape in MESHES:
-        got = train(config, make_mesh(*shape))
+    for shape in meshes:
+        got = train(config, make_mesh(*shape), microbatches)
         report[str(shape)] = {
             name: error(got[name], expected[name])
             for name in ("losses", "nll", "gradients", "params")
@@ -87,11 +91,69 @@ def compare(config, single) -> dict:
     return report
 
 
+def bytes_over_tensor(config, mesh) -> int:
+    """Bytes that collectives of one step put out which join devices of several `tensor` places.
+
+    Loop bodies count once: only differences between equal programs mean something.
+    """
+    step = make_train_step(config, OPTIMIZER, lambda _: 0.01, 0.0, mesh)
+    state = new_state(config, OPTIMIZER, params_of(config))
+    state = jax.device_put(state, state_shardings(config, OPTIMIZER, mesh))
+    with jax.set_mesh(mesh):
+        tokens = place_batch(np.zeros((BATCH, 11), np.int32), mesh, config.batch_axis)
+        program = step.lower(state, tokens).compile().as_text()
+    tensor = {device.id: place[2] for place, device in np.ndenumerate(mesh.devices)}
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    total = 0
+    for line in program.splitlines():
+        found = re.search(rf"= (.*?) (?:{kinds})(?:-start)?\(", line)
+        if found and any(len({tensor[d] for d in group}) > 1 for group in groups_of(line)):
+            for shape in re.findall(r"[fsu]\d+\[([\d,]*)\]", found[1]):
+                total += 4 * math.prod(map(int, shape.split(",") if shape else ()))
+    return total
+
+
+def groups_of(line: str) -> list[list[int]]:
+    """The devices of every group of a collective, from its four spellings."""
+    if found := re.search(r"(?:source_target_pairs|replica_groups)=\{(\{.*?\})\}", line):
+        return [[int(d) for d in group.split(",")] for group in re.findall(r"{(.*?)}", found[1])]
+    iota = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # ids counted up in this shape, then transposed
+    if found := re.search(rf"replica_groups=\[([\d,]+)\]<={iota}", line):
+        return counted(found[2], found[3]).reshape(numbers(found[1])).tolist()
+    found = re.search(rf"replica_groups=mesh\[(.*?)\](?:, device_ids=\({iota}\))? {{(.*?)}}", line)
+    axes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+    sizes = [int(size) for size in axes.values()]
+    ids = counted(found[2] or str(math.prod(sizes)), found[3]).reshape(sizes)
+    joined = [list(axes).index(name) for name in re.findall(r"'(\w+)'", found[4])]
+    rest = [axis for axis in range(ids.ndim) if axis not in joined]
+    group_size = math.prod(sizes[axis] for axis in joined)
+    return ids.transpose(rest + joined).reshape(-1, group_size).tolist()
+
+
+def counted(shape: str, order: str | None) -> np.ndarray:
+    ids = np.arange(math.prod(numbers(shape))).reshape(numbers(shape))
+    return ids.transpose(numbers(order)) if order else ids
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
 def main() -> None:
     single = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     mesh = make_mesh(2, 2, 2)
     dense, lory = CONFIG(num_experts=0), CONFIG()
     report = {"dense": compare(dense, single), "lory": compare(lory, single)}
+
+    heads = functools.partial(CONFIG, num_heads=4, attention_sharding="heads")
+    report["dense, heads"] = compare(heads(num_experts=0), single, HEADS_MESHES)
+    report["lory, heads"] = compare(heads(), single, HEADS_MESHES)
+    report["accumulated"] = {
+        "2": compare(heads(), single, [(2, 2, 2)], microbatches=2)["(2, 2, 2)"],
+        "4": compare(heads(), single, [(1, 2, 4)], microbatches=4)["(1, 2, 4)"],
+    }
+    wide = functools.partial(CONFIG, embed_dim=32, mlp_dim=64)
+    report["bytes_over_tensor"] = [bytes_over_tensor(wide(num_experts=E), mesh) for E in (8, 16)]
 
     one, many = (init_state(lory, OPTIMIZER, m, seed=3) for m in (single, mesh))
     report["init_is_independent_of_the_mesh"] = error(many, one) == 0.0

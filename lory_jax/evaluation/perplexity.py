@@ -19,10 +19,12 @@ def token_losses(
     instances_NxL1: np.ndarray,
     batch_size: int,
     mesh: Mesh,
+    batch_axis: str = "batch",
 ) -> np.ndarray:
     """Negative log-likelihood in nats of every target token, float32 `[N, L]`.
 
-    `loss_step` is `training.step.make_loss_step`'s; `batch_size` is over all processes.
+    `loss_step` is `training.step.make_loss_step`'s; `batch_size` is over all processes, and
+    `batch_axis` the model's.
     """
     local = batch_size // jax.process_count()
     offset = jax.process_index() * local
@@ -31,7 +33,8 @@ def token_losses(
         rows = np.arange(start, start + batch_size)
         # The last batch is filled up with the last instance, so that one shape is compiled.
         batch = instances_NxL1[np.minimum(rows, len(instances_NxL1) - 1)]
-        nll_BxL = loss_step(params, place_batch(batch[offset : offset + local], mesh))
+        rows = batch[offset : offset + local]
+        nll_BxL = loss_step(params, place_batch(rows, mesh, batch_axis))
         losses.append(nll_BxL)
     return np.concatenate(jax.device_get(losses))[: len(instances_NxL1)]
 

@@ -15,8 +15,11 @@ from lory_jax.interop.hf import LlamaDirectory, check_absent, temporary_sibling
 from lory_jax.model.transformer import ModelConfig, Params, build, init_params
 from lory_jax.parallel import shardings
 from lory_jax.training.checkpoint import Checkpoints
+from lory_jax.training.start import ARCHITECTURE
 from lory_jax.training.upcycle import upcycle_params
 from lory_jax.training.workdir import CONFIG, EXPERTS
+
+DECIDED_BY_LLAMA = (*ARCHITECTURE, "sequence_length", "segment_length", "compute_dtype")
 
 EVALUATION_BATCH = 8  # instances; nothing was trained here that would say how many fit
 
@@ -39,15 +42,16 @@ def write_start(
     """
     check_absent(workdir)
     config = base_config()
-    for name, value in dataclasses.asdict(directory.config).items():
-        config.model[name] = value
+    for name in DECIDED_BY_LLAMA:
+        config.model[name] = getattr(directory.config, name)
     config.model.num_experts = num_experts
     config.train.seed = seed
     config.train.global_batch_size = EVALUATION_BATCH
     validate(config)
     params = directory.params(mesh)
     if num_experts:
-        params = upcycled(params, ModelConfig(**config.model), mesh, seed)
+        lory = dataclasses.replace(directory.config, num_experts=num_experts)
+        params = upcycled(params, lory, mesh, seed)
 
     workdir.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_sibling(workdir)

@@ -9,6 +9,7 @@ E experts, V vocabulary, Y layers.
 """
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,12 @@ from flax import nnx
 from jax import Array
 
 from lory_jax.model import routing as route
-from lory_jax.model.attention import Attention
+from lory_jax.model.attention import (
+    SAVED,
+    Attention,
+    causal_attention,
+    resolve_attention,
+)
 from lory_jax.model.merged_ffn import merged_ffn, swiglu
 from lory_jax.model.parameters import Initializer
 from lory_jax.parallel import constrain
@@ -45,7 +51,24 @@ class ModelConfig:
     norm_epsilon: float = 1e-5
     compute_dtype: str = "float32"
     remat: str = "none"
+    attention: str = "xla"
+    attention_sharding: str = "batch"
     scan_layers: bool = True
+
+    @classmethod
+    def for_platform(cls, fields: Mapping[str, Any], platform: str) -> "ModelConfig":
+        """`config.model` with `attention` resolved for where the program will run (cpu, gpu, tpu).
+
+        Raises:
+          ConfigError: the platform cannot run the implementation asked for.
+        """
+        attention = resolve_attention(fields["attention"], platform, fields["compute_dtype"])
+        return cls(**{**fields, "attention": attention})
+
+    @property
+    def batch_axis(self) -> str:
+        """The logical axis of the batch outside the FFN and the head."""
+        return "batch" if self.attention_sharding == "batch" else "moe_batch"
 
 
 @dataclass(frozen=True)
@@ -140,23 +163,40 @@ class Block(nnx.Module):
         # The residual stream is a sum over 2 * layers of outputs: keep its variance at 1.
         output_scale = (2 * config.num_layers) ** -0.5
         self.attention_norm = init.ones((D,), ("norm",))
-        self.attention = Attention(init, D, config.num_heads, output_scale)
+        heads_on_tensor = config.attention_sharding == "heads"
+        self.attention = Attention(init, D, config.num_heads, output_scale, heads_on_tensor)
         self.ffn_norm = init.ones((D,), ("norm",))
         ffn = MergedFFN if config.num_experts else DenseFFN
         self.ffn = ffn(init, config, output_scale)
 
     def __call__(self, x_BxLxD: Array, routing: Routing) -> tuple[Array, Array | None]:
         """Returns `[B, L, D]` and the layer's routing weights, None for a dense layer."""
-        x_BxLxD = constrain(x_BxLxD, "batch", "length", "activation_embed")
+        x_BxLxD = constrain(x_BxLxD, self.config.batch_axis, "length", "activation_embed")
         with jax.named_scope("attention"):
             h_BxLxD = rms_norm(x_BxLxD, self.attention_norm[...], self.config.norm_epsilon)
-            x_BxLxD = x_BxLxD + self.attention(h_BxLxD, self.config.rope_theta)
+            x_BxLxD = x_BxLxD + self.attend(h_BxLxD)
         with jax.named_scope("ffn"):
             h_BxLxD = rms_norm(x_BxLxD, self.ffn_norm[...], self.config.norm_epsilon)
             if isinstance(self.ffn, DenseFFN):
                 return x_BxLxD + self.ffn(h_BxLxD), None
             y_BxLxD, r_BxNxE = self.ffn(h_BxLxD, routing)
             return x_BxLxD + y_BxLxD, r_BxNxE
+
+    def attend(self, h_BxLxD: Array) -> Array:
+        """Causal self-attention over the whole sequence, document borders included."""
+        config, (B, L, _) = self.config, h_BxLxD.shape
+        positions_BxL = jnp.broadcast_to(jnp.arange(L), (B, L))
+        query, key, value = self.attention.project(h_BxLxD, positions_BxL, config.rope_theta)
+        return self.attention.combine(
+            causal_attention(
+                query,
+                key,
+                value,
+                config.attention,
+                config.batch_axis,
+                "heads" if config.attention_sharding == "batch" else "tensor_heads",
+            )
+        )
 
 
 class Transformer(nnx.Module):
@@ -174,8 +214,11 @@ class Transformer(nnx.Module):
     def embed(self, tokens_BxL: Array) -> Array:
         """`[B, L, D]` in the compute type."""
         with jax.named_scope("embedding"):
-            x_BxLxD = self.embedding[...][tokens_BxL].astype(self.config.compute_dtype)
-            return constrain(x_BxLxD, "batch", "length", "activation_embed")
+            # Gathered whole, so that every device looks its own tokens up: a table that is sharded
+            # over both its axes makes the compiler replicate the activations instead.
+            table_VxD = constrain(self.embedding[...], "whole", "activation_embed")
+            x_BxLxD = table_VxD[tokens_BxL].astype(self.config.compute_dtype)
+            return constrain(x_BxLxD, self.config.batch_axis, "length", "activation_embed")
 
     def unembed(self, x_BxLxD: Array) -> Array:
         """Float32 logits `[B, L, V]` of what `hidden` returns."""
@@ -245,7 +288,10 @@ def _remat(function: Any, policy: str) -> Any:
         return function
     if policy == "dots":
         # Merged weights are matrix products too, but with a batch dimension: not kept.
-        kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        policies = jax.checkpoint_policies
+        kept = policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SAVED)
+        )
         return jax.checkpoint(function, policy=kept)
     if policy == "full":
         return jax.checkpoint(function)

@@ -15,7 +15,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from lory_jax.model.transformer import ModelConfig, build, init_params
-from lory_jax.parallel import replicated, shardings
+from lory_jax.parallel import check_parameters, replicated, shardings
 
 State = dict[str, Any]
 
@@ -41,10 +41,15 @@ def never_active(config: ModelConfig) -> Array:
 def state_shardings(
     config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> State:
-    """A `NamedSharding` for every leaf; Adam's moments lie where their parameters do."""
+    """A `NamedSharding` for every leaf; Adam's moments lie where their parameters do.
+
+    Raises:
+      ConfigError: the model does not fit the mesh (`lory_jax.parallel.check_parameters`).
+    """
     _, axes = build(config)
     on_mesh = shardings(axes, mesh)
     abstract = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    check_parameters(axes, abstract, mesh)
     abstract_opt = jax.eval_shape(optimizer.init, abstract)
     result = {
         "step": replicated(mesh),
