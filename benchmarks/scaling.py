@@ -8,15 +8,13 @@ the tables between the two marks in docs/scaling.md. Needs libtpu (requirements-
 
 import argparse
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from tables import ROOT, markdown, replace_marked, write
+
 PLANS, PAGE = ROOT / "docs" / "plans", ROOT / "docs" / "scaling.md"
-BEGIN, END = "<!-- begin: benchmarks/scaling.py -->", "<!-- end -->"
 
 CASES = [
     ("lory_0_3b", 8, "v5e-64"),
@@ -40,10 +38,8 @@ def main() -> None:
             print(f"{i + 1} of {len(CASES)}: {recipe}, {experts} experts, {topology}", flush=True)
             write(path, compile_plan(recipe, experts, topology))
         plans.append((f"{SIZES[recipe]}/{experts}E", json.loads(path.read_text())))
-    before, rest = PAGE.read_text().split(BEGIN)
-    _, after = rest.split(END)
     tables = "\n\n".join([memory_table(plans), time_table(plans), cycles_table(plans)])
-    write(PAGE, f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}")
+    replace_marked(PAGE, "benchmarks/scaling.py", tables)
 
 
 def compile_plan(recipe: str, experts: int, topology: str) -> str:
@@ -53,21 +49,9 @@ def compile_plan(recipe: str, experts: int, topology: str) -> str:
     return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 # ---------------------------------------------------------------- tables
 
 Plans = list[tuple[str, dict[str, Any]]]
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def memory_table(plans: Plans) -> str:
