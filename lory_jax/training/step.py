@@ -3,6 +3,7 @@
 Letters: B batch, L sequence, V vocabulary, Y layers, N segments, E experts.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -40,18 +41,11 @@ def routing_metrics(r_YxBxNxE: Array, last_active_YxE: Array, step: Array) -> tu
     return metrics, last_active_YxE
 
 
-def make_train_step(
-    config: ModelConfig,
-    optimizer: optax.GradientTransformation,
-    schedule: Callable[[Array], Array],
-    clip_norm: float,
-    mesh: Mesh,
-    microbatches: int = 1,
-) -> Callable[[State, Array], tuple[State, Metrics]]:
-    """Returns `(state, tokens_BxL+1) -> (state, metrics)`; the state given is donated.
+def make_gradients(config: ModelConfig, microbatches: int) -> Callable[..., Any]:
+    """Returns `(params, tokens_BxL+1) -> ((loss, routing weights or None), gradients)`.
 
     With `microbatches` > 1 the gradient is accumulated over that many parts of the batch, one
-    after another: the same update in less memory.
+    after another: the same gradient in less memory.
     """
     graph, _ = build(config)
 
@@ -76,8 +70,25 @@ def make_train_step(
         r = None if r_MxYxBxNxE is None else jnp.concatenate(r_MxYxBxNxE, axis=1)
         return (loss, r), gradients
 
+    return loss_and_gradients if microbatches == 1 else accumulate
+
+
+def make_train_step(
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable[[Array], Array],
+    clip_norm: float,
+    mesh: Mesh,
+    microbatches: int = 1,
+) -> Callable[[State, Array], tuple[State, Metrics]]:
+    """Returns `(state, tokens_BxL+1) -> (state, metrics)`; the state given is donated.
+
+    Where the loss or the gradient norm is NaN or infinite, only `step` moves on: the rest of the
+    state stays as it is, bit for bit, and `metrics["skipped"]` is 1.
+    """
+    compute = make_gradients(config, microbatches)
+
     def train_step(state: State, tokens_BxL1: Array) -> tuple[State, Metrics]:
-        compute = loss_and_gradients if microbatches == 1 else accumulate
         (loss, r_YxBxNxE), gradients = compute(state["params"], tokens_BxL1)
         with jax.named_scope("optimizer"):
             rate = schedule(state["step"])
@@ -85,17 +96,43 @@ def make_train_step(
             gradients = clip_by_norm(gradients, norm, clip_norm)
             updates, opt_state = optimizer.update(gradients, state["opt_state"], state["params"])
             params = jax.tree.map(lambda p, u: p - rate * u, state["params"], updates)
+            is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         new: State = {"step": state["step"] + 1, "params": params, "opt_state": opt_state}
         metrics: Metrics = {"loss": loss, "learning_rate": rate, "grad_norm": norm}
+        metrics["skipped"] = 1 - is_finite.astype(jnp.int32)
         if r_YxBxNxE is not None:
             routed, new["last_active_YxE"] = routing_metrics(
                 r_YxBxNxE, state["last_active_YxE"], new["step"]
             )
             metrics |= routed
-        return new, metrics
+        # A select per element, inside the loop that writes the new value anyway.
+        kept = jax.tree.map(functools.partial(jnp.where, is_finite), new, state)
+        return {**kept, "step": new["step"]}, metrics
 
     pinned = (state_shardings(config, optimizer, mesh), replicated(mesh))
     return jax.jit(train_step, donate_argnums=0, out_shardings=pinned)
+
+
+def make_norms(config: ModelConfig, mesh: Mesh, microbatches: int) -> Callable[..., Any]:
+    """Returns `(params, tokens_BxL+1) -> (norms of the parameters, norms of the gradients)`.
+
+    For every leaf, float32 `[Y]` where it is stacked over the layers, else a scalar. To say where
+    numbers went wrong.
+    """
+    compute = make_gradients(config, microbatches)
+
+    def norms(tree: Params) -> Any:
+        def norm(path: Any, leaf: Array) -> Array:
+            axes = tuple(range(1 if path[0].key == "layers" else 0, leaf.ndim))
+            return jnp.sqrt(jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=axes))
+
+        return jax.tree_util.tree_map_with_path(norm, tree)
+
+    def both(params: Params, tokens_BxL1: Array) -> tuple[Any, Any]:
+        _, gradients = compute(params, tokens_BxL1)
+        return norms(params), norms(gradients)
+
+    return jax.jit(both, out_shardings=replicated(mesh))
 
 
 def make_loss_step(
