@@ -92,10 +92,16 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "log_every_steps": _int(10, "steps between console lines", 1),
         "validate_every_steps": _int(100, "steps between validations", 1),
         "validation_batches": _int(8, "batches per domain in a validation inside the loop", 1),
+        "max_skipped_steps": _int(
+            10, "steps in a row with a NaN or infinite loss or gradient that stop the run", 1
+        ),
     },
     "checkpoint": {
         "every_steps": _int(1000, "steps between checkpoints", 1),
+        "every_minutes": _float(0.0, "minutes between checkpoints as well; 0 for steps only", 0.0),
         "keep": _int(2, "newest checkpoints kept", 1),
+        "keep_best": _int(0, "checkpoints kept as well: those of the lowest validation losses", 0),
+        "keep_every_steps": _int(0, "kept for good: checkpoints at multiples of it; 0 for none", 0),
     },
     "parallel": {
         "data": _int(1, "devices on the mesh axis data", 1),

@@ -1,4 +1,4 @@
-"""The two errors a user can cause. Verbs print them as one line and exit with their status.
+"""The errors a user can cause. Verbs print them as one line and exit with their status.
 
 Raise them with a message that names the thing, what was found, and what is accepted.
 """
@@ -14,3 +14,9 @@ class ConfigError(InputError):
     """A flag or a config field has a wrong name or value."""
 
     status = 2
+
+
+class Diverged(InputError):
+    """Training stopped itself: too many losses or gradients in a row were no numbers."""
+
+    status = 3

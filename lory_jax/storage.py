@@ -12,7 +12,7 @@ import tempfile
 import time
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import cast
 
 from etils import epath
@@ -50,6 +50,12 @@ def storage_path(text: str | Path) -> Path:
 def is_remote(path: str | Path) -> bool:
     """Whether a path is in an object store."""
     return "://" in str(path)
+
+
+def is_inside(name: str) -> bool:
+    """Whether a relative name, joined to a directory, stays below it."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and path.name != ""
 
 
 def cache_directory() -> Path:

@@ -2,17 +2,19 @@
 
     python -m lory_jax.train --config=configs/local.py:experts=8 --data=DIR --workdir=W
 
-The same command again goes on from the newest checkpoint of W. Ctrl-C or SIGTERM saves and stops
-(exit status 130 or 143).
+The same command again goes on from the newest checkpoint of W. Ctrl-C or SIGTERM saves after the
+step under way and stops. Exit status: 0 the run is finished; 1 an input cannot be used; 2 a flag
+or field is wrong; 3 the losses were no numbers any more; 130, 143 stopped by a signal and saved.
 """
 
+import contextlib
 import functools
 import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -22,19 +24,24 @@ from ml_collections import ConfigDict
 
 from lory_jax import cli
 from lory_jax.data.manifest import load_tokenizer, read_manifest
-from lory_jax.data.pipeline import TrainingBatches, evaluation_sets
+from lory_jax.data.pipeline import Lookahead, TrainingBatches, evaluation_sets
+from lory_jax.errors import InputError
 from lory_jax.evaluation.perplexity import token_losses
 from lory_jax.flops import flops_per_token, parameter_counts, peak_flops
 from lory_jax.model.transformer import ModelConfig
 from lory_jax.parallel import check_batch, make_mesh, place_batch, start_process
-from lory_jax.training.checkpoint import Checkpoints
+from lory_jax.training.checkpoint import Checkpoints, Meta
+from lory_jax.training.goodput import Goodput
 from lory_jax.training.metrics import MetricsLog
 from lory_jax.training.optimizer import learning_rate, make_optimizer
 from lory_jax.training.profile import Trace, parse_steps
+from lory_jax.training.retention import Retention
+from lory_jax.training.signals import Agreement, SaveTimer, StopRequest, Wishes
 from lory_jax.training.start import check_source, state_from
 from lory_jax.training.state import State, abstract_state, init_state
-from lory_jax.training.step import make_loss_step, make_train_step
+from lory_jax.training.step import make_loss_step, make_norms, make_train_step
 from lory_jax.training.upcycle import upcycle
+from lory_jax.training.watch import diverged
 from lory_jax.training.workdir import (
     DENSE,
     EXPERTS,
@@ -49,8 +56,10 @@ class Phase:
 
     name: str
     config: ModelConfig
+    batch_size: int  # of all processes
     train_step: Callable[..., Any]
     loss_step: Callable[..., Any]
+    norms: Callable[..., Any]
 
 
 def main(argv: list[str]) -> None:
@@ -70,13 +79,20 @@ def main(argv: list[str]) -> None:
         metavar="FIRST:LAST",
         help="write a profiler trace of these steps, counted from 1, to W/profile",
     )
+    parser.add_argument(
+        "--change_steps",
+        action="store_true",
+        help="let a run go on with another config.train.steps (its schedules stretch with it)",
+    )
     args = parser.parse(argv)
     try:
         profile = parse_steps(args.profile) if args.profile else None
     except ValueError as error:
         parser.error(f"--profile: {error}")
     start_process()
-    train(args.config, args.data, args.workdir, args.init_from, profile)
+    # JAX's own handler only takes notes: until the loop begins there is nothing to save.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    train(args.config, args.data, args.workdir, args.init_from, profile, args.change_steps)
 
 
 def train(
@@ -85,13 +101,17 @@ def train(
     workdir: Path,
     init_from: Path | None = None,
     profile: tuple[int, int] | None = None,
+    change_steps: bool = False,
 ) -> None:
     """Runs, or goes on with, one training run.
 
-    `init_from` is a work directory to start from; `profile` the first and last step to trace.
+    `init_from` is a work directory to start from; `profile` the first and last step to trace;
+    `change_steps` lets the number of steps differ from that of the run so far.
     """
+    goodput = Goodput(since=time.monotonic())
     # ---------------------------------------------------------------- what to train, on what
     model, settings = ModelConfig.for_platform(config.model, jax.default_backend()), config.train
+    saves = config.checkpoint
     mesh = make_mesh(**config.parallel)
     check_batch(settings.global_batch_size, settings.microbatches, model.batch_axis, mesh)
     manifest = read_manifest(data)
@@ -111,7 +131,7 @@ def train(
     }
     if init_from is not None:
         check_source(init_from, model, tokenizer, data)
-    open_workdir(workdir, config.to_dict(), data)
+    lock = open_workdir(workdir, config.to_dict(), data, change_steps)
     announce(model, config, mesh, batches)
 
     # ---------------------------------------------------------------- the two phases
@@ -136,18 +156,32 @@ def train(
         step = make_train_step(
             phase_model, optimizer, schedule, settings.clip_norm, mesh, settings.microbatches
         )
-        return Phase(name, phase_model, step, make_loss_step(phase_model, mesh))
+        return Phase(
+            name,
+            phase_model,
+            settings.global_batch_size,
+            step,
+            make_loss_step(phase_model, mesh),
+            make_norms(phase_model, mesh, settings.microbatches),
+        )
 
     # ---------------------------------------------------------------- where to start
     # 1. The newest intact checkpoint of this run; 2. --init_from; 3. scratch. Never 2 or 3 over
     # damaged checkpoints.
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+    agreement = Agreement(mesh)
+    checkpoints = Checkpoints(
+        workdir / "checkpoints",
+        Retention(saves.keep, saves.keep_best, saves.keep_every_steps),
+        all_well=lambda well: not agreement.now(Wishes(damage=not well)).damage,
+    )
     restored = checkpoints.restore_newest(
         lambda meta: abstract_state(phase_config(model, meta["phase"]), optimizer, mesh)
     )
+    meta: Meta = {}
     if restored is not None:
         state, meta = restored
         phase, start = make_phase(meta["phase"]), meta["step"]
+        goodput.resume(meta.get("goodput", {}))
         print(f"resuming {workdir} at step {start} of {settings.steps}", flush=True)
     elif init_from is not None:
         state, phase_name = state_from(init_from, model, optimizer, mesh)
@@ -169,54 +203,98 @@ def train(
         flops_per_token=flops_per_token(model),
         peak_flops=peak_flops(jax.devices()[0].device_kind),
         log_every_steps=settings.log_every_steps,
+        counts=meta.get("watch"),
     )
+    goodput.repeats(log.repeated_seconds)
+    timer = SaveTimer(saves.every_minutes)
+    ahead = Lookahead(batches.iterate(start))
     stop = StopRequest()
+    first_of_phase, batch, wishes = start, None, Wishes()
+    failure: InputError | None = None
+    goodput.begin()
     with jax.set_mesh(mesh), Trace(profile, workdir / "profile") as trace:
-        batch_iterator = batches.iterate(start)
         for step in range(start, settings.steps):
-            if phase.name == DENSE and model.num_experts and step == dense_steps:
-                state = upcycle(state, model, optimizer, mesh, settings.seed)
-                phase = make_phase(EXPERTS)
+            # Past the border, too: --change_steps may have moved it.
+            if phase.name == DENSE and model.num_experts and step >= dense_steps:
+                with goodput.starting():
+                    state = upcycle(state, model, optimizer, mesh, settings.seed)
+                phase, first_of_phase = make_phase(EXPERTS), step
                 print(f"step {step}: every FFN upcycled to {model.num_experts} experts", flush=True)
-            completed = step + 1
+            completed, previous_batch = step + 1, batch
             trace.before(completed)
-            batch = place_batch(next(batch_iterator), mesh, model.batch_axis)
-            state, metrics = phase.train_step(state, batch)
+            with goodput.during("stall"):
+                batch = place_batch(ahead.next(), mesh, model.batch_axis)
+            with goodput.starting() if step == first_of_phase else contextlib.nullcontext():
+                state, metrics = phase.train_step(state, batch)
             trace.after(completed, metrics)
             log.dispatched(completed, metrics)
-            is_last = completed == settings.steps
-            if completed % settings.validate_every_steps == 0 or is_last:
-                log.settle()
-                log.write(**validate(phase, state, validation, settings.global_batch_size, mesh))
-                log.restart_clock()
-            if completed % config.checkpoint.every_steps == 0 or is_last or stop.signal:
-                # The step is the data position: it is saved with the state, before the next draw.
-                log.settle()
-                checkpoints.save(state, phase.name)
-                log.restart_clock()
-            if stop.signal:
+            if previous_batch is not None and log.watch.in_a_row >= settings.max_skipped_steps:
+                # The step before this one was the last straw. Nothing is saved: the checkpoints
+                # that are there are older than the trouble, or as good as this state.
+                norms = phase.norms(state["params"], previous_batch)
+                failure = diverged(workdir, step, log.watch, norms, batches.record_ids(step - 1))
                 break
-    log.close()
-    checkpoints.close()
-    if stop.signal and not is_last:
+            wishes = agreement.after_step(
+                Wishes(stop.signal, ahead.damage is not None, timer.is_due())
+            )
+            is_last = completed == settings.steps
+            is_validated = completed % settings.validate_every_steps == 0 or is_last
+            is_saved = completed % saves.every_steps == 0 or is_last or any(wishes)
+            if is_validated or is_saved:
+                log.settle()
+                found: dict[str, Any] = {}
+                if is_validated:
+                    with goodput.during("validation"):
+                        found = validate(phase, state, validation, mesh)
+                log.write(**found, goodput=goodput.seconds())
+                if is_saved:
+                    # The step is the data position: it is saved with the state, before the next
+                    # draw, and after its line of metrics: a resumed run does not log it again.
+                    with goodput.during("save"):
+                        checkpoints.save(
+                            state,
+                            phase.name,
+                            validation_loss=found.get("validation_loss"),
+                            watch=log.watch.counts(),
+                            goodput=goodput.seconds(),
+                        )
+                    timer.restart()
+                log.restart_clock()
+            if wishes.damage and not is_last:
+                failure = ahead.damage or InputError("another process cannot read its data")
+            if failure or wishes.signal:
+                break
+
+    # ---------------------------------------------------------------- the end
+    try:
+        with goodput.during("save"):
+            checkpoints.close()
+    finally:
+        log.close()
+    say(str(goodput))
+    if failure is not None:
+        raise failure
+    if wishes.signal and not is_last:
         print(f"stopped by a signal; {workdir} is saved at step {completed}", file=sys.stderr)
-        sys.exit(128 + stop.signal)
-    print(f"{workdir}: finished at step {settings.steps}")
+        sys.exit(128 + wishes.signal)
+    say(f"{workdir}: finished at step {settings.steps}")
+    del lock  # held until here
 
 
 def validate(
-    phase: Phase,
-    state: State,
-    sets: dict[str, np.ndarray],
-    batch_size: int,
-    mesh: Mesh,
+    phase: Phase, state: State, sets: Mapping[str, np.ndarray], mesh: Mesh
 ) -> dict[str, Any]:
     """Loss in nats per token over positions >= T: per domain, and their mean."""
     T = phase.config.segment_length
     losses = {}
     for domain, instances in sets.items():
         nll = token_losses(
-            phase.loss_step, state["params"], instances, batch_size, mesh, phase.config.batch_axis
+            phase.loss_step,
+            state["params"],
+            instances,
+            phase.batch_size,
+            mesh,
+            phase.config.batch_axis,
         )
         losses[domain] = float(nll[:, T:].mean(dtype=np.float64))
     mean = float(np.mean(list(losses.values())))
@@ -240,18 +318,10 @@ def announce(model: ModelConfig, config: ConfigDict, mesh: Mesh, batches: Traini
     )
 
 
-class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a request that the loop sees; a second one kills."""
-
-    def __init__(self) -> None:
-        self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._request)
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
-        print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+def say(text: str) -> None:
+    """Prints a line, once for all processes."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,7 @@ POISON = 36  # a token whose embedding is broken below
 @functools.cache
 def step_of(experts: int, microbatches: int):
     config = tiny_config(num_experts=experts)
-    return make_train_step(
-        config, OPTIMIZER, lambda _: 0.01, 1.0, make_mesh(1, 1, 1), microbatches
-    )
+    return make_train_step(config, OPTIMIZER, lambda _: 0.01, 1.0, make_mesh(1, 1, 1), microbatches)
 
 
 def poisoned_params(experts: int, value: float):

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -16,7 +16,7 @@ from lory_jax.data.instances import token_dtype
 from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.errors import InputError
 from lory_jax.progress import progress
-from lory_jax.storage import cache_directory, fetch, is_remote, storage_path
+from lory_jax.storage import cache_directory, fetch, is_inside, is_remote, storage_path
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
@@ -102,7 +102,7 @@ def read_manifest(directory: str | Path) -> Manifest:
     if version != FORMAT_VERSION:
         raise InputError(f"{path}: got format version {version}, takes {FORMAT_VERSION}")
     for name in manifest.files:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        if not is_inside(name):
             raise InputError(f"{path}: names {name!r}, which is outside the directory")
     return manifest
 

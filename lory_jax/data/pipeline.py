@@ -5,6 +5,7 @@ that share it and the step at which a run (re)starts do not matter, so the data 
 is one integer. B instances per batch and process, L + 1 tokens per instance.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import SupportsIndex
@@ -108,6 +109,39 @@ class TrainingBatches:
         return np.array([ids[first + row] for row in range(self._global_batch_size)], np.int64)
 
 
+class Lookahead:
+    """Draws batches two steps ahead of their use, so that one that cannot be read is known before
+    any process needs it: all can then stop at the same step.
+
+    Attributes:
+      damage: what is wrong with a batch ahead, or None.
+    """
+
+    DEPTH = 2
+
+    def __init__(self, batches: Iterator[np.ndarray]):
+        """Raises `InputError` if one of the first batches cannot be read."""
+        self._batches = batches
+        self._ahead: deque[np.ndarray] = deque()
+        self.damage: InputError | None = None
+        self._fill()
+        if self.damage is not None:
+            raise self.damage
+
+    def next(self) -> np.ndarray:
+        """The next batch; after `damage`, those drawn before it."""
+        batch = self._ahead.popleft()
+        self._fill()
+        return batch
+
+    def _fill(self) -> None:
+        try:
+            while self.damage is None and len(self._ahead) < self.DEPTH:
+                self._ahead.append(next(self._batches))
+        except InputError as error:
+            self.damage = error
+
+
 def _shuffled(instances: grain.MapDataset, seed: int) -> grain.MapDataset:
     epochs = ENDLESS // len(instances) + 1
     return instances.shuffle(seed=seed).repeat(epochs, reseed_each_epoch=True)
@@ -140,9 +174,12 @@ class _InstanceSource:
     def __getitem__(self, index: SupportsIndex) -> np.ndarray:
         try:
             record = self._records[index]
-        except RuntimeError:
+        except RuntimeError as error:
             self._name_damaged_file()
-            raise
+            raise InputError(
+                f"{self._directory / 'train'}: instance {index} could not be read, though the "
+                f"files are as the manifest says ({error}); is the disk well?"
+            ) from None
         return decode_record(
             record, self._manifest.sequence_length, self._manifest.dtype, self._directory / "train"
         )

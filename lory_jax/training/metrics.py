@@ -1,16 +1,18 @@
 """Where the figures of a run go: JSON lines, TensorBoard and the console."""
 
-import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
 
-from lory_jax.storage import Staging, Uploads, is_remote, write_atomically
-from lory_jax.training.workdir import METRICS, read_metrics
+from lory_jax.errors import InputError
+from lory_jax.storage import Staging, Uploads, is_remote
+from lory_jax.training.logfiles import METRICS, LogFiles, say
+from lory_jax.training.watch import LossWatch
+from lory_jax.training.workdir import read_metrics
 
 
 class MetricsLog:
@@ -21,6 +23,10 @@ class MetricsLog:
 
     Object stores cannot append: with a remote work directory the files grow in the cache and are
     uploaded once a minute, after every validation and save, and at the end.
+
+    Attributes:
+      watch: counts skipped steps, the same in all processes.
+      repeated_seconds: of the steps that an earlier process had logged and this one does again.
     """
 
     def __init__(
@@ -33,8 +39,12 @@ class MetricsLog:
         flops_per_token: float,
         peak_flops: float | None,
         log_every_steps: int,
+        counts: Mapping[str, int] | None = None,
     ):
-        """Forgets what an earlier process logged after `start_step`: those steps run again."""
+        """Forgets what an earlier process logged after `start_step`: those steps run again.
+
+        `counts` are `LossWatch.counts` at `start_step`.
+        """
         self._steps, self._tokens_per_step = steps, tokens_per_step
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._log_every_steps = log_every_steps
@@ -42,21 +52,20 @@ class MetricsLog:
         self._pending: tuple[int, dict[str, Any]] | None = None
         self._seconds: float | None = None
         self._recent: list[dict[str, Any]] = []
-        self._file = self._tensorboard = self._staging = self._uploads = None
+        self._files: LogFiles | None = None
+        self._staging: Staging | None = None
+        self._uploads: Uploads | None = None
+        logged = read_metrics(workdir) if (workdir / METRICS).exists() else []
+        kept = [line for line in logged if line["step"] <= start_step]
+        self.repeated_seconds = math.fsum(line["step_seconds"] for line in logged[len(kept) :])
+        self.watch = LossWatch((line["loss"] for line in kept), counts)
         if jax.process_index() == 0:
-            has_lines = (workdir / METRICS).exists()
-            kept = (
-                [m for m in read_metrics(workdir) if m["step"] <= start_step] if has_lines else []
-            )
             local = workdir
             if is_remote(workdir):
                 self._staging = Staging("logs")
                 local = self._staging.directory
                 self._uploads = Uploads(local, workdir)
-            path = local / METRICS
-            write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
-            self._tensorboard = SummaryWriter(str(local / "tensorboard"), purge_step=start_step + 1)
+            self._files = LogFiles(local, kept, start_step + 1)
         self._clock = time.perf_counter()
 
     def dispatched(self, step: int, metrics: dict[str, Any]) -> None:
@@ -74,9 +83,9 @@ class MetricsLog:
         self._seconds = now - self._clock
         self._clock = now
 
-    def restart_clock(self) -> None:
+    def restart_clock(self, **extra: Any) -> None:
         """Writes what is pending and starts the next step's clock, after a validation or a save."""
-        self.write()
+        self.write(**extra)
         if self._uploads is not None:
             self._uploads.start()
         self._clock = time.perf_counter()
@@ -103,30 +112,35 @@ class MetricsLog:
         if "experts_active" in metrics:
             line["experts_active"] = int(metrics["experts_active"])
             line["router_entropy"] = float(metrics["router_entropy"])
-        line |= extra
+        found = self.watch.saw(line["loss"], bool(metrics["skipped"]))
+        line |= found | {"skipped_steps": self.watch.skipped} | extra
         self._pending = self._seconds = None
-        if self._file is None or self._tensorboard is None:
+        if self._files is None:
             return
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        for name, value in line.items():
-            if isinstance(value, int | float) and name != "step":
-                self._tensorboard.add_scalar(name, value, step)
+        if "skipped" in found:
+            say(
+                f"step {step}: loss {line['loss']}, gradient norm {line['grad_norm']}: not applied "
+                f"({self.watch.in_a_row} in a row, {self.watch.skipped} in all)"
+            )
+        if "loss_spike" in found:
+            say(f"step {step}: loss {line['loss']:.4f} stands out from the steps before it")
+        self._files.write(line)
         if self._uploads is not None:
             self._uploads.poll()
         self._recent.append(line)
-        if extra or step % self._log_every_steps == 0 or step == self._steps:
+        if "validation_loss" in extra or step % self._log_every_steps == 0 or step == self._steps:
             print(self._console_line(), flush=True)
             self._recent.clear()
 
     def close(self) -> None:
+        """Writes what is pending; raises `InputError` if lines could not be written."""
         self.write()
-        if self._file is not None and self._tensorboard is not None:
-            self._file.close()
-            self._tensorboard.close()
+        lost = self._files.close() if self._files is not None else 0
         if self._uploads is not None and self._staging is not None:
             self._uploads.close()
             self._staging.close()
+        if lost:
+            raise InputError(f"the last {lost} lines of {METRICS} could not be written")
 
     def _mfu(self, tokens_per_second: float) -> float | None:
         if self._peak_flops is None:

@@ -4,6 +4,7 @@ A step is there when its `UPLOADED` is: the last object written, a list of the s
 """
 
 import json
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import jax
 from etils import epath
 
 from lory_jax.errors import InputError
-from lory_jax.storage import Staging, fetch, send, write_atomically
+from lory_jax.storage import Staging, fetch, is_inside, send, write_atomically
+from lory_jax.training.retention import Retention
 
 UPLOADED = "uploaded.json"
 
@@ -23,8 +25,8 @@ class Mirror:
       local: where Orbax writes; empty at first, gone after `close`.
     """
 
-    def __init__(self, remote: Path, keep: int | None):
-        """`keep` newest steps stay in `remote`; None, as a reader, uploads nothing.
+    def __init__(self, remote: Path, keep: Retention | None):
+        """`keep` says which steps stay in `remote`; None, as a reader, uploads nothing.
 
         Raises:
           InputError: there are several processes: each would see its own part of a checkpoint.
@@ -42,7 +44,7 @@ class Mirror:
 
     def steps(self) -> list[int]:
         """Steps uploaded completely, ascending."""
-        self._wait()
+        self.wait()
         if not self._remote.is_dir():
             return []
         names = (path.name for path in self._remote.iterdir())
@@ -52,10 +54,13 @@ class Mirror:
             if name.isdigit() and (self._remote / name / UPLOADED).exists()
         )
 
-    def upload(self, step: int) -> None:
-        """Copies a step that Orbax has finished, in the background, and removes old ones."""
-        self._wait()
-        self._running = self._pool.submit(self._upload, step)
+    def upload(self, step: int, losses: Mapping[int, float | None]) -> None:
+        """Copies a step that Orbax has finished, in the background, and removes old ones.
+
+        `losses` are validation losses by step, where known.
+        """
+        self.wait()
+        self._running = self._pool.submit(self._upload, step, dict(losses))
 
     def download(self, step: int) -> None:
         """Copies a step to `local`, if it is not there.
@@ -69,20 +74,23 @@ class Mirror:
         source = self._remote / str(step)
         unfinished = self.local / f"{step}.download"
         for name in json.loads((source / UPLOADED).read_text("utf-8")):
+            if not is_inside(name):
+                raise ValueError(f"{UPLOADED} names {name!r}, which is outside the checkpoint")
             fetch(source / name, unfinished / name)
         unfinished.replace(target)
 
     def close(self) -> None:
         """Waits for the upload under way and removes `local`."""
-        self._wait()
+        self.wait()
         self._pool.shutdown()
         self._staging.close()
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Waits for the upload under way; raises what failed there."""
         if self._running is not None:
             self._running.result()
 
-    def _upload(self, step: int) -> None:
+    def _upload(self, step: int, losses: Mapping[int, float | None]) -> None:
         source, target = self.local / str(step), self._remote / str(step)
         self._remove(step)
         files = sorted(path for path in source.rglob("*") if path.is_file())
@@ -90,9 +98,10 @@ class Mirror:
         for path, name in zip(files, names, strict=True):
             send(path, target / name)
         write_atomically(target / UPLOADED, json.dumps(names))
-        stored = (int(path.name) for path in self._remote.iterdir() if path.name.isdigit())
-        for old in sorted(stored)[: -self._keep] if self._keep else []:
-            self._remove(old)
+        stored = {int(path.name) for path in self._remote.iterdir() if path.name.isdigit()}
+        if self._keep:
+            for old in stored - self._keep.kept({s: losses.get(s) for s in stored}):
+                self._remove(old)
 
     def _remove(self, step: int) -> None:
         directory = self._remote / str(step)

@@ -5,6 +5,7 @@ dataset.json     where the prepared data are, and the hash of their manifest; no
                  was trained elsewhere
 tokenizer.json   a copy of the data's
 metrics.jsonl    one object per step
+lock             held by the process that trains
 tensorboard/     the same for TensorBoard
 checkpoints/     one directory per step
 
@@ -33,8 +34,10 @@ from lory_jax.model.transformer import ModelConfig, Params, build, init_params
 from lory_jax.parallel import shardings
 from lory_jax.storage import is_remote, storage_path, write_atomically
 from lory_jax.training.checkpoint import Checkpoints, Meta
+from lory_jax.training.lock import WorkdirLock
+from lory_jax.training.logfiles import METRICS
 
-CONFIG, DATASET, METRICS = "config.json", "dataset.json", "metrics.jsonl"
+CONFIG, DATASET = "config.json", "dataset.json"
 
 DENSE, EXPERTS = "dense", "experts"  # the phases of a run
 
@@ -44,31 +47,82 @@ def phase_config(config: ModelConfig, phase: str) -> ModelConfig:
     return dataclasses.replace(config, num_experts=0) if phase == DENSE else config
 
 
-def open_workdir(workdir: Path, config: dict[str, Any], data: Path) -> None:
+# What may change from one process of a run to the next: it decides how the run is computed, logged
+# and saved, not what is computed. `data` was for prepare; the manifest's hash stands for it.
+CHANGEABLE = {
+    "model": {"remat", "attention", "attention_sharding"},
+    "train": {
+        "microbatches",
+        "log_every_steps",
+        "validate_every_steps",
+        "validation_batches",
+        "max_skipped_steps",
+    },
+    "checkpoint": None,  # all of it
+    "parallel": None,
+    "data": None,
+}
+
+
+def open_workdir(
+    workdir: Path, config: dict[str, Any], data: Path, change_steps: bool = False
+) -> WorkdirLock | None:
     """Makes the work directory of a new run, or checks that it belongs to this very run.
 
+    Process 0 gets the lock, which must be kept as long as the run goes on.
+
     Raises:
-      InputError: it holds a run with another config or other data; the message shows how they
-        differ.
+      InputError: another process trains in it; it cannot be written; or it holds a run with
+        another config or other data: the message shows how they differ.
     """
     dataset = {
         "path": str(data if is_remote(data) else data.resolve()),
         "manifest_sha256": file_sha256(data / MANIFEST_NAME),
     }
-    if (workdir / CONFIG).exists():
-        found = differences(read_config(workdir), config)
-        if _read_json(workdir / DATASET)["manifest_sha256"] != dataset["manifest_sha256"]:
-            found.append(f"data: made from {_read_json(workdir / DATASET)['path']}, wanted {data}")
-        if found:
-            raise InputError(f"{workdir}: holds a run of another config ({'; '.join(found)})")
-        return
-    if jax.process_index() > 0:
-        return
-    if not is_remote(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-    write_atomically(workdir / TOKENIZER_NAME, (data / TOKENIZER_NAME).read_text("utf-8"))
-    write_atomically(workdir / DATASET, json.dumps(dataset, indent=1) + "\n")
-    write_atomically(workdir / CONFIG, json.dumps(config, indent=1) + "\n")
+    try:
+        if not is_remote(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
+        lock = WorkdirLock(workdir) if jax.process_index() == 0 else None
+        is_new = not (workdir / CONFIG).exists()
+        changed: list[str] = []
+        if not is_new:
+            changed = check_same_run(workdir, config, dataset, change_steps)
+            if changed and jax.process_index() == 0:
+                print(f"changed since the run began: {'; '.join(changed)}", flush=True)
+        elif lock is not None:
+            write_atomically(workdir / TOKENIZER_NAME, (data / TOKENIZER_NAME).read_text("utf-8"))
+            write_atomically(workdir / DATASET, json.dumps(dataset, indent=1) + "\n")
+        if lock is not None and (is_new or changed):
+            write_atomically(workdir / CONFIG, json.dumps(config, indent=1) + "\n")
+        if lock is not None:
+            for rest in [] if is_remote(workdir) else workdir.glob("*.tmp-*"):
+                rest.unlink()  # of a process that was killed while it wrote
+    except OSError as error:
+        raise InputError(f"{workdir}: cannot be written ({error.strerror or error})") from None
+    return lock
+
+
+def check_same_run(
+    workdir: Path, config: dict[str, Any], dataset: dict[str, str], change_steps: bool
+) -> list[str]:
+    """Which changeable fields differ from those of a run; `InputError` if anything else does."""
+    found = read_config(workdir)
+    changed, wrong = [], []
+    for section in sorted(found.keys() | config.keys()):
+        changeable = CHANGEABLE.get(section, set())
+        for line in differences(found.get(section, {}), config.get(section, {})):
+            field = line.partition(":")[0]
+            may = changeable is None or field in changeable
+            may |= change_steps and (section, field) == ("train", "steps")
+            (changed if may else wrong).append(f"{section}.{line}")
+    if any(line.startswith("train.steps:") for line in wrong):
+        wrong.append("--change_steps changes the number of steps on purpose")
+    trained_on = _read_json(workdir / DATASET)
+    if trained_on["manifest_sha256"] != dataset["manifest_sha256"]:
+        wrong.append(f"data: made from {trained_on['path']}, wanted {dataset['path']}")
+    if wrong:
+        raise InputError(f"{workdir}: holds a run of another config ({'; '.join(wrong)})")
+    return changed
 
 
 def read_config(workdir: Path) -> dict[str, Any]:

@@ -1,0 +1,79 @@
+"""One process at a time trains in a work directory."""
+
+import fcntl
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import IO
+
+from lory_jax.errors import InputError
+from lory_jax.storage import is_remote
+
+LOCK = "lock"
+PATIENCE_SECONDS = 2.0  # doctor holds the lock for an instant; a process that was killed, too
+
+
+class WorkdirLock:
+    """Holds a work directory for as long as this process lives.
+
+    The lock is the kernel's (flock), so that it ends with its process, however that ends; the text
+    of the file only says who it was. Object stores have no locks.
+    """
+
+    def __init__(self, workdir: Path):
+        """Takes the lock.
+
+        Raises:
+          InputError: another process holds it; the message says which.
+        """
+        if is_remote(workdir):
+            say(f"{workdir} is in an object store, which has no locks: start no second run in it")
+            return
+        self._file = open(workdir / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 (see above)
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while (taken := _try(self._file, fcntl.LOCK_EX)) is False:
+            if time.monotonic() > deadline:
+                raise InputError(f"{workdir}: another run is in it ({_owner(self._file)})")
+            time.sleep(0.05)
+        if taken is None:
+            say(f"{workdir} is on a file system without locks: start no second run in it")
+        self._file.truncate(0)
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%c")}
+        self._file.write(json.dumps(owner))
+        self._file.flush()
+
+
+def holder(workdir: Path) -> str | None:
+    """Who trains in a work directory at this moment, or None; writes nothing."""
+    path = workdir / LOCK
+    if is_remote(workdir) or not path.exists():
+        return None
+    with open(path, encoding="utf-8") as file:
+        return _owner(file) if _try(file, fcntl.LOCK_SH) is False else None
+
+
+def _try(file: IO[str], kind: int) -> bool | None:
+    """Whether the lock was free and is taken now; None where there are no locks."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # ENOLCK, ENOTSUP
+        return None
+    return True
+
+
+def _owner(file: IO[str]) -> str:
+    file.seek(0)
+    try:
+        owner = json.loads(file.read())
+        return f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
+    except (ValueError, KeyError, TypeError):
+        return "its owner is just starting"
+
+
+def say(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr, flush=True)

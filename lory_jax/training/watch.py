@@ -1,0 +1,88 @@
+"""Watches the losses of a run: steps that were skipped, and spikes."""
+
+import json
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lory_jax.errors import Diverged
+from lory_jax.storage import write_atomically
+
+WINDOW = 50  # steps that a loss is compared with
+FEWEST = 20  # of them, for a comparison to mean something
+SPIKE = 6.0  # standard deviations above their mean
+
+
+class LossWatch:
+    """Counts skipped steps, and says which losses stand out.
+
+    Attributes:
+      recent: the losses of the last good steps.
+      skipped: steps skipped since the run began.
+      in_a_row: of them, the last ones without a good step in between.
+    """
+
+    def __init__(self, losses: Iterable[float], counts: Mapping[str, int] | None = None):
+        """`losses` of the steps before this process, and its `counts` at the checkpoint."""
+        self.recent = deque((loss for loss in losses if math.isfinite(loss)), WINDOW)
+        counts = counts or {"skipped": 0, "in_a_row": 0}
+        self.skipped, self.in_a_row = counts["skipped"], counts["in_a_row"]
+
+    def counts(self) -> dict[str, int]:
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def saw(self, loss: float, was_skipped: bool) -> dict[str, Any]:
+        """Takes the next step's loss; returns what its line of metrics gains."""
+        if was_skipped:
+            self.skipped += 1
+            self.in_a_row += 1
+            return {"skipped": True}
+        self.in_a_row = 0
+        is_spike = len(self.recent) >= FEWEST and loss > self._limit()
+        self.recent.append(loss)
+        return {"loss_spike": True} if is_spike else {}
+
+    def _limit(self) -> float:
+        return statistics.fmean(self.recent) + SPIKE * statistics.pstdev(self.recent)
+
+
+def diverged(
+    workdir: Path, step: int, watch: LossWatch, norms: tuple[Any, Any], record_ids: np.ndarray
+) -> Diverged:
+    """Writes down what is known about the last of many skipped steps; returns the error.
+
+    Args:
+      workdir: gains diverged-STEP.json.
+      step: the last step skipped.
+      watch: says how many.
+      norms: of parameters and gradients, leaf by leaf, layer by layer (`step.make_norms`).
+      record_ids: the instances of its batch.
+    """
+    params, gradients = ({name: leaf.tolist() for name, leaf in _named(tree)} for tree in norms)
+    contents = {
+        "step": step,
+        **watch.counts(),
+        "recent_losses": list(watch.recent),
+        "parameter_norms": params,
+        "gradient_norms": gradients,
+        "record_ids": record_ids.tolist(),
+    }
+    path = workdir / f"diverged-{step}.json"
+    if jax.process_index() == 0:
+        write_atomically(path, json.dumps(contents, indent=1) + "\n")
+    return Diverged(
+        f"step {step}: the loss or gradient was NaN or infinite {watch.in_a_row} times in a row; "
+        f"norms and record ids are in {path}. The same command would end here again: lower the "
+        "learning rate in a new run, perhaps with --init_from"
+    )
+
+
+def _named(tree: Any) -> list[tuple[str, np.ndarray]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(tree))
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), x) for path, x in leaves]
