@@ -23,7 +23,8 @@ source launch/setup.sh
 PORT=12321       # of the coordinator, unless --coordinator says otherwise
 SAVE_SECONDS=600 # to save and stop when asked to, before a process is killed
 PEER_SECONDS=10  # to stop when another process has died: a save would take all of them
-USAGE_STATUS=2   # a wrong flag or field: starting again would not help
+# A wrong flag or field, a run that diverged: starting again would not help.
+FINAL_STATUSES='2 3'
 
 # Reasons. What XLA does by itself is not repeated here.
 FLAGS=(
@@ -147,7 +148,7 @@ for ((attempt = 0; ; attempt++)); do
   status=0
   wait_for_all || status=$?
   [ "$status" -ne 0 ] || exit 0
-  [ "$status" -ne "$USAGE_STATUS" ] || exit "$status"
+  case " $FINAL_STATUSES " in *" $status "*) exit "$status" ;; esac
   [ "$attempt" -lt "$restarts" ] || fail "a process ended with status $status, and --restarts=$restarts are used up"
   echo "a process ended with status $status: starting all again ($((attempt + 1)) of at most $restarts)" >&2
 done

@@ -18,7 +18,8 @@
 #   --version=V      software version (default: by type)
 #   --project=P      default: gcloud's own
 #   --spot           cheaper, can be preempted; or --reserved; default: on demand
-#   --restarts=N     times a preempted TPU is asked for again (default 20)
+#   --restarts=N     times a preempted TPU is asked for again, or all processes are started again
+#                    because one died (default 20)
 #   --dry-run        print every command, run none
 #
 # Example
@@ -30,6 +31,8 @@ source launch/setup.sh
 
 POLL_SECONDS=${LORY_POLL_SECONDS:-30}
 LOST_CONNECTIONS=10 # while the TPU is still there
+# Worker 0 died, or says that another one did: aborted, killed, segmentation fault, peer is gone.
+DEATHS='134 137 139 75'
 
 # ---------------------------------------------------------------- what is asked for
 command='' name='' zone='' type='' slices=1 version='' project='' tier='' restarts=20 dry_run=''
@@ -192,21 +195,29 @@ install() { # returns 1 if a worker could not
 }
 
 run() {
-  local attempt=0
+  local attempt=0 ending what
   while :; do
     create
+    what="was preempted: asking for it again"
     if wait_until_active && install && on_all start "${words[@]}"; then
-      if until_it_ends; then return; fi
+      ending=0
+      until_it_ends || ending=$?
+      [ "$ending" -ne 0 ] || return 0
+      if [ "$ending" -eq 2 ]; then
+        what="lost a process: starting all again"
+        on_all kill || true
+      fi
     else
       ! is_active || fail "$name: a worker could not install or start; see above"
     fi
     attempt=$((attempt + 1))
-    [ "$attempt" -le "$restarts" ] || fail "$name: preempted, and --restarts=$restarts are used up"
-    echo "$name was preempted: asking for it again ($attempt of at most $restarts)"
+    [ "$attempt" -le "$restarts" ] || fail "$name: ${what%%:*}, and --restarts=$restarts are used up"
+    echo "$name $what ($attempt of at most $restarts)"
   done
 }
 
-# Returns 0 if the run has ended well, 1 if the TPU is gone; exits if the run has failed.
+# Returns 0 if the run has ended well, 1 if the TPU is gone, 2 if a process died; exits if the run
+# has failed.
 until_it_ends() {
   local result lost=0
   while :; do
@@ -219,6 +230,7 @@ until_it_ends() {
     fi
     sleep "$POLL_SECONDS" # workers see a preemption before the queue does
     is_active || return 1
+    case " $DEATHS " in *" ${result:-none} "*) return 2 ;; esac
     [ -z "$result" ] || fail "the run ended with status $result; $name is still there"
     lost=$((lost + 1))
     [ "$lost" -lt "$LOST_CONNECTIONS" ] || fail "$name: lost the connection $lost times"

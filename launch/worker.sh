@@ -3,7 +3,7 @@
 #
 #   bash lory_jax/launch/worker.sh install              requirements-tpu.txt, with a Python of its own
 #   bash lory_jax/launch/worker.sh start VERB ARGUMENTS  in the background, if it does not run yet
-#   bash lory_jax/launch/worker.sh follow | result | stop
+#   bash lory_jax/launch/worker.sh follow | result | stop | kill
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/setup.sh
@@ -45,5 +45,9 @@ case ${1:-} in
     is_running || fail "nothing runs"
     kill -TERM -- "-$(cat run/pid)"
     ;;
-  *) fail "takes install, start, follow, result or stop" ;;
+  kill) # so that it can be started again at once
+    if is_running; then kill -KILL -- "-$(cat run/pid)"; fi
+    rm -f run/pid
+    ;;
+  *) fail "takes install, start, follow, result, stop or kill" ;;
 esac

@@ -4,11 +4,13 @@
 
 The same command again goes on from the newest checkpoint of W. Ctrl-C or SIGTERM saves after the
 step under way and stops. Exit status: 0 the run is finished; 1 an input cannot be used; 2 a flag
-or field is wrong; 3 the losses were no numbers any more; 130, 143 stopped by a signal and saved.
+or field is wrong; 3 the losses were no numbers any more; 75 another process is gone, starting all
+again goes on; 130, 143 stopped by a signal and saved.
 """
 
 import contextlib
 import functools
+import os
 import signal
 import sys
 import time
@@ -30,7 +32,7 @@ from lory_jax.evaluation.perplexity import token_losses
 from lory_jax.flops import flops_per_token, parameter_counts, peak_flops
 from lory_jax.model.transformer import ModelConfig
 from lory_jax.parallel import check_batch, make_mesh, place_batch, start_process
-from lory_jax.training.checkpoint import Checkpoints, Meta
+from lory_jax.training.checkpoint import Checkpoints, Meta, reason
 from lory_jax.training.goodput import Goodput
 from lory_jax.training.metrics import MetricsLog
 from lory_jax.training.optimizer import learning_rate, make_optimizer
@@ -48,6 +50,8 @@ from lory_jax.training.workdir import (
     open_workdir,
     phase_config,
 )
+
+PEER_IS_GONE = 75  # exit status
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,18 @@ def main(argv: list[str]) -> None:
     start_process()
     # JAX's own handler only takes notes: until the loop begins there is nothing to save.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    train(args.config, args.data, args.workdir, args.init_from, profile, args.change_steps)
+    try:
+        train(args.config, args.data, args.workdir, args.init_from, profile, args.change_steps)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        # Without the usual clean-up, which waits for all processes.
+        print(
+            f"error: a step failed, most likely because another process is gone: {reason(error)}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(PEER_IS_GONE)
 
 
 def train(

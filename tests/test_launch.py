@@ -131,6 +131,16 @@ def test_a_preempted_run_is_started_again_with_the_same_command(play):
     assert play.started() == [*play.started()[:4]] * 3
 
 
+def test_a_run_that_lost_a_process_is_started_again_on_the_same_tpu(play):
+    play.trainer(f"[ $(grep -c distributed {play.directory}/started) = 2 ] || exit 134; exit 0")
+    result = play.run(*RUN, "--config=a.py")
+    assert result.returncode == 0, result.stderr
+    assert "lost a process: starting all again (1 of at most 20)" in result.stdout
+    assert len(play.calls("create")) == 1
+    assert any("worker.sh kill" in call for call in play.calls("ssh"))
+    assert play.started() == [*play.started()[:4]] * 2
+
+
 def test_restarts_are_bounded(play):
     play.set("plan", "preempted")
     play.trainer("sleep 60")

@@ -193,7 +193,11 @@ class Checkpoints:
         args = ocp.args.Composite(
             state=ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
         )
-        return self._manager.restore(step, args=args)["state"], meta
+        tree = self._manager.restore(step, args=args)["state"]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            if not isinstance(leaf, Array):  # a partial restore leaves the target where it is
+                raise ValueError(f"{jax.tree_util.keystr(path)} is missing")
+        return tree, meta
 
     def close(self) -> None:
         """Waits for saves under way; raises `InputError` if the last one failed."""

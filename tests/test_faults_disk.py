@@ -1,0 +1,111 @@
+"""A run whose disk fills up, turns read-only or vanishes: real file systems, mounted for the test."""
+
+import json
+import subprocess
+
+import pytest
+from faults import Run, assert_same_run, last_step, unfinished
+from test_faults import small_disk
+from tiny import assert_one_line_error, verb, write_prepared, write_recipe
+
+pytestmark = pytest.mark.faults
+
+STEPS = 120
+SIZE = (f"--config.train.steps={STEPS}", "--config.train.validate_every_steps=60")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("disk")
+    write_recipe(directory)
+    write_prepared(directory / "data")
+    Run(directory, "whole", *SIZE).finish()
+    return directory
+
+
+def complete_steps(workdir) -> list[int]:
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def remount(disk, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(disk)], check=True)
+
+
+def test_a_full_disk_is_said_training_goes_on_and_nothing_is_lost(site):
+    """Full from step 20 on; room again from step 60 on."""
+    with small_disk(site / "full", "8m") as disk:
+        workdir = disk / "w"
+        run = Run(site, "full-log", *SIZE, f"--workdir={workdir}")
+        run.until(lambda: last_step(workdir) >= 20)
+        ballast = disk / "ballast"
+        with open(ballast, "wb") as file:
+            try:
+                while True:
+                    file.write(bytes(65536))
+                    file.flush()
+            except OSError:
+                pass
+        good = complete_steps(workdir)
+        assert run.until(lambda: "could not be written: No space left on device" in run.text())
+        assert complete_steps(workdir)[0] >= good[0]
+        ballast.unlink()
+        text = run.finish()
+        assert "damaged" not in text and f"finished at step {STEPS}" in text
+        assert not unfinished(workdir)
+        assert_same_run(site / "whole", workdir, STEPS)
+
+
+def test_a_disk_full_to_the_end(site):
+    """The run ends with an error; what was saved before is intact, and a resume needs only room."""
+    with small_disk(site / "end", "8m") as disk:
+        workdir = disk / "w"
+        run = Run(site, "end-log", *SIZE, f"--workdir={workdir}")
+        run.until(lambda: last_step(workdir) >= 20)
+        remount(disk, "size=1k")  # below what it holds: nothing can be added
+        assert run.wait() == 1, run.text()
+        assert "error: " in run.text() and "could not be" in run.text()
+        assert "Traceback" not in run.text()
+        remount(disk, "size=8m")
+        text = Run(site, "end-log", *SIZE, f"--workdir={workdir}").finish()
+        assert "damaged" not in text and "resuming" in text
+        assert_same_run(site / "whole", workdir, STEPS)
+
+
+def test_a_disk_that_turns_read_only(site):
+    with small_disk(site / "ro", "8m") as disk:
+        workdir = disk / "w"
+        run = Run(site, "ro-log", *SIZE, f"--workdir={workdir}")
+        run.until(lambda: last_step(workdir) >= 20)
+        while True:  # busy while a file is being written
+            try:
+                remount(disk, "ro")
+                break
+            except subprocess.CalledProcessError:
+                continue
+        assert run.wait() == 1, run.text()
+        assert "Read-only file system" in run.text() and "Traceback" not in run.text()
+        again = verb("train", *arguments(site, workdir))
+        assert_one_line_error(again, 1, "cannot be written", "Read-only file system")
+        remount(disk, "rw")
+        assert "resuming" in Run(site, "ro-log", *SIZE, f"--workdir={workdir}").finish()
+        assert_same_run(site / "whole", workdir, STEPS)
+
+
+def arguments(site, workdir) -> list[str]:
+    return [f"--config={site / 'tiny.py'}", f"--data={site / 'data'}", f"--workdir={workdir}", *SIZE]
+
+
+def test_a_workdir_that_vanishes_for_a_while(site):
+    """Renamed away and back, as a network file system comes and goes; nothing is made in its place."""
+    workdir, away = site / "gone", site / "away"
+    run = Run(site, "gone", *SIZE)
+    run.until(lambda: last_step(workdir) >= 20)
+    workdir.rename(away)
+    assert run.until(lambda: "checkpoints is gone" in run.text())
+    assert not workdir.exists()
+    away.rename(workdir)
+    text = run.finish()
+    assert "metrics are kept in memory" in text and "no line of metrics is lost" in text
+    assert_same_run(site / "whole", workdir, STEPS)
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["train"]["steps"] == STEPS
