@@ -9,7 +9,14 @@ from pathlib import Path
 
 from tiny import ROOT, verb_command, verb_environment
 
-COMPARED = ("loss", "grad_norm", "learning_rate", "experts_active", "router_entropy", "skipped_steps")
+COMPARED = (
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "experts_active",
+    "router_entropy",
+    "skipped_steps",
+)
 PATIENCE = 600  # seconds, on a busy machine
 
 
@@ -95,5 +102,3 @@ def assert_same_run(a: Path, b: Path, steps: int) -> None:
 def unfinished(workdir: Path) -> list[Path]:
     """Checkpoints being written, or left half-written."""
     return sorted((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp"))
-
-

@@ -25,7 +25,7 @@ pytestmark = [
 
 CONFIG, MESH = tiny_config(), make_mesh(1, 1, 1)
 OPTIMIZER = make_optimizer(0.9, 0.95, 1e-8, 0.1)
-FLIPS = 400
+FLIPS = 200
 
 
 def state_at(step: int):

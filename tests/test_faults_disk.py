@@ -92,7 +92,12 @@ def test_a_disk_that_turns_read_only(site):
 
 
 def arguments(site, workdir) -> list[str]:
-    return [f"--config={site / 'tiny.py'}", f"--data={site / 'data'}", f"--workdir={workdir}", *SIZE]
+    return [
+        f"--config={site / 'tiny.py'}",
+        f"--data={site / 'data'}",
+        f"--workdir={workdir}",
+        *SIZE,
+    ]
 
 
 def test_a_workdir_that_vanishes_for_a_while(site):
