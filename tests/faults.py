@@ -9,14 +9,7 @@ from pathlib import Path
 
 from tiny import ROOT, verb_command, verb_environment
 
-COMPARED = (
-    "loss",
-    "grad_norm",
-    "learning_rate",
-    "experts_active",
-    "router_entropy",
-    "skipped_steps",
-)
+COMPARED = ("loss", "grad_norm", "learning_rate", "experts_active", "router_entropy")
 PATIENCE = 600  # seconds, on a busy machine
 
 
@@ -45,7 +38,7 @@ class Run:
     def text(self) -> str:
         return self.output.read_text(errors="replace")
 
-    def until(self, is_reached: Callable[[], bool], pause: float = 0.001) -> bool:
+    def until(self, is_reached: Callable[[], bool], pause: float = 0.003) -> bool:
         """Waits; False if the process ended before."""
         deadline = time.monotonic() + PATIENCE
         while not is_reached():
@@ -73,7 +66,9 @@ class Run:
 def last_step(workdir: Path) -> int:
     """The step of the last whole line of metrics, 0 if there is none."""
     try:
-        lines = (workdir / "metrics.jsonl").read_text().split("\n")[:-1]
+        with open(workdir / "metrics.jsonl", "rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 8192))
+            lines = file.read().split(b"\n")[:-1]
         return json.loads(lines[-1])["step"] if lines else 0
     except (FileNotFoundError, ValueError):
         return 0

@@ -1,4 +1,4 @@
-"""Checkpoints whose files were damaged on disk: nothing that differs from what was saved is used."""
+"""Checkpoints whose files were damaged: nothing that differs from what was saved is used."""
 
 import random
 import shutil
@@ -113,7 +113,7 @@ def test_files_missing_or_cut(saved, damage, capsys):
 
 
 def test_arrays_of_every_size_are_guarded_by_their_sums(saved, tmp_path, capsys):
-    """A changed element that is well-formed for Orbax, in every leaf in turn, is found and named."""
+    """One element changed, in files that are well-formed for Orbax, is found; leaf by leaf."""
     state, names = state_at(2), []
     leaves, tree = jax.tree_util.tree_flatten_with_path(state)
     for i, (path, leaf) in enumerate(leaves):

@@ -1,4 +1,4 @@
-"""A run whose disk fills up, turns read-only or vanishes: real file systems, mounted for the test."""
+"""A run whose disk fills up, turns read-only or vanishes: real file systems, mounted here."""
 
 import json
 import subprocess
@@ -101,7 +101,7 @@ def arguments(site, workdir) -> list[str]:
 
 
 def test_a_workdir_that_vanishes_for_a_while(site):
-    """Renamed away and back, as a network file system comes and goes; nothing is made in its place."""
+    """Renamed away and back, as a network file system goes and comes; nothing replaces it."""
     workdir, away = site / "gone", site / "away"
     run = Run(site, "gone", *SIZE)
     run.until(lambda: last_step(workdir) >= 20)

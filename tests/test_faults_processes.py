@@ -91,7 +91,7 @@ def test_a_run_goes_on_with_other_processes_and_devices(site, whole, processes, 
         shutil.rmtree(workdir / "checkpoints" / later)
     keep = "--config.checkpoint.keep=9"
     runs = start(site, name, processes, devices, *BATCH, keep, *more)
-    text = [run.finish() for run in runs][0]
+    text, *_ = [run.finish() for run in runs]
     assert "at step 6 of 12" in text
     assert ("changed since the run began: " in text) == bool(more)
     got = {line[0]: line for line in lines_of(workdir)}
