@@ -96,8 +96,9 @@ class Checkpoints:
         try:
             if not is_remote(self.directory) and not self.directory.is_dir():
                 raise FileNotFoundError(f"{self.directory} is gone")  # Orbax would make it anew
-            if step in self._manager.all_steps():  # damaged, or its step would not have run again
-                self._manager.delete(step)
+            for later in self._manager.all_steps():
+                if later >= step:  # damaged, or its steps would not have run again
+                    self._manager.delete(later)
             self._losses[step] = facts.get("validation_loss")
             items = {"state": ocp.args.PyTreeSave(state), "meta": ocp.args.JsonSave(meta)}
             if not self._manager.save(step, args=ocp.args.Composite(**items)):
