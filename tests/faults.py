@@ -25,6 +25,11 @@ class Run:
             f"--workdir={self.workdir}",
             *more,
         )
+        # Starts again in seconds: every program is compiled once, however small.
+        cache = {
+            "JAX_COMPILATION_CACHE_DIR": str(directory / "xla"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
         self.output = directory / f"{workdir}-{time.monotonic_ns()}.log"
         with open(self.output, "w") as file:
             self.process = subprocess.Popen(
@@ -32,7 +37,7 @@ class Run:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
-                env={**verb_environment(), **variables},
+                env={**verb_environment(), **cache, **variables},
             )
 
     def text(self) -> str:
