@@ -124,7 +124,10 @@ def make_norms(config: ModelConfig, mesh: Mesh, microbatches: int) -> Callable[.
     def norms(tree: Params) -> Any:
         def norm(path: Any, leaf: Array) -> Array:
             axes = tuple(range(1 if path[0].key == "layers" else 0, leaf.ndim))
-            return jnp.sqrt(jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=axes))
+            leaf = leaf.astype(jnp.float32)
+            largest = jnp.max(jnp.abs(leaf), axis=axes, keepdims=True)
+            scaled = leaf / jnp.where(largest > 0, largest, 1.0)  # its squares do not overflow
+            return jnp.sqrt(jnp.sum(jnp.square(scaled), axis=axes)) * jnp.squeeze(largest, axes)
 
         return jax.tree_util.tree_map_with_path(norm, tree)
 
