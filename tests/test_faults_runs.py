@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from faults import Run, assert_same_run, last_step, lines_of
 from test_faults import SIZES, flipped
@@ -77,7 +78,8 @@ def test_a_damaged_shard_stops_the_run_with_everything_saved(site, tmp_path):
         for step in range(20)
         for record in TrainingBatches(data, **SIZES).record_ids(step)
     }
-    for offset in range(shard.stat().st_size // 3, shard.stat().st_size, 7):
+    used = np.flatnonzero(np.frombuffer(shard.read_bytes(), np.uint8))  # most is padding
+    for offset in used[len(used) // 4 :: 31].tolist():
         before = flipped(shard, offset, 0)
         bad = [record for record in range(len(source)) if not is_readable(source, record)]
         if len(bad) == 1 and 5 <= use.get(bad[0], 0) <= 9:

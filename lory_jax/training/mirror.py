@@ -100,11 +100,9 @@ class Mirror:
         write_atomically(target / UPLOADED, json.dumps(names))
         stored = {int(path.name) for path in self._remote.iterdir() if path.name.isdigit()}
         if self._keep:
-            stored -= (
-                later := {s for s in stored if s > step}
-            )  # damaged, as in `Checkpoints.save`
-            kept = self._keep.kept({s: losses.get(s) for s in stored})
-            for gone in later | (stored - kept):
+            # Later ones are damaged, as in `Checkpoints.save`.
+            kept = self._keep.kept({s: losses.get(s) for s in stored if s <= step})
+            for gone in stored - kept:
                 self._remove(gone)
 
     def _remove(self, step: int) -> None:
