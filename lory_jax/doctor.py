@@ -149,8 +149,8 @@ def examine_metrics(workdir: Path, step: int, report: Report) -> None:
         return
     try:
         lines = read_metrics(workdir)
-    except ValueError as error:
-        report.bad(f"{workdir / METRICS}: a line is not JSON ({error})")
+    except InputError as error:
+        report.bad(str(error))
         return
     later = sum(line["step"] > step for line in lines)
     report.ok(f"{METRICS}: {len(lines):,} lines, {later:,} of steps that would run again")

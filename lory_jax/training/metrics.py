@@ -83,9 +83,9 @@ class MetricsLog:
         self._seconds = now - self._clock
         self._clock = now
 
-    def restart_clock(self, **extra: Any) -> None:
+    def restart_clock(self) -> None:
         """Writes what is pending and starts the next step's clock, after a validation or a save."""
-        self.write(**extra)
+        self.write()
         if self._uploads is not None:
             self._uploads.start()
         self._clock = time.perf_counter()

@@ -178,7 +178,10 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise InputError(f"{path}: missing; train first")
     lines = path.read_text("utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    try:
+        return [json.loads(line) for line in lines[:-1]]
+    except ValueError as error:
+        raise InputError(f"{path}: damaged, a line is not JSON ({error})") from None
 
 
 def load_params(workdir: Path, mesh: Mesh) -> tuple[ModelConfig, Params, int]:
