@@ -40,7 +40,7 @@ def start(site, workdir: str, processes: int, devices: int, *more: str) -> list[
     return runs
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_one_signal_to_one_process_stops_all_at_one_step(site, number, processes):
     workdir = site / f"stop-{processes}-{number.name}"
