@@ -13,6 +13,9 @@ from lory_jax.storage import Staging, Uploads, is_remote, write_atomically
 from lory_jax.training.workdir import METRICS, read_metrics
 
 
+SPARSE_METRICS = ("dropped_tokens", "load_balancing_loss")  # only sparse baselines have them
+
+
 class MetricsLog:
     """Reads the metrics of a step while the next one runs, and writes them down.
 
@@ -103,6 +106,7 @@ class MetricsLog:
         if "experts_active" in metrics:
             line["experts_active"] = int(metrics["experts_active"])
             line["router_entropy"] = float(metrics["router_entropy"])
+        line |= {name: float(metrics[name]) for name in SPARSE_METRICS if name in metrics}
         line |= extra
         self._pending = self._seconds = None
         if self._file is None or self._tensorboard is None:
@@ -150,6 +154,8 @@ class MetricsLog:
             parts.append(f"MFU {last['mfu']:.1%}")
         if last["experts_active"] is not None:
             parts.append(f"active {last['experts_active']}")
+        if "dropped_tokens" in last:
+            parts.append(f"dropped {last['dropped_tokens']:.1%}")
         if "validation_loss" in last:
             parts.append(f"validation {last['validation_loss']:.4f}")
         parts.append(f"ETA {int(remaining) // 60}:{int(remaining) % 60:02d}")
