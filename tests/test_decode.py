@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from lory_jax.errors import InputError
-from lory_jax.inference.decode import decode, make_decoder
+from lory_jax.inference.decode import ROUTINGS, decode, make_decoder
+from lory_jax.model.baselines import SPARSE
 from lory_jax.model.transformer import (
     ModelConfig,
     Routing,
@@ -73,6 +74,14 @@ def assert_decoding_equals_forward(config, params, routing):
 @pytest.mark.parametrize("routing", ["prompt", "segment"])
 def test_decoding_equals_the_forward_pass(params, routing):
     assert_decoding_equals_forward(CONFIG, params, routing)
+
+
+@pytest.mark.parametrize(
+    ("model", "routing"),
+    [("expert_choice_segment", r) for r in ROUTINGS] + [(m, "prompt") for m in SPARSE[1:]],
+)
+def test_decoding_a_sparse_baseline_equals_the_forward_pass(params, model, routing):
+    assert_decoding_equals_forward(dataclasses.replace(CONFIG, routing=model), params, routing)
 
 
 @pytest.mark.parametrize("routing", ["prompt", "segment"])

@@ -81,9 +81,19 @@ class ModelConfig:
         return self.num_experts > 0 and self.routing in baselines.SPARSE
 
     @property
+    def routes_tokens(self) -> bool:
+        """Whether every token is routed by itself, rather than with its segment or prompt."""
+        return self.is_sparse and self.routing != "expert_choice_segment"
+
+    @property
     def choices(self) -> int:
         """Experts per token: what it chooses, or what expert choice gives it on average."""
         return baselines.TOKEN_CHOICE.get(self.routing) or max(1, round(self.capacity_factor))
+
+    @property
+    def measured_routing(self) -> str | None:
+        """What losses are measured with: None is training's own, which leaks where it is sparse."""
+        return "segment" if self.is_sparse else None
 
 
 class DenseFFN(nnx.Module):
@@ -160,31 +170,27 @@ class MergedFFN(nnx.Module):
 class SparseFFN(MergedFFN):
     """The same parameters in a sparse mixture (baselines.py): experts are chosen, not merged."""
 
-    @property
-    def routes_segments(self) -> bool:
-        return self.config.routing == "expert_choice_segment"
-
     def __call__(self, x_BxLxD: Array, routing: Routing) -> tuple[Array, Routed]:
         """Returns `[B, L, D]` and how it was routed."""
         x_BxLxD = constrain(x_BxLxD, "moe_batch", "length", "activation_embed")
         config = self.config
         p_BxUxE = self.probabilities(x_BxLxD, routing)
         T = config.segment_length
-        routed = Routed(p_BxUxE if self.routes_segments else route.segment_means(p_BxUxE, T))
+        routed = Routed(route.segment_means(p_BxUxE, T) if config.routes_tokens else p_BxUxE)
         if routing.kind not in baselines.SPARSE:
             return self.choose(x_BxLxD, p_BxUxE), routed
         with jax.named_scope("router"):
             slots, balance, dropped = baselines.assign(
                 p_BxUxE, config.routing, config.capacity_factor, config.routing_group
             )
-        unit_length = T if self.routes_segments else 1
+        unit_length = 1 if config.routes_tokens else T
         y_BxLxD = baselines.slots_ffn(x_BxLxD, slots, self.experts(), unit_length)
         y_BxLxD = constrain(y_BxLxD, "moe_batch", "length", "activation_embed")
         return y_BxLxD, routed._replace(balance=balance, dropped=dropped)
 
     def probabilities(self, h_BxLxD: Array, routing: Routing) -> Array:
         """The router's probabilities of every unit: `[B, L, E]`, or of segments `[B, N, E]`."""
-        if not self.routes_segments:
+        if self.config.routes_tokens:
             with jax.named_scope("router"):
                 return route.route(h_BxLxD, self.router[...])
         if routing.kind in baselines.SPARSE:
