@@ -32,7 +32,7 @@ PEAK_FLOPS = {
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
     """`total` parameters, and `active` ones: what a token passes through.
 
-    With merged experts that is the dense model; with chosen ones, as many as a token has on average.
+    With merged experts that is the dense model; with chosen ones, a token's number on average.
     """
     D, F, V, Y = config.embed_dim, config.mlp_dim, config.vocab_size, config.num_layers
     outside = 2 * V * D + D + Y * (4 * D * D + 2 * D)
@@ -43,7 +43,7 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
 
 def flops_per_token(config: ModelConfig) -> float:
     """Training FLOPs per token, embedding look-up excluded."""
-    D, F, Y = config.embed_dim, config.mlp_dim, config.num_layers
+    D, Y = config.embed_dim, config.num_layers
     matmul = parameter_counts(config)["active"] - config.vocab_size * D - (2 * Y + 1) * D
     attention = 12 * Y * D * config.sequence_length
     if not config.is_sparse:

@@ -151,7 +151,9 @@ def table(result: dict[str, Any]) -> str:
 
 def baselines_table(model: ModelConfig) -> str:
     """Parameters and FLOPs of the recipe and of what it is compared with, side by side."""
-    lines = [f"{f'with {model.num_experts} experts':<24}{'total':>12}{'active':>12}{'FLOPs/token':>14}"]
+    lines = [
+        f"{f'with {model.num_experts} experts':<24}{'total':>12}{'active':>12}{'FLOPs/token':>14}"
+    ]
     for name, config in baselines(model).items():
         counts, flops = parameter_counts(config), flops_per_token(config)
         lines.append(

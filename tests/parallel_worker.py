@@ -67,7 +67,9 @@ def train(config, mesh, microbatches=1):
                 # From zero moments, the first moment is 0.1 times the gradient. A copy: an array
                 # that numpy looks into cannot be donated.
                 result["gradients"] = jax.tree.map(jnp.copy, state["opt_state"][0].mu)
-        nll = make_loss_step(config, mesh, config.measured_routing, 3)(state["params"], place(tokens[0]))
+        nll = make_loss_step(config, mesh, config.measured_routing, 3)(
+            state["params"], place(tokens[0])
+        )
     result |= {"params": state["params"], "nll": nll}
     result["compilations"] = step._cache_size()
     adam = state["opt_state"][0]

@@ -136,7 +136,10 @@ def test_a_wrong_value_names_the_field_what_it_got_and_what_it_takes(name, text)
             ["config.model.capacity_factor", "above 0"],
         ),
         (
-            [("model.routing", "expert_choice_segment"), ("model.first_segment_routing", "uniform")],
+            [
+                ("model.routing", "expert_choice_segment"),
+                ("model.first_segment_routing", "uniform"),
+            ],
             ["config.model.first_segment_routing", "takes self"],
         ),
         ([("train.beta2", "1")], ["config.train.beta1, beta2", "below 1"]),

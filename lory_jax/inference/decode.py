@@ -8,7 +8,7 @@ needs nothing but the hidden states of the segment just finished, which `step` s
 so it runs between two steps and leaves the step itself alone.
 
 Of the sparse baselines, a token takes its own experts, so that a layer remembers nothing of its
-routing; where segments are routed, what is "merged" once is the row's distribution over the experts.
+routing; where segments are routed, what is kept as "merged" is the row's distribution over experts.
 
 Token by token this computes what `Transformer(tokens, Routing(kind, prompt_lengths_B))` computes
 for the whole sequence at once.

@@ -204,11 +204,13 @@ EXPERTS = {
 D_AXIS = {"gate": 1, "up": 1, "down": 2}
 
 
-def chosen_ffn(x_BxLxD: Array, weights_BxLxk: Array, experts_BxLxk: Array, experts: Experts) -> Array:
+def chosen_ffn(
+    x_BxLxD: Array, weights_BxLxk: Array, experts_BxLxk: Array, experts: Experts
+) -> Array:
     """Every token through its own k experts: the weighted sum of their outputs, `[B, L, D]`.
 
     The tokens are sorted by expert, and `jax.lax.ragged_dot` multiplies each run of them with the
-    matrices of its expert. Under a mesh every device does so with its own tokens and its slice of F.
+    matrices of its expert. Under a mesh every device does so with its own tokens and slice of F.
 
     Args:
       x_BxLxD: hidden states, in the compute type.

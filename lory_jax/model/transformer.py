@@ -228,9 +228,7 @@ class Block(nnx.Module):
         heads_on_tensor = config.attention_sharding == "heads"
         self.attention = Attention(init, D, config.num_heads, output_scale, heads_on_tensor)
         self.ffn_norm = init.ones((D,), ("norm",))
-        kind = DenseFFN
-        if config.num_experts:
-            kind = SparseFFN if config.is_sparse else MergedFFN
+        kind = SparseFFN if config.is_sparse else MergedFFN if config.num_experts else DenseFFN
         self.ffn = kind(init, config, output_scale)
 
     def __call__(self, x_BxLxD: Array, routing: Routing) -> tuple[Array, Routed | None]:

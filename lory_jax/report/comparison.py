@@ -148,7 +148,9 @@ def _costs(report: Report) -> list[str]:
             [f"{m['flops_per_token'] / 1e6:,.1f} M" for m in models.values()],
             "flops_per_token",
         ),
-        line("training time", [duration(seconds[n]["training"]) for n in models], "training_seconds"),
+        line(
+            "training time", [duration(seconds[n]["training"]) for n in models], "training_seconds"
+        ),
         line(
             f"tokens to the final loss of {first}",
             ["never" if tokens is None else f"{tokens / 1e6:.2f} M" for tokens in reached],
@@ -163,10 +165,10 @@ def _costs(report: Report) -> list[str]:
         page.heading("Costs"),
         page.table(["", *models, *changes], rows, judged_columns=judged),
         page.paragraph(
-            "FLOPs are those of training, forward and backward. Tokens to the final validation loss "
-            "are read off the line between two validations. Experts in use: pairs of layer and "
-            "expert with a mean weight above 2/E in a segment of the last 10 steps. Dropped: tokens "
-            "or segments that no expert took, the mean over the training.",
+            "FLOPs are those of training, forward and backward. Tokens to the final validation "
+            "loss are read off the line between two validations. Experts in use: pairs of layer "
+            "and expert with a mean weight above 2/E in a segment of the last 10 steps. Dropped: "
+            "tokens or segments that no expert took, the mean over the training.",
             "note",
         ),
     ]

@@ -12,7 +12,6 @@ from tensorboardX import SummaryWriter
 from lory_jax.storage import Staging, Uploads, is_remote, write_atomically
 from lory_jax.training.workdir import METRICS, read_metrics
 
-
 SPARSE_METRICS = ("dropped_tokens", "load_balancing_loss")  # only sparse baselines have them
 
 

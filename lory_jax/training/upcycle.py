@@ -7,9 +7,9 @@ they are: Adam's epsilon counts E times as much against the smaller moments, and
 norm is smaller (the experts' part by sqrt(E)), so clipping acts later.
 
 The sparse baselines are upcycled alike (Komatsuzaki et al. 2023, arXiv 2212.05055), and under a
-uniform router an expert's part of the gradient is `gradient_divisor` times smaller. With top2, whose
-weights share 1, the function stays what it was where nothing is dropped. The others multiply with a
-probability, near 1/E at first: the loss jumps, and the router makes up for it.
+uniform router an expert's part of the gradient is `gradient_divisor` times smaller. With top2,
+whose weights share 1, the function stays what it was where nothing is dropped. The others multiply
+with a probability, near 1/E at first: the loss jumps, and the router makes up for it.
 """
 
 from typing import Any
