@@ -19,9 +19,10 @@ from models import (
 )
 
 from lory_jax.model.baselines import SPARSE, load_balancing_loss
+from lory_jax.model.merged_ffn import swiglu
 from lory_jax.model.routing import Routing
 from lory_jax.model.transformer import Block, build
-from lory_jax.training.upcycle import upcycle_params
+from lory_jax.training.upcycle import gradient_divisor
 
 L, T, E = 14, 4, 4
 VALUES, GRADIENTS = 2e-5, 1e-3  # float32 against float64; of a directional derivative
@@ -66,22 +67,10 @@ def ffn_inputs(config, batch=4):
 
 @pytest.mark.parametrize(("routing", "fields"), CASES, ids=str)
 def test_training_equals_loops(routing, fields):
-    config = tiny_config(routing=routing, **fields)
-    ffn, h = ffn_inputs(config)
-    y, routed = layer(config)(ffn, h)
-    expected, balance, dropped = sparse_reference.train(
-        float64(h), float64(ffn), routing, T, config.capacity_factor, config.routing_group
-    )
-    assert_close(y, expected, VALUES)
-    np.testing.assert_allclose(routed.dropped, dropped, atol=1e-6)
-    assert (routed.balance is None) == (balance is None)
-    if balance is not None:
-        np.testing.assert_allclose(routed.balance, balance, rtol=1e-5)
+    """Values, and gradients of a weighted sum of output and load-balancing loss.
 
-
-@pytest.mark.parametrize(("routing", "fields"), CASES, ids=str)
-def test_gradients_equal_central_differences_of_the_loops(routing, fields):
-    """Of a weighted sum of the output and the load-balancing loss, along random directions."""
+    Gradients are compared along random directions with central differences of the loops.
+    """
     config = tiny_config(routing=routing, **fields)
     ffn, h = ffn_inputs(config)
     rng = np.random.default_rng(2)
@@ -89,31 +78,39 @@ def test_gradients_equal_central_differences_of_the_loops(routing, fields):
     decided_by = sparse_reference.units_of(float64(h), float64(ffn["router"]), routing, T)
     frozen = [unit.p for unit in decided_by if unit.start == 0]
 
-    def scalar(inputs):
-        y, routed = layer(config)(*inputs)
-        return jnp.sum(y * upstream) + (0.0 if routed.balance is None else 30 * routed.balance)
-
     def loops(inputs):
         ffn, h = inputs
-        y, balance, _ = sparse_reference.train(
-            h, ffn, routing, T, config.capacity_factor, config.routing_group, frozen, decided_by
+        group = config.routing_group
+        return sparse_reference.train(
+            h, ffn, routing, T, config.capacity_factor, group, frozen, decided_by
         )
-        return np.sum(y * upstream) + 30 * (balance or 0.0)
 
-    gradients = float64(jax.grad(scalar)((ffn, h)))
+    def scalar(y, balance):
+        return (y * upstream).sum() + 30 * (0.0 if balance is None else balance)
+
+    def run(inputs):
+        y, routed = layer(config)(*inputs)
+        return scalar(y, routed.balance), (y, routed)
+
+    (_, (y, routed)), gradients = jax.value_and_grad(run, has_aux=True)((ffn, h))
+    expected, balance, dropped = loops(float64((ffn, h)))
+    assert_close(y, expected, VALUES)
+    np.testing.assert_allclose(routed.dropped, dropped, atol=1e-6)
+    assert (routed.balance is None) == (balance is None)
+    if balance is not None:
+        np.testing.assert_allclose(routed.balance, balance, rtol=1e-5)
+
     leaves, structure = jax.tree.flatten(float64((ffn, h)))
     for i, (w, gradient) in enumerate(zip(leaves, jax.tree.leaves(gradients), strict=True)):
         direction = rng.normal(size=w.shape)
 
         def moved(step, i=i, direction=direction):
-            return jax.tree.unflatten(
-                structure, [x + step * direction if n == i else x for n, x in enumerate(leaves)]
-            )
+            nudged = [x + step * direction if n == i else x for n, x in enumerate(leaves)]
+            return scalar(*loops(jax.tree.unflatten(structure, nudged))[:2])
 
-        expected = (loops(moved(1e-6)) - loops(moved(-1e-6))) / 2e-6
-        got = np.sum(gradient * direction)
-        assert np.linalg.norm(gradient) > 0
-        assert abs(got - expected) <= GRADIENTS * np.linalg.norm(gradient), (i, got, expected)
+        expected = (moved(1e-6) - moved(-1e-6)) / 2e-6
+        norm = np.linalg.norm(gradient)
+        assert norm > 0 and abs(np.sum(gradient * direction) - expected) <= GRADIENTS * norm, i
 
 
 @pytest.mark.parametrize(("routing", "choices"), [*((r, 1) for r in SPARSE[:3]), ("top2", 2)])
@@ -174,26 +171,35 @@ def test_load_balancing_loss_equals_its_formula(sharpness):
     np.testing.assert_allclose(load_balancing_loss(all_to_one), E)
 
 
-@pytest.mark.parametrize("kind", [None, "segment"])
+@pytest.mark.parametrize("lengths", [None, np.array([0, 3, 9, 14])], ids=["training", "segment"])
 @pytest.mark.parametrize("routing", [r for r in SPARSE if r != "top2"])
-def test_one_expert_equals_dense(routing, kind):
-    dense, sparse = tiny_config(num_experts=0), tiny_config(num_experts=1, routing=routing)
-    params, tokens = params_of(dense), random_tokens(2, L)
-    one = upcycle_params(params, params_of(sparse)["layers"]["ffn"]["router"])
-    lengths = None if kind is None else jnp.array([0, 5])
-    got, _ = forward(sparse, kind)(one, tokens, lengths)
-    assert_close(got, forward(dense)(params, tokens)[0], 1e-5)
+def test_one_expert_equals_dense(routing, lengths):
+    config = tiny_config(num_experts=1, routing=routing)
+    ffn, h = ffn_inputs(config)
+    y, _ = layer(config)(ffn, h, lengths)
+    assert_close(y, swiglu(h, *(ffn[name][0] for name in ("gate", "up", "down"))), 1e-5)
 
 
-@pytest.mark.parametrize("kind", [None, "segment"])
-def test_two_copies_of_one_expert_equal_dense_under_top2(kind):
-    """GShard's weights share 1, so that upcycling keeps the function where nothing is dropped."""
-    dense = tiny_config(num_experts=0)
-    sparse = tiny_config(routing="top2", capacity_factor=float(E))
-    params, tokens = params_of(dense), random_tokens(2, L)
-    copies = upcycle_params(params, params_of(sparse)["layers"]["ffn"]["router"])
-    got, _ = forward(sparse, kind)(copies, tokens, None if kind is None else jnp.array([0, 5]))
-    assert_close(got, forward(dense)(params, tokens)[0], 1e-5)
+# All tokens go through all experts, or each through its own: with weights near 1/E.
+EVEN = [("top1", {}), ("top2", {}), ("expert_choice_token", {"capacity_factor": float(E)})]
+
+
+@pytest.mark.parametrize(("routing", "fields"), EVEN, ids=str)
+def test_upcycled_experts_get_the_stated_part_of_the_dense_gradient(routing, fields):
+    """And under top2, whose weights share 1, upcycling keeps the function."""
+    config = tiny_config(routing=routing, **({"capacity_factor": float(E)} | fields))
+    ffn, h = ffn_inputs(config)
+    matrices = [ffn[name][0] for name in ("gate", "up", "down")]
+    copies = {name: np.stack([ffn[name][0]] * E) for name in ("gate", "up", "down")}
+    copies["router"] = 1e-4 * ffn["router"]
+    upstream = np.random.default_rng(3).normal(size=h.shape)
+    gradients = jax.grad(lambda ffn: jnp.sum(layer(config)(ffn, h)[0] * upstream))(copies)
+    dense = jax.grad(lambda w: jnp.sum(swiglu(h, *w) * upstream))(matrices)
+    for name, expected in zip(("gate", "up", "down"), dense, strict=True):
+        got = np.mean(gradients[name], axis=0) * gradient_divisor(config)
+        assert_close(got, expected, 2e-3, name)
+    if routing == "top2":
+        assert_close(layer(config)(copies, h)[0], swiglu(h, *matrices), 1e-5)
 
 
 # ------------------------------------------------------------------ causality, by perturbation
@@ -224,7 +230,7 @@ j_, l_ = np.indices((L, L))
 
 @pytest.mark.parametrize("routing", SPARSE)
 def test_evaluation_is_causal_and_rows_do_not_see_each_other(routing):
-    moved, other = moved_logits(tiny_config(num_layers=3, routing=routing), "segment")
+    moved, other = moved_logits(tiny_config(routing=routing), "segment")
     assert np.all(np.diag(moved)) and not other
     # Segments: as in Lory, the prompt routes segment 1, which is not scored.
     leaks = PAST & (j_ < T) if routing == "expert_choice_segment" else np.zeros_like(PAST)
@@ -235,37 +241,42 @@ def test_evaluation_is_causal_and_rows_do_not_see_each_other(routing):
 @pytest.mark.parametrize("routing", ["expert_choice_token", "expert_choice_segment"])
 def test_expert_choice_leaks_in_training(routing):
     """Whether a token is taken depends on later tokens, and on the other rows of its group."""
-    moved, other = moved_logits(tiny_config(num_layers=3, routing=routing), None)
+    moved, other = moved_logits(tiny_config(routing=routing), None)
     assert np.any(moved & PAST & (j_ >= 2 * T)) and other
-    _, other = moved_logits(tiny_config(num_layers=3, routing=routing, routing_group=1), None)
-    assert not other
+
+
+def test_no_row_sees_another_of_another_group():
+    config = tiny_config(routing="expert_choice_token", routing_group=1)
+    assert not moved_logits(config, None)[1]
 
 
 def test_top1_is_causal_in_training_and_second_choices_are_not():
     """First choices come before all second ones: a later token's may take an earlier one's slot."""
-    moved, _ = moved_logits(tiny_config(num_layers=3, routing="top1"), None)
+    moved, _ = moved_logits(tiny_config(routing="top1"), None)
     assert not np.any(moved & PAST)
-    config = tiny_config(num_layers=3, routing="top2", capacity_factor=0.6)
+    config = tiny_config(routing="top2", capacity_factor=0.6)
     assert np.any(moved_logits(config, None)[0] & PAST)
 
 
 # ------------------------------------------------------------------ variants
 
 
-@pytest.mark.parametrize("routing", SPARSE)
+@pytest.mark.parametrize("routing", ["expert_choice_segment", "top2"])
 def test_remat_unrolled_and_bfloat16_agree(routing):
     config = tiny_config(routing=routing)
     params, tokens = params_of(config), random_tokens(2, L)
-    expected, weights = forward(config)(params, tokens)
-    assert weights.shape == (2, 2, -(-L // T), E) and weights.dtype == jnp.float32
-    for fields in ({"remat": "full"}, {"scan_layers": False}):
-        got = forward(tiny_config(routing=routing, **fields))(params, tokens)
-        assert_trees_close(got, (expected, weights), 1e-5)
-    half = tiny_config(routing=routing, compute_dtype="bfloat16", num_layers=1)
+    expected = forward(config)(params, tokens, None)
+    assert expected[1].shape == (2, 2, -(-L // T), E) and expected[1].dtype == jnp.float32
+    other = tiny_config(routing=routing, remat="full", scan_layers=False)
+    assert_trees_close(forward(other)(params, tokens, None), expected, 1e-5)
+    half = tiny_config(routing=routing, compute_dtype="bfloat16")
     ffn, h = ffn_inputs(half)
     for lengths in (None, LENGTHS):
         y, _ = layer(half)(ffn, h.astype(jnp.bfloat16), lengths)
-        assert y.dtype == jnp.bfloat16 and np.all(np.isfinite(y.astype(jnp.float32)))
+        exact, _ = layer(config)(ffn, h, lengths)
+        assert y.dtype == jnp.bfloat16
+        # But for the few units whose choice rounding turns.
+        assert np.median(np.abs(y.astype(jnp.float32) - exact)) < 0.02 * np.max(np.abs(exact))
 
 
 def test_a_batch_that_does_not_divide_into_groups_is_refused():
