@@ -57,17 +57,29 @@ class Model:
             0 routes with 1/E for every expert. Only positions from the prompt's last on are free of
             leaks.
 
+        Each token of a sparse baseline takes its own experts with "prompt" and "segment" alike,
+        unless segments do; in "training", tokens compete for them (docs/baselines.md).
+
         Raises:
           InputError: tokens or prompt lengths of a wrong shape, type or range, or an unknown
             routing.
         """
         tokens = self._tokens(tokens_BxL)
         lengths = self._prompt_lengths(tokens.shape, routing, prompt_lengths_B)
+        group = self.config.routing_group
+        if routing == "training" and self.config.is_sparse and group and len(tokens) % group:
+            raise InputError(
+                f"tokens: got {len(tokens)} rows, takes a multiple of config.model.routing_group "
+                f"({group}): in training, so many sequences compete for the experts"
+            )
         kind = None if routing == "training" or not self.config.num_experts else routing
         return np.asarray(_forward(self.config, kind)(self.params, tokens, lengths)[0])
 
     def routing_weights(self, tokens_BxL: ArrayLike) -> np.ndarray:
         """The routing weights of every layer and segment as in training: float32 `[Y, B, N, E]`.
+
+        Of a sparse baseline: the router's probabilities at evaluation, the mean over each segment
+        where tokens are routed.
 
         Raises:
           InputError: the model is dense, or the tokens are of a wrong shape, type or range.
@@ -75,7 +87,9 @@ class Model:
         if not self.config.num_experts:
             raise InputError("routing_weights: a dense model has none; load a run with experts")
         tokens = self._tokens(tokens_BxL)
-        return np.asarray(_forward(self.config, None)(self.params, tokens, None)[1])
+        kind = self.config.measured_routing
+        lengths = np.full(len(tokens), self.config.segment_length, np.int32) if kind else None
+        return np.asarray(_forward(self.config, kind)(self.params, tokens, lengths)[1])
 
     def generate(
         self,

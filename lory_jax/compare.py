@@ -1,9 +1,12 @@
 """Compares finished runs in one report: figures as JSON, and a page with the pictures.
 
     python -m lory_jax.compare dense=runs/local/dense lory=runs/local/lory --out=runs/local/report
+    python -m lory_jax.compare runs/local/dense runs/local/lory
 
 Writes OUT.json and OUT.html from what `evaluate` (W/evaluation.json), `analyze` (W/analysis) and
-`train` left in each work directory W. The first run is the one that the others are compared with.
+`train` left in each work directory W: perplexity, tasks, loss curves, utilisation, FLOPs, time, and
+the training tokens until the final validation loss of the first run, with which the others are
+compared.
 """
 
 import json
@@ -19,7 +22,7 @@ from lory_jax.analyze import ANALYSIS
 from lory_jax.errors import InputError
 from lory_jax.evaluate import MEASURES
 from lory_jax.evaluation.sets import held_out_sets
-from lory_jax.flops import parameter_counts
+from lory_jax.flops import flops_per_token, parameter_counts
 from lory_jax.model.transformer import ModelConfig
 from lory_jax.report.comparison import comparison_page, percent
 from lory_jax.training.workdir import (
@@ -47,17 +50,26 @@ class Run:
 
 def main(argv: list[str]) -> None:
     parser = cli.Parser("compare", __doc__)
-    parser.add_argument("runs", nargs="+", metavar="NAME=W", help="a name and its work directory")
     parser.add_argument(
-        "--out", required=True, type=Path, help="path without suffix: OUT.json and OUT.html"
+        "runs",
+        nargs="+",
+        metavar="[NAME=]W",
+        help="a name and its work directory, whose own name it is if none is given",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("comparison"),
+        help="path without suffix: OUT.json and OUT.html (default: comparison)",
     )
     parser.add_argument("--data", type=Path, metavar="DIR", help="where the prepared data are now")
     args = parser.parse(argv)
     workdirs: dict[str, Path] = {}
     for item in args.runs:
-        name, equals, path = item.partition("=")
-        if not (name and equals and path) or name in workdirs:
-            parser.error(f"runs: got {item!r}, takes NAME=W, each name once")
+        name, equals, path = item.rpartition("=")
+        name = name if equals else Path(path).name
+        if not (name and path) or name in workdirs:
+            parser.error(f"runs: got {item!r}, takes NAME=W or W, each name once")
         workdirs[name] = Path(path)
     runs = {name: read_run(workdir) for name, workdir in workdirs.items()}
     check_comparable(runs)
@@ -132,6 +144,7 @@ def summarize_runs(runs: dict[str, Run], data: Path) -> dict[str, Any]:
         for measure in MEASURES
     }
     report["models"] = {name: _describe(run) for name, run in runs.items()}
+    report["tasks"] = task_figures({name: run.evaluation["tasks"] for name, run in runs.items()})
     report["seconds"] = {
         name: {
             "training": sum(line["step_seconds"] for line in run.metrics),
@@ -139,6 +152,11 @@ def summarize_runs(runs: dict[str, Run], data: Path) -> dict[str, Any]:
         }
         for name, run in runs.items()
     }
+    target = final_validation_loss(next(iter(runs.values())).metrics)
+    report["tokens_to_first_loss"] = {
+        name: tokens_to_reach(run.metrics, target) for name, run in runs.items()
+    }
+    report["against_first"] = differences(report)
     timings = data / "timings.json"
     if timings.is_file():
         report["seconds"]["prepare"] = json.loads(timings.read_text("utf-8"))
@@ -154,18 +172,80 @@ def summarize_runs(runs: dict[str, Run], data: Path) -> dict[str, Any]:
 
 def _describe(run: Run) -> dict[str, Any]:
     last, train = run.metrics[-1], run.config["train"]
-    validations = [line for line in run.metrics if "validation_loss" in line]
+    dropped = [line["dropped_tokens"] for line in run.metrics if "dropped_tokens" in line]
     return {
         "parameters": parameter_counts(run.model),
+        "flops_per_token": flops_per_token(run.model),
+        "experts_active": last["experts_active"],
+        "expert_pairs": run.model.num_layers * run.model.num_experts,
+        "dropped_tokens": sum(dropped) / len(dropped) if dropped else None,
         "num_experts": run.model.num_experts,
         "steps": last["step"],
         "tokens": last["tokens"],
         "learning_rate": train["learning_rate"],
         "global_batch_size": train["global_batch_size"],
         "seed": train["seed"],
-        "validation_loss": validations[-1]["validation_loss"] if validations else None,
+        "validation_loss": final_validation_loss(run.metrics),
         "routing_at_evaluation": run.evaluation["routing"],
         "model": run.config["model"],
+    }
+
+
+def final_validation_loss(metrics: list[dict[str, Any]]) -> float | None:
+    """The last validation loss of a run, None before its first validation."""
+    found = [line["validation_loss"] for line in metrics if "validation_loss" in line]
+    return found[-1] if found else None
+
+
+def tokens_to_reach(metrics: list[dict[str, Any]], target: float | None) -> float | None:
+    """Training tokens until the validation loss was first at or below `target`; None if never.
+
+    Between two validations the loss is taken to fall along a line.
+    """
+    before: tuple[float, float] | None = None
+    for line in metrics:
+        if "validation_loss" not in line or target is None:
+            continue
+        tokens, loss = float(line["tokens"]), line["validation_loss"]
+        if loss <= target:
+            if before is None or before[1] == loss:
+                return tokens
+            share = (before[1] - target) / (before[1] - loss)
+            return before[0] + share * (tokens - before[0])
+        before = tokens, loss
+    return None
+
+
+def task_figures(tasks: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The metric to report of every task that all runs were asked: `{task: {run: figure}}`."""
+    first, *others = tasks.values()
+    shared = [
+        task for task in first if first[task]["metric"] and all(task in other for other in others)
+    ]
+    return {
+        task: {name: found[task][found[task]["metric"]] for name, found in tasks.items()}
+        for task in shared
+    }
+
+
+def differences(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Every run but the first against it: ratios minus 1, and differences of the tasks' figures."""
+    first, *others = report["models"]
+
+    def ratio(value: float | None, base: float | None) -> float | None:
+        return value / base - 1 if value is not None and base else None
+
+    measures = {
+        "perplexity": report["geometric_mean"]["perplexity"],
+        "active_parameters": {n: m["parameters"]["active"] for n, m in report["models"].items()},
+        "flops_per_token": {n: m["flops_per_token"] for n, m in report["models"].items()},
+        "training_seconds": {n: seconds["training"] for n, seconds in report["seconds"].items()},
+        "tokens_to_first_loss": report["tokens_to_first_loss"],
+    }
+    return {
+        name: {key: ratio(values[name], values[first]) for key, values in measures.items()}
+        | {"tasks": {task: row[name] - row[first] for task, row in report["tasks"].items()}}
+        for name in others
     }
 
 

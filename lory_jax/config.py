@@ -16,6 +16,7 @@ from typing import Any
 import ml_collections
 
 from lory_jax.errors import ConfigError
+from lory_jax.model.baselines import EXPERT_CHOICE, SPARSE, TOKEN_CHOICE
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,23 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "num_experts": _int(8, "expert FFNs per layer E; 0 is the dense baseline", 0),
         "sequence_length": _int(4096, "tokens per training instance L", 1),
         "segment_length": _int(256, "tokens per routing segment T", 1),
-        "routing": _choice("how a segment gets its routing weights", "causal", "prefix"),
+        "routing": _choice(
+            "causal is Lory; the others are baselines (docs/baselines.md)",
+            "causal",
+            "prefix",
+            *SPARSE,
+        ),
         "first_segment_routing": _choice(
             "segment 1: its own mean (the paper) or 1/E each (strictly causal)", "self", "uniform"
+        ),
+        "capacity_factor": _float(
+            1.0, "sparse baselines: slots of all experts over choices of all tokens", 0.0
+        ),
+        "routing_group": _int(
+            0, "sparse baselines: sequences that compete for slots; 0 is a whole microbatch", 0
+        ),
+        "load_balancing_weight": _float(
+            0.01, "top1, top2: weight of the load-balancing loss, summed over layers", 0.0
         ),
         "router_init_scale": _float(0.23, "router starts at N(0, (scale/sqrt(D))^2)", 0.0),
         "rope_theta": _float(10_000.0, "base of the rotary position embedding", 1.0),
@@ -225,6 +240,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"config.model.segment_length: got {model.segment_length}, "
             f"takes at most config.model.sequence_length ({model.sequence_length})"
         )
+    _validate_sparse(model, train)
     if model.embed_dim % model.num_heads or (model.embed_dim // model.num_heads) % 2:
         raise ConfigError(
             f"config.model.num_heads: got {model.num_heads}, takes a divisor of "
@@ -243,6 +259,32 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(
             "config.data.validation_fraction + test_fraction: got "
             f"{config.data.validation_fraction + config.data.test_fraction}, take at most 0.5"
+        )
+
+
+def _validate_sparse(model: ml_collections.ConfigDict, train: ml_collections.ConfigDict) -> None:
+    """Checks what only the sparse baselines need; a dense model (no experts) ignores it."""
+    if model.routing not in SPARSE or not model.num_experts:
+        return
+    factor, experts = model.capacity_factor, model.num_experts
+    choices = TOKEN_CHOICE.get(model.routing, max(1, round(factor)))
+    if choices > experts:
+        raise ConfigError(
+            f"config.model.num_experts: got {experts}, takes at least {choices}: every token has "
+            f"so many (config.model.routing={model.routing})"
+        )
+    if not factor:
+        raise ConfigError("config.model.capacity_factor: got 0.0, takes a number above 0")
+    if model.routing in EXPERT_CHOICE and model.first_segment_routing == "uniform":
+        raise ConfigError(
+            "config.model.first_segment_routing: got 'uniform', takes self with "
+            f"config.model.routing={model.routing}: between equal weights there is no choice"
+        )
+    rows = train.global_batch_size // train.microbatches
+    if model.routing_group and rows % model.routing_group:
+        raise ConfigError(
+            f"config.model.routing_group: got {model.routing_group}, takes a divisor of the {rows} "
+            "sequences of a microbatch, or 0"
         )
 
 

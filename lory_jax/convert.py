@@ -111,6 +111,11 @@ def _merged_by(
         if given:
             raise InputError(f"{given[0]}: {workdir} is a dense model, which routes nothing")
         return None
+    if model.config.is_sparse:
+        raise InputError(
+            f"{workdir}: config.model.routing is {model.config.routing}, whose experts are chosen, "
+            "not merged: no LLaMA computes that; takes a dense model or routing=causal or prefix"
+        )
     if len(given) != 1:
         raise InputError(
             f"{workdir}: has experts to be merged; takes one of --prompt, --text, --domain"

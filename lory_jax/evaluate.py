@@ -8,7 +8,8 @@
 
 Perplexity is of held-out documents, domain by domain. The headline counts positions >= T, where no
 prediction has seen its future. Perplexity over all positions is always routed as in training, like
-the paper's. docs/evaluation.md has the details.
+the paper's (sparse baselines: as at inference, where no token sees another). docs/evaluation.md has
+the details.
 """
 
 import argparse
@@ -135,7 +136,9 @@ def main(argv: list[str]) -> None:
     write_atomically(out, json.dumps(result, indent=1) + "\n")
     print(report(result))
     if tasks:
-        routed = f", routed by {tasks_routing}" if run.model.config.num_experts else ""
+        model = run.model.config
+        routed = f", routed by {'token' if model.routes_tokens else tasks_routing}"
+        routed = routed if model.num_experts else ""
         print(_tasks_module().table(f"tasks{routed}", tasks))
         print(f"wrote {harness_out}")
     print(f"wrote {out}")
@@ -198,10 +201,12 @@ def measure(run: Run, sets: dict[str, np.ndarray], routing: str | None = None) -
         )
     as_trained = "prompt" if config.routing == "prefix" else "segment"
     routing = routing or as_trained
-    training = _losses(run, sets, "evaluating", None)
+    training = _losses(run, sets, "evaluating", config.measured_routing)
     # With the first segment as the prompt, routing as in training is training's own on
-    # positions >= T: one pass serves both.
-    same = routing == as_trained or not config.num_experts
+    # positions >= T: one pass serves both. Where tokens are routed, a prompt decides nothing.
+    same = routing == as_trained or not config.num_experts or config.routes_tokens
+    if config.routes_tokens:
+        routing = "token"
     scored = training if same else _losses(run, sets, f"evaluating, routed by {routing}", routing)
 
     token_bytes_V = run.model.tokenizer.token_bytes

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from lory_jax import cli
 from lory_jax.errors import ConfigError
-from lory_jax.flops import flops_per_token, parameter_counts
+from lory_jax.flops import baselines, flops_per_token, parameter_counts
 from lory_jax.model.transformer import ModelConfig
 from lory_jax.parallel import MESH_AXES, make_mesh
 from lory_jax.planning.estimate import default_mesh, plan_step
@@ -59,7 +59,12 @@ def main(argv: list[str]) -> None:
     }
     if not args.no_compile:
         result |= plan(args.config, topology, shape)
-    print(json.dumps(result, indent=2) if args.json else table(result))
+    if args.json:
+        print(json.dumps(result, indent=2))
+        return
+    print(table(result))
+    if model.num_experts:
+        print("\n" + baselines_table(model))
 
 
 def parse_mesh(text: str) -> Shape:
@@ -97,7 +102,9 @@ def plan(config: ConfigDict, topology: Topology, shape: Shape | None = None) -> 
         "devices": len(devices),
         "mesh": dict(mesh.shape),
     }
-    versions = [("Lory" if config.model.num_experts else "dense", config)]
+    routing = config.model.routing
+    name = "Lory" if routing == "causal" else routing
+    versions = [(name if config.model.num_experts else "dense", config)]
     if config.model.num_experts:
         baseline = copy.deepcopy(config)
         baseline.model.num_experts = 0
@@ -128,7 +135,7 @@ def table(result: dict[str, Any]) -> str:
     lines += [f"{result['topology']:<17} {result['devices']} of {result['device']}, mesh {shape}"]
     columns = [result] if result["dense"] is None else [result, result["dense"]]
     if len(columns) > 1:
-        lines += ["", f"{'per device and step':<36}{'Lory':>12}{'dense':>12}"]
+        lines += ["", f"{'per device and step':<36}{'experts':>12}{'dense':>12}"]
     rows = [_rows(column) for column in columns]
     names = [name for row in rows for name in row]
     for name in dict.fromkeys(names):
@@ -139,6 +146,20 @@ def table(result: dict[str, Any]) -> str:
             lines.append(f"not counted: kernel {kernel}, {calls} calls")
         for loop in estimate["loops_counted_once"]:
             lines.append(f"counted once: loop {loop}, whose trip count is not known")
+    return "\n".join(lines)
+
+
+def baselines_table(model: ModelConfig) -> str:
+    """Parameters and FLOPs of the recipe and of what it is compared with, side by side."""
+    lines = [
+        f"{f'with {model.num_experts} experts':<24}{'total':>12}{'active':>12}{'FLOPs/token':>14}"
+    ]
+    for name, config in baselines(model).items():
+        counts, flops = parameter_counts(config), flops_per_token(config)
+        lines.append(
+            f"{name:<24}{counts['total'] / 1e6:>11,.1f}M{counts['active'] / 1e6:>11,.1f}M"
+            f"{flops / 1e9:>12,.3f} G"
+        )
     return "\n".join(lines)
 
 

@@ -171,14 +171,11 @@ def train(
         step = make_train_step(
             phase_model, optimizer, schedule, settings.clip_norm, mesh, settings.microbatches
         )
-        return Phase(
-            name,
-            phase_model,
-            settings.global_batch_size,
-            step,
-            make_loss_step(phase_model, mesh),
-            make_norms(phase_model, mesh, settings.microbatches),
+        loss_step = make_loss_step(
+            phase_model, mesh, phase_model.measured_routing, phase_model.segment_length
         )
+        norms = make_norms(phase_model, mesh, settings.microbatches)
+        return Phase(name, phase_model, settings.global_batch_size, step, loss_step, norms)
 
     # ---------------------------------------------------------------- where to start
     # 1. The newest intact checkpoint of this run; 2. --init_from; 3. scratch. Never 2 or 3 over
@@ -321,6 +318,8 @@ def announce(model: ModelConfig, config: ConfigDict, mesh: Mesh, batches: Traini
     counts = parameter_counts(model)
     tokens = config.train.global_batch_size * model.sequence_length
     kind = f"Lory with {model.num_experts} experts" if model.num_experts else "dense baseline"
+    if model.num_experts and model.routing != "causal":
+        kind = f"baseline {model.routing} with {model.num_experts} experts"
     epochs = config.train.steps / batches.batches_per_epoch
     device = jax.devices()[0].device_kind
     print(

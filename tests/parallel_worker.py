@@ -30,6 +30,7 @@ from lory_jax.training.upcycle import upcycle  # noqa: E402
 
 STEPS, BATCH = 3, 8
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
+SPARSE_GROUPS = [("expert_choice_segment", 0), ("expert_choice_token", 2), ("top1", 0), ("top2", 2)]
 HEADS_MESHES = [(2, 2, 2), (1, 2, 4)]  # more devices than sequences per microbatch
 # Every sharded axis divides by 8. A large epsilon keeps Adam from amplifying rounding.
 CONFIG = functools.partial(tiny_config, vocab_size=40, sequence_length=10)
@@ -66,7 +67,9 @@ def train(config, mesh, microbatches=1):
                 # From zero moments, the first moment is 0.1 times the gradient. A copy: an array
                 # that numpy looks into cannot be donated.
                 result["gradients"] = jax.tree.map(jnp.copy, state["opt_state"][0].mu)
-        nll = make_loss_step(config, mesh)(state["params"], place(tokens[0]))
+        nll = make_loss_step(config, mesh, config.measured_routing, 3)(
+            state["params"], place(tokens[0])
+        )
     result |= {"params": state["params"], "nll": nll}
     result["compilations"] = step._cache_size()
     adam = state["opt_state"][0]
@@ -152,6 +155,10 @@ def main() -> None:
         "2": compare(heads(), single, [(2, 2, 2)], microbatches=2)["(2, 2, 2)"],
         "4": compare(heads(), single, [(1, 2, 4)], microbatches=4)["(1, 2, 4)"],
     }
+    # Sequences that compete for slots share a device, or lie on several.
+    for routing, group in SPARSE_GROUPS:
+        sparse = CONFIG(routing=routing, routing_group=group)
+        report[routing] = compare(sparse, single, [(2, 2, 2)])
     wide = functools.partial(CONFIG, embed_dim=32, mlp_dim=64)
     report["bytes_over_tensor"] = [bytes_over_tensor(wide(num_experts=E), mesh) for E in (8, 16)]
 

@@ -123,6 +123,25 @@ def test_a_wrong_value_names_the_field_what_it_got_and_what_it_takes(name, text)
         ([("model.segment_length", "513")], ["config.model.segment_length", "513", "512"]),
         ([("model.num_heads", "3")], ["config.model.num_heads", "3", "128"]),
         ([("model.num_heads", "128")], ["config.model.num_heads", "even head width"]),
+        (
+            [("model.routing", "top2"), ("model.num_experts", "1")],
+            ["config.model.num_experts", "at least 2", "top2"],
+        ),
+        (
+            [("model.routing", "top1"), ("model.routing_group", "3")],
+            ["config.model.routing_group", "got 3", "divisor of the "],
+        ),
+        (
+            [("model.routing", "top1"), ("model.capacity_factor", "0")],
+            ["config.model.capacity_factor", "above 0"],
+        ),
+        (
+            [
+                ("model.routing", "expert_choice_segment"),
+                ("model.first_segment_routing", "uniform"),
+            ],
+            ["config.model.first_segment_routing", "takes self"],
+        ),
         ([("train.beta2", "1")], ["config.train.beta1, beta2", "below 1"]),
         (
             [("data.test_fraction", "0.3"), ("data.validation_fraction", "0.3")],

@@ -36,10 +36,11 @@ def data(tmp_path_factory):
     return write_prepared(tmp_path_factory.mktemp("convert") / "data")
 
 
-def write_run(workdir, data, experts=4):
+def write_run(workdir, data, experts=4, **model):
     """A work directory of the tiny recipe, as `train` leaves it, with decided routers."""
     recipe = write_recipe(workdir.parent)
-    config = load_config(f"{recipe}:experts={experts}")
+    overrides = [(f"model.{name}", value) for name, value in model.items()]
+    config = load_config(f"{recipe}:experts={experts}", overrides)
     open_workdir(workdir, config.to_dict(), data)
     params = params_of(ModelConfig(**config.model))
     checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
@@ -106,6 +107,12 @@ def test_the_script_of_the_documentation_runs(run, tmp_path):
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert result.stdout.strip()
+
+
+def test_a_sparse_baseline_is_refused(data, tmp_path):
+    workdir = write_run(tmp_path / "sparse", data, routing="top1")
+    with pytest.raises(InputError, match="routing is top1, whose experts are chosen, not merged"):
+        convert.to_hf(workdir, tmp_path / "hf", prompt="a")
 
 
 @pytest.mark.parametrize(

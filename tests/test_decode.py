@@ -61,18 +61,27 @@ def decoded_logits(config, params, tokens, routing, lengths):
     return np.stack(seen, axis=1)
 
 
-def assert_decoding_equals_forward(config, params, routing):
+def assert_decoding_equals_forward(config, params, routing, tolerance=1e-5):
     tokens = random_tokens(len(LENGTHS))
     full = full_logits(config, params, tokens, routing, LENGTHS)
     found = decoded_logits(config, params, tokens, routing, LENGTHS)
     for row, length in enumerate(LENGTHS):
         expected = full[row, length - 1 : length - 1 + found.shape[1]]
-        np.testing.assert_allclose(found[row], expected, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(found[row], expected, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("routing", ["prompt", "segment"])
 def test_decoding_equals_the_forward_pass(params, routing):
     assert_decoding_equals_forward(CONFIG, params, routing)
+
+
+@pytest.mark.parametrize(
+    ("model", "routing"),
+    [("expert_choice_segment", "prompt"), ("expert_choice_segment", "segment"), ("top2", "prompt")],
+)
+def test_decoding_a_sparse_baseline_equals_the_forward_pass(params, model, routing):
+    config = dataclasses.replace(CONFIG, routing=model)
+    assert_decoding_equals_forward(config, params, routing, tolerance=5e-5)
 
 
 @pytest.mark.parametrize("routing", ["prompt", "segment"])

@@ -23,36 +23,39 @@ from lory_jax.data.pipeline import evaluation_sets
 from lory_jax.errors import ConfigError, InputError
 
 T = 8
+ROUTED_BY = {"expert_choice_segment": "segment", "top2": "token"}
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """Prepared data and two finished runs on them, `dense` and `lory`."""
+    """Prepared data and finished runs on them: `dense`, `lory` and two sparse baselines."""
     directory = tmp_path_factory.mktemp("site")
     recipe, data = write_recipe(directory), write_prepared(directory / "data")
     trainings = [
         subprocess.Popen(
             verb_command(
                 "train",
-                f"--config={recipe}:experts={experts}",
+                f"--config={recipe}:experts={0 if name == 'dense' else 4}",
+                f"--config.model.routing={name if name in ROUTED_BY else 'causal'}",
                 f"--data={data}",
                 f"--workdir={directory / name}",
             ),
             stdout=subprocess.DEVNULL,
             env=verb_environment(),
         )
-        for name, experts in (("dense", 0), ("lory", 4))
+        for name in ("dense", "lory", *ROUTED_BY)
     ]
-    assert [training.wait(300) for training in trainings] == [0, 0]
+    assert [training.wait(300) for training in trainings] == [0] * len(trainings)
     return directory
 
 
 @pytest.fixture(scope="module")
 def evaluated(site):
-    for name in ("dense", "lory"):
+    for name in ("dense", "lory", *ROUTED_BY):
         out = site / name / "evaluation.json"
         evaluate.main([f"--workdir={site / name}", f"--out={out}"])
-    analyze.main([f"--workdir={site / 'lory'}"])
+        if name != "dense":
+            analyze.main([f"--workdir={site / name}"])
     return site
 
 
@@ -78,13 +81,15 @@ def expected_measures(workdir, rows, routing, prompt_length):
     }
 
 
-@pytest.mark.parametrize("name", ["dense", "lory"])
+@pytest.mark.parametrize("name", ["dense", "lory", *ROUTED_BY])
 def test_evaluation_is_what_the_logits_say(evaluated, name):
     result = json.loads((evaluated / name / "evaluation.json").read_text())
     assert result["step"] == 12 and result["tasks"] == {} and result["seconds"] > 0
-    assert result["routing"] == {"dense": None, "lory": "segment"}[name]
+    assert result["routing"] == ({"dense": None, "lory": "segment"} | ROUTED_BY)[name]
     for domain, rows in evaluation_sets(evaluated / "data", "test").items():
-        expected = expected_measures(evaluated / name, rows, "training", 0)
+        # In training, tokens of a sparse model compete: it is measured as it infers.
+        routing = "segment" if name in ROUTED_BY else "training"
+        expected = expected_measures(evaluated / name, rows, routing, T)
         for measure, value in expected.items():
             assert result[measure][domain] == pytest.approx(value, rel=1e-5)
     for measure in expected:
@@ -227,10 +232,11 @@ def test_bad_sets_are_named(evaluated, tmp_path):
         evaluate.main(["--tasks=piqa"])
 
 
-def test_analysis_is_what_the_routing_weights_say(evaluated):
-    directory = evaluated / "lory" / "analysis"
+@pytest.mark.parametrize("name", ["lory", "top2"])
+def test_analysis_is_what_the_routing_weights_say(evaluated, name):
+    directory = evaluated / name / "analysis"
     analysis = json.loads((directory / "analysis.json").read_text())
-    model = lory_jax.load(evaluated / "lory")
+    model = lory_jax.load(evaluated / name)
     means = {}
     for domain, rows in evaluation_sets(evaluated / "data", "test").items():
         means[domain] = model.routing_weights(rows[:, :-1])[:, :, 1:].mean((1, 2))
@@ -281,13 +287,47 @@ def test_comparison(evaluated, capsys):
         seconds = sum(json.loads(line)["step_seconds"] for line in lines)
         assert report["seconds"][name]["training"] == pytest.approx(seconds)
         assert report["models"][name]["tokens"] == 12 * 4 * SEQUENCE_LENGTH
+        own = [json.loads(line) for line in lines if "validation_loss" in line]
+        assert report["models"][name]["validation_loss"] == own[-1]["validation_loss"]
+    lory = report["against_first"]["lory"]
+    means = report["geometric_mean"]["perplexity"]
+    assert lory["perplexity"] == pytest.approx(means["lory"] / means["dense"] - 1)
+    assert lory["flops_per_token"] > 0 and lory["active_parameters"] == 0 and not lory["tasks"]
+    assert report["tokens_to_first_loss"]["dense"] == 12 * 4 * SEQUENCE_LENGTH
     assert set(report["samples"]["texts"]) == {"ones", "threes"}
     assert report["samples"]["run"] == "lory"
     pages = [(evaluated / f"report.{kind}").read_bytes() for kind in ("json", "html")]
     compare.main([*runs, f"--out={out}"])
     assert pages == [(evaluated / f"report.{kind}").read_bytes() for kind in ("json", "html")]
-    compare.main([runs[0], f"--out={evaluated / 'alone'}"])
+    compare.main([str(evaluated / "dense"), f"--out={evaluated / 'alone'}"])
     assert "dense" in (evaluated / "alone.html").read_text()
+
+
+def test_sparse_baselines_are_compared(evaluated, capsys):
+    out = evaluated / "sparse"
+    compare.main([*(str(evaluated / name) for name in ("lory", *ROUTED_BY)), f"--out={out}"])
+    models = json.loads((evaluated / "sparse.json").read_text())["models"]
+    assert list(models) == ["lory", *ROUTED_BY]
+    assert models["lory"]["dropped_tokens"] is None and 0 <= models["top2"]["dropped_tokens"] < 1
+    assert models["top2"]["parameters"]["active"] > models["lory"]["parameters"]["active"]
+
+
+def test_tokens_to_reach_a_loss():
+    lines = [{"tokens": 10 * i} | ({"validation_loss": 5.0 - i} if i % 2 else {}) for i in range(6)]
+    assert compare.tokens_to_reach(lines, 4.0) == 10  # at the first validation
+    assert compare.tokens_to_reach(lines, 2.5) == 25  # a line falls from 4.0 at 10 to 2.0 at 30
+    assert compare.tokens_to_reach(lines, 0.0) == 50
+    assert compare.tokens_to_reach(lines, -0.1) is None
+    assert compare.tokens_to_reach(lines, None) is None
+
+
+def test_figures_of_tasks_that_all_runs_have():
+    def one(x):
+        return {"metric": "acc,none", "acc,none": x}
+
+    mine = {"t": one(0.5), "u": one(0.1), "v": {"metric": None}}
+    found = compare.task_figures({"a": mine, "b": {"t": one(0.7), "v": {"metric": None}}})
+    assert found == {"t": {"a": 0.5, "b": 0.7}}
 
 
 def test_documents_give_the_prompts_of_samples():
@@ -315,8 +355,8 @@ def test_what_is_missing_is_named(evaluated, tmp_path):
         analyze.main([f"--workdir={evaluated / 'dense'}"])
     with pytest.raises(InputError, match=r"config\.json"):
         evaluate.main([f"--workdir={tmp_path}", f"--out={tmp_path / 'x.json'}"])
-    with pytest.raises(ConfigError, match="NAME=W, each name once"):
-        compare.main([f"a={evaluated / 'lory'}", "b", f"--out={tmp_path / 'r'}"])
+    with pytest.raises(ConfigError, match="NAME=W or W, each name once"):
+        compare.main([f"a={evaluated / 'lory'}", "a=b", f"--out={tmp_path / 'r'}"])
     with pytest.raises(ConfigError, match="batch_size: got 0"):
         evaluate.main([f"--workdir={tmp_path}", f"--out={tmp_path / 'x'}", "--batch_size=0"])
     result = tmp_path / "lory" / "evaluation.json"

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from models import tiny_config
 
-from lory_jax.flops import flops_per_token, parameter_counts, peak_flops
+from lory_jax.flops import baselines, flops_per_token, parameter_counts, peak_flops
+from lory_jax.model.baselines import SPARSE
 from lory_jax.model.transformer import ModelConfig, init_params
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -70,6 +71,33 @@ def test_flops_equal_a_count_of_every_matrix_product():
     products += [(L, D, V)]
     forward = sum(2 * a * b * c for a, b, c in products)
     np.testing.assert_allclose(flops_per_token(config), 3 * forward / L, rtol=1e-12)
+
+
+def test_sparse_flops_equal_a_count_of_every_matrix_product():
+    V, Y, D, F, E, L = 37, 2, 16, 24, 4, 16
+    for routing, experts_per_token, routes_tokens in (
+        ("expert_choice_segment", 1.5, False),
+        ("expert_choice_token", 1.5, True),
+        ("top1", 1, True),
+        ("top2", 2, True),
+    ):
+        config = tiny_config(sequence_length=L, routing=routing, capacity_factor=1.5)
+        per_token = Y * (4 * D * D + 2 * D * L + 3 * D * F * experts_per_token) + D * V
+        per_token += Y * D * E * routes_tokens
+        assert flops_per_token(config) == pytest.approx(6 * per_token)
+        counts = parameter_counts(config)
+        assert counts["total"] == built_size(config)
+        dense = built_size(tiny_config(num_experts=0))
+        assert counts["active"] == dense + Y * 3 * D * F * (experts_per_token - 1)
+
+
+def test_what_a_recipe_is_compared_with():
+    found = baselines(tiny_config())
+    assert list(found) == ["dense", "Lory", "prefix", *SPARSE]
+    assert found["dense"].num_experts == 0 and found["Lory"].routing == "causal"
+    assert all(found[name].routing == name for name in ("prefix", *SPARSE))
+    assert flops_per_token(found["Lory"]) > flops_per_token(found["dense"])
+    assert parameter_counts(found["top2"])["active"] > parameter_counts(found["Lory"])["active"]
 
 
 def test_merging_costs_the_fraction_that_the_paper_states():

@@ -42,7 +42,7 @@ CASES = [
 
 
 @functools.cache
-def make_model(experts: int = 4) -> Model:
+def make_model(experts: int = 4, **fields) -> Model:
     tokenizer = train_tokenizer([TEXT * 4], 300)
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size + 5,  # more than the tokenizer has
@@ -53,6 +53,7 @@ def make_model(experts: int = 4) -> Model:
         num_experts=experts,
         sequence_length=L,
         segment_length=8,
+        **fields,
     )
     return Model(config, params_of(config), tokenizer)
 
@@ -87,10 +88,13 @@ def expected_score(model, routing, context, continuation):
     return total, bool(greedy)
 
 
-@pytest.mark.parametrize("routing", ["prompt", "segment"])
-@pytest.mark.parametrize("experts", [4, 0])
-def test_loglikelihood_is_the_sum_of_log_softmax(routing, experts):
-    model = make_model(experts)
+SCORED = [({"experts": n}, r) for n in (4, 0) for r in ("prompt", "segment")]
+SCORED += [({"routing": "expert_choice_segment"}, "segment"), ({"routing": "top2"}, "prompt")]
+
+
+@pytest.mark.parametrize(("fields", "routing"), SCORED, ids=str)
+def test_loglikelihood_is_the_sum_of_log_softmax(fields, routing):
+    model = make_model(**fields)
     found = LoryLM(model, routing, 4).loglikelihood(instances("loglikelihood", CASES))
     for case, (log_likelihood, is_greedy) in zip(CASES, found, strict=True):
         expected = expected_score(model, routing, *case) if case[1] else (0.0, True)

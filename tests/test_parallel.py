@@ -15,6 +15,7 @@ from tiny import verb_environment
 
 from lory_jax import parallel
 from lory_jax.errors import ConfigError, InputError
+from lory_jax.model.baselines import SPARSE
 from lory_jax.model.transformer import build, init_params
 from lory_jax.parallel import (
     check_batch,
@@ -28,6 +29,7 @@ from lory_jax.parallel import (
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 HEADS_MESHES = [(2, 2, 2), (1, 2, 4)]
 CASES = [(model, mesh) for model in ("dense", "lory") for mesh in MESHES]
+CASES += [(routing, (2, 2, 2)) for routing in SPARSE]
 CASES += [(f"{model}, heads", mesh) for model in ("dense", "lory") for mesh in HEADS_MESHES]
 TOLERANCE = 2e-5  # float32, on the scale of each parameter; sums run in another order
 

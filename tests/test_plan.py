@@ -9,7 +9,7 @@ import pytest
 
 from lory_jax import plan
 from lory_jax.errors import ConfigError, InputError
-from lory_jax.flops import flops_per_token, parameter_counts
+from lory_jax.flops import baselines, flops_per_token, parameter_counts
 from lory_jax.model.transformer import ModelConfig
 from lory_jax.planning import topology
 from lory_jax.planning.estimate import default_mesh
@@ -126,6 +126,18 @@ def test_without_compiling_only_counts():
         "parameters": parameter_counts(config),
         "flops_per_token": flops_per_token(config),
     }
+
+
+def test_the_table_sets_every_baseline_side_by_side():
+    result = run_plan("--no_compile", *TINY)
+    assert result.returncode == 0, result.stderr
+    rows = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if line}
+    for name, config in baselines(
+        model(vocab_size=1024, embed_dim=128, num_heads=2, sequence_length=256)
+    ).items():
+        counts = parameter_counts(config)
+        assert rows[name][:2] == [f"{counts[k] / 1e6:,.1f}M" for k in ("total", "active")]
+        assert rows[name][2] == f"{flops_per_token(config) / 1e9:.3f}"
 
 
 @needs_libtpu

@@ -53,6 +53,16 @@ def report(names=("dense", "lory")):
         "learning_rate": 2e-3,
         "seed": 0,
         "model": model,
+        "flops_per_token": 2e6,
+        "experts_active": 12,
+        "expert_pairs": 32,
+        "dropped_tokens": 0.125,
+    }
+    against = {
+        "active_parameters": 0.5,
+        "flops_per_token": 0.25,
+        "training_seconds": 0.5,
+        "tokens_to_first_loss": None,
     }
     return {
         "perplexity": measure(10.0),
@@ -61,6 +71,9 @@ def report(names=("dense", "lory")):
         "geometric_mean": {
             key: means for key in ("perplexity", "perplexity_all_positions", "bits_per_byte")
         },
+        "tasks": {"piqa": {n: 0.5 + 0.1 * i for i, n in enumerate(names)}},
+        "tokens_to_first_loss": {n: None if i else 2e6 for i, n in enumerate(names)},
+        "against_first": {n: against for n in names[1:]},
         "models": {name: description for name in names},
         "seconds": {n: {"training": 60.0 + 30 * i, "evaluation": 3.0} for i, n in enumerate(names)},
         "test": {"split": "test", "instances": dict.fromkeys(DOMAINS, 7)},
@@ -142,6 +155,20 @@ def test_the_page_opens_with_the_table(checked):
         "5.0 % lower than that of dense (geometric mean over 3 domains; lower in 0 of them)" in text
     )
     assert "1.50 times the training time" in text
+
+
+def test_costs_and_tasks_stand_beside_their_differences(checked):
+    text, _ = checked
+    cells = re.sub(r"<[^>]*>", "|", text)
+    for row in (
+        ["active parameters", "1.00 M", "1.00 M", "+50.0 %"],
+        ["FLOPs per token", "2.0 M", "2.0 M", "+25.0 %"],
+        ["tokens to the final loss of dense", "2.00 M", "never", "–"],
+        ["experts in use at the end", "12 of 32", "12 of 32"],
+        ["dropped in training", "12.5 %", "12.5 %"],
+        ["piqa", "50.0", "60.0", "+10.0"],
+    ):
+        assert "||".join(row) in cells
 
 
 @pytest.mark.parametrize("names", [("only",), ("a", "b", "c")])

@@ -17,7 +17,9 @@ from models import (
     tiny_config,
 )
 
+from lory_jax.model.transformer import build, merge_params
 from lory_jax.parallel import make_mesh
+from lory_jax.training.loss import token_losses
 from lory_jax.training.optimizer import IS_DECAYED, learning_rate, make_optimizer
 from lory_jax.training.state import NEVER, abstract_state, init_state, new_state
 from lory_jax.training.step import make_loss_step, make_train_step, routing_metrics
@@ -99,9 +101,11 @@ def test_one_step_is_clipped_adamw_at_the_scheduled_rate(experts):
     assert_trees_close(jax.tree.leaves(new["params"]), list(expected.values()), 1e-5)
 
 
-@pytest.mark.parametrize("experts", [0, 4])
-def test_microbatches_make_the_same_update(experts):
-    config = tiny_config(num_experts=experts)
+@pytest.mark.parametrize(
+    "fields", [{"num_experts": 0}, {}, {"routing": "top2", "routing_group": 1}], ids=str
+)
+def test_microbatches_make_the_same_update(fields):
+    config = tiny_config(**fields)
     optimizer = make_optimizer(**SETTINGS, weight_decay=0.1)
     params, tokens = params_of(config), random_tokens(6, 15)
 
@@ -113,6 +117,29 @@ def test_microbatches_make_the_same_update(experts):
 
     whole, parts = update(1), update(3)
     assert_trees_close(parts, whole, 1e-5)
+
+
+def test_the_load_balancing_loss_is_minimised_but_not_in_the_loss():
+    """The gradient (0.1 of the first moment) is that of the sum; the metrics keep them apart."""
+    config, weight = tiny_config(routing="top1", load_balancing_weight=0.5), 0.5
+    optimizer = make_optimizer(**SETTINGS, weight_decay=0.1)
+    params, tokens = params_of(config), random_tokens(2, 15)
+    graph, _ = build(config)
+
+    def total(params):
+        x, routed = merge_params(graph, params).hidden(tokens[:, :-1])
+        losses = token_losses(x, params["head"], tokens[:, 1:])
+        return jnp.mean(losses) + weight * jnp.sum(routed.balance), routed
+
+    (expected, routed), gradients = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+    step = make_train_step(config, optimizer, lambda _: 0.05, 0.0, make_mesh(1, 1, 1))
+    new, metrics = step(new_state(config, optimizer, params), tokens)
+    moments = jax.tree.map(lambda m: m / 0.1, new["opt_state"][0].mu)
+    assert_trees_close(moments, gradients, 1e-5)
+    balance = np.sum(routed.balance)
+    np.testing.assert_allclose(metrics["load_balancing_loss"], balance / 2, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], expected - weight * balance, rtol=1e-5)
+    np.testing.assert_allclose(metrics["dropped_tokens"], np.mean(routed.dropped), rtol=1e-5)
 
 
 def test_loss_step_is_per_token_and_routes_as_asked():

@@ -17,6 +17,8 @@ from tiny import (
     write_recipe,
 )
 
+from lory_jax.model.baselines import SPARSE, TOKEN_CHOICE
+
 COMPARED = ("loss", "grad_norm", "learning_rate", "experts_active", "router_entropy")
 
 
@@ -85,12 +87,21 @@ def test_finished_run_says_so(site):
     assert "finished at step 12, nothing to do" in result.stdout
 
 
-@pytest.mark.parametrize("kill_after", [2, 4, 10])  # in the dense phase, just upcycled, late
-def test_killed_and_resumed_equals_never_stopped(site, kill_after):
+KILLS = [(2, "causal"), (4, "causal"), (10, "causal")]  # in the dense phase, just upcycled, late
+KILLS += [(6, "top2")]
+KILLS += [pytest.param(6, routing, marks=pytest.mark.slow) for routing in SPARSE[:-1]]
+
+
+@pytest.mark.parametrize(("kill_after", "routing"), KILLS)
+def test_killed_and_resumed_equals_never_stopped(site, kill_after, routing):
     directory, _ = site
-    workdir = directory / f"killed-{kill_after}"
+    workdir, whole = directory / f"killed-{kill_after}-{routing}", directory / "whole"
+    more = (f"--config.model.routing={routing}",)
+    if routing != "causal":
+        whole = directory / routing
+        assert verb("train", *arguments(directory, routing, *more)).returncode == 0
     process = subprocess.Popen(
-        verb_command("train", *arguments(directory, workdir.name)),
+        verb_command("train", *arguments(directory, workdir.name, *more)),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env=verb_environment(),
@@ -98,9 +109,13 @@ def test_killed_and_resumed_equals_never_stopped(site, kill_after):
     wait_for_lines(workdir / "metrics.jsonl", kill_after, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    result = verb("train", *arguments(directory, workdir.name))
+    result = verb("train", *arguments(directory, workdir.name, *more))
     assert result.returncode == 0, result.stderr
-    assert_same_run(directory / "whole", workdir)
+    assert_same_run(whole, workdir)
+    if routing in SPARSE:
+        last = metrics(workdir)[-1]
+        assert 0 <= last["dropped_tokens"] < 1
+        assert ("load_balancing_loss" in last) == (routing in TOKEN_CHOICE)
 
 
 def test_interrupt_saves_and_resumes(site):

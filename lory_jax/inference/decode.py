@@ -7,6 +7,9 @@ never merges again. Routing by segment (its table 9) does so at every segment bo
 needs nothing but the hidden states of the segment just finished, which `step` sums up on the way,
 so it runs between two steps and leaves the step itself alone.
 
+Of the sparse baselines, a token takes its own experts, so that a layer remembers nothing of its
+routing; where segments are routed, what is kept as "merged" is the row's distribution over experts.
+
 Token by token this computes what `Transformer(tokens, Routing(kind, prompt_lengths_B))` computes
 for the whole sequence at once.
 
@@ -35,6 +38,7 @@ from lory_jax.model.transformer import (
     ModelConfig,
     Params,
     Routing,
+    SparseFFN,
     Transformer,
     build,
     merge_params,
@@ -49,8 +53,9 @@ class LayerCache(NamedTuple):
     """What one layer (or, with a leading Y, all of them) remembers of every row.
 
     key_BxHxMxK, value_BxHxMxK: of the positions so far, in the compute type.
-    merged: the row's own FFN `{"gate": [B, D, F], "up": [B, D, F], "down": [B, F, D]}`;
-      None in a dense model.
+    merged: the row's own FFN `{"gate": [B, D, F], "up": [B, D, F], "down": [B, F, D]}`; of expert
+      choice of segments, `{"probabilities": [B, E]}`; None where each token passes by itself
+      (dense, or routed by token).
     total_BxD: float32 sum of the FFN inputs over the running segment; None where segments do not
       route.
     """
@@ -126,7 +131,7 @@ def make_decoder(config: ModelConfig, routing: str) -> Decoder:
             layer, (merged, total_BxD) = inputs
             ffn = nnx.merge(layer_graph, layer).ffn
             assert isinstance(ffn, MergedFFN)
-            fresh = _merge(ffn, route(total_BxD / T, ffn.router[...]), merged["gate"].dtype)
+            fresh = _merge(ffn, route(total_BxD / T, ffn.router[...]))
             return None, jax.tree.map(
                 functools.partial(_choose_rows, at_border_B),
                 (fresh, jnp.zeros_like(total_BxD)),
@@ -161,10 +166,10 @@ def make_decoder(config: ModelConfig, routing: str) -> Decoder:
             )
             x_Bx1xD += block.attention.combine(attended_BxHx1xK.swapaxes(1, 2))
             h_Bx1xD = rms_norm(x_Bx1xD, block.ffn_norm[...], epsilon)
-            if isinstance(block.ffn, DenseFFN):
-                y_Bx1xD = block.ffn(h_Bx1xD)
+            if cached.merged is None:
+                y_Bx1xD = _apply_to_tokens(block.ffn, h_Bx1xD)
             else:
-                y_Bx1xD = _apply(cached.merged, h_Bx1xD)
+                y_Bx1xD = _apply(block.ffn, cached.merged, h_Bx1xD)
             return x_Bx1xD + y_Bx1xD, (key, value, h_Bx1xD[:, 0])
 
         x_Bx1xD, (key, value, h_YxBxD) = jax.lax.scan(
@@ -242,7 +247,7 @@ def decode(
 
 
 def _reroutes(config: ModelConfig, routing: str) -> bool:
-    return routing == "segment" and config.num_experts > 0
+    return routing == "segment" and config.num_experts > 0 and not config.routes_tokens
 
 
 def _choose_rows(is_new_B: Array, new: Array, old: Array) -> Array:
@@ -253,15 +258,20 @@ def _prompt_ffn(
     ffn: DenseFFN | MergedFFN, h_BxPxD: Array, kind: str, lengths_B: Array
 ) -> tuple[Array, dict[str, Array] | None]:
     """The FFN's output for the prompt, and each row's merged FFN for the token that follows it."""
-    if isinstance(ffn, DenseFFN):
-        return ffn(h_BxPxD), None
+    if isinstance(ffn, DenseFFN) or ffn.config.routes_tokens:
+        return _apply_to_tokens(ffn, h_BxPxD), None
     routing = Routing(kind, lengths_B)
     if kind == "prompt":
-        merged = _merge(ffn, ffn.routing_weights(h_BxPxD, routing)[:, 0], h_BxPxD.dtype)
-        return _apply(merged, h_BxPxD), merged
-    y_BxPxD, r_BxNxE = ffn(h_BxPxD, routing)
+        merged = _merge(ffn, ffn.routing_weights(h_BxPxD, routing)[:, 0])
+        return _apply(ffn, merged, h_BxPxD), merged
+    y_BxPxD, routed = ffn(h_BxPxD, routing)
     last_B = (lengths_B - 1) // ffn.config.segment_length
-    return y_BxPxD, _merge(ffn, r_BxNxE[jnp.arange(len(lengths_B)), last_B], h_BxPxD.dtype)
+    return y_BxPxD, _merge(ffn, routed.weights_BxNxE[jnp.arange(len(lengths_B)), last_B])
+
+
+def _apply_to_tokens(ffn: DenseFFN | MergedFFN, h_BxLxD: Array) -> Array:
+    """An FFN that needs to know nothing but the token."""
+    return ffn(h_BxLxD) if isinstance(ffn, DenseFFN) else ffn(h_BxLxD, Routing("prompt"))[0]
 
 
 def _split_layers(model: Transformer) -> tuple[nnx.GraphDef, Any]:
@@ -269,11 +279,16 @@ def _split_layers(model: Transformer) -> tuple[nnx.GraphDef, Any]:
     return graph, layers
 
 
-def _merge(ffn: MergedFFN, r_BxE: Array, dtype: Any) -> dict[str, Array]:
+def _merge(ffn: MergedFFN, r_BxE: Array) -> dict[str, Array]:
+    if isinstance(ffn, SparseFFN):
+        return {"probabilities": r_BxE}
+    dtype = ffn.config.compute_dtype
     return merge_experts({name: w.astype(dtype) for name, w in ffn.experts().items()}, r_BxE)
 
 
-def _apply(merged: Any, h_BxLxD: Array) -> Array:
+def _apply(ffn: DenseFFN | MergedFFN, merged: Any, h_BxLxD: Array) -> Array:
+    if isinstance(ffn, SparseFFN):
+        return ffn.choose(h_BxLxD, merged["probabilities"][:, None])
     return swiglu(h_BxLxD, merged["gate"], merged["up"], merged["down"])
 
 

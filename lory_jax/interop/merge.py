@@ -64,7 +64,9 @@ def _weights(config: ModelConfig, kind: str | None) -> Callable[..., Array]:
     @jax.jit
     def weights(params: Params, tokens_BxL: Array, prompt_lengths_B: Array | None) -> Any:
         routing = None if kind is None else Routing(kind, prompt_lengths_B)
-        return merge_params(graph, params).hidden(tokens_BxL, routing)[1]
+        _, routed = merge_params(graph, params).hidden(tokens_BxL, routing)
+        assert routed is not None
+        return routed.weights_BxNxE
 
     return weights
 

@@ -6,9 +6,38 @@ over the experts per sequence and segment.
 Letters: B batch, L sequence, T tokens per segment, N = ceil(L / T) segments, D model, E experts.
 """
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a forward pass is routed: as in training, or by prompts (DESIGN of inference).
+
+    `kind` is "causal", "prefix" or a sparse baseline's (training), "prompt" or "segment"
+    (inference, which need `prompt_lengths_B`: tokens of each row that are its prompt).
+    """
+
+    kind: str
+    prompt_lengths_B: Array | None = None
+
+
+class Routed(NamedTuple):
+    """How a layer (with a leading Y: every layer) was routed.
+
+    weights_BxNxE: routing weights of every segment, float32; where tokens are routed, the mean of
+      their probabilities.
+    balance: the load-balancing loss; None unless tokens choose, in training.
+    dropped: the share of tokens or segments that no expert took; None unless sparse, in training.
+    """
+
+    weights_BxNxE: Array
+    balance: Array | None = None
+    dropped: Array | None = None
 
 
 def num_segments(length: int, segment_length: int) -> int:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from lory_jax.model import baselines
 from lory_jax.model import routing as route
 from lory_jax.model.attention import (
     SAVED,
@@ -27,6 +28,7 @@ from lory_jax.model.attention import (
 )
 from lory_jax.model.merged_ffn import merged_ffn, swiglu
 from lory_jax.model.parameters import Initializer
+from lory_jax.model.routing import Routed, Routing
 from lory_jax.parallel import constrain
 
 Params = dict[str, Any]
@@ -46,6 +48,9 @@ class ModelConfig:
     segment_length: int
     routing: str = "causal"
     first_segment_routing: str = "self"
+    capacity_factor: float = 1.0
+    routing_group: int = 0
+    load_balancing_weight: float = 0.01
     router_init_scale: float = 0.23
     rope_theta: float = 10_000.0
     norm_epsilon: float = 1e-5
@@ -70,17 +75,25 @@ class ModelConfig:
         """The logical axis of the batch outside the FFN and the head."""
         return "batch" if self.attention_sharding == "batch" else "moe_batch"
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether experts are chosen (see baselines.py) rather than merged."""
+        return self.num_experts > 0 and self.routing in baselines.SPARSE
 
-@dataclass(frozen=True)
-class Routing:
-    """How a forward pass is routed: as in training, or by prompts (DESIGN of inference).
+    @property
+    def routes_tokens(self) -> bool:
+        """Whether every token is routed by itself, rather than with its segment or prompt."""
+        return self.is_sparse and self.routing != "expert_choice_segment"
 
-    `kind` is "causal" or "prefix" (training), "prompt" or "segment" (inference, which need
-    `prompt_lengths_B`: tokens of each row that are its prompt).
-    """
+    @property
+    def choices(self) -> int:
+        """Experts per token: what it chooses, or what expert choice gives it on average."""
+        return baselines.TOKEN_CHOICE.get(self.routing) or max(1, round(self.capacity_factor))
 
-    kind: str
-    prompt_lengths_B: Array | None = None
+    @property
+    def measured_routing(self) -> str | None:
+        """What losses are measured with: None is training's own, which leaks where it is sparse."""
+        return "segment" if self.is_sparse else None
 
 
 class DenseFFN(nnx.Module):
@@ -140,8 +153,8 @@ class MergedFFN(nnx.Module):
                 )
         raise ValueError(f"routing: got {routing.kind!r}, takes causal, prefix, prompt or segment")
 
-    def __call__(self, x_BxLxD: Array, routing: Routing) -> tuple[Array, Array]:
-        """Returns `[B, L, D]` and the routing weights `[B, N, E]`."""
+    def __call__(self, x_BxLxD: Array, routing: Routing) -> tuple[Array, Routed]:
+        """Returns `[B, L, D]` and how it was routed."""
         x_BxLxD = constrain(x_BxLxD, "moe_batch", "length", "activation_embed")
         r_BxNxE = self.routing_weights(x_BxLxD, routing)
         B, L, D = x_BxLxD.shape
@@ -151,7 +164,56 @@ class MergedFFN(nnx.Module):
         y_SxTxD = merged_ffn(
             x_BxNTxD.reshape(B * N, T, D), self.experts(), r_BxNxE.reshape(B * N, E)
         )
-        return y_SxTxD.reshape(B, N * T, D)[:, :L], r_BxNxE
+        return y_SxTxD.reshape(B, N * T, D)[:, :L], Routed(r_BxNxE)
+
+
+class SparseFFN(MergedFFN):
+    """The same parameters in a sparse mixture (baselines.py): experts are chosen, not merged."""
+
+    def __call__(self, x_BxLxD: Array, routing: Routing) -> tuple[Array, Routed]:
+        """Returns `[B, L, D]` and how it was routed."""
+        x_BxLxD = constrain(x_BxLxD, "moe_batch", "length", "activation_embed")
+        config = self.config
+        p_BxUxE = self.probabilities(x_BxLxD, routing)
+        T = config.segment_length
+        routed = Routed(route.segment_means(p_BxUxE, T) if config.routes_tokens else p_BxUxE)
+        if routing.kind not in baselines.SPARSE:
+            return self.choose(x_BxLxD, p_BxUxE), routed
+        with jax.named_scope("router"):
+            slots, balance, dropped = baselines.assign(
+                p_BxUxE, config.routing, config.capacity_factor, config.routing_group
+            )
+        unit_length = 1 if config.routes_tokens else T
+        y_BxLxD = baselines.slots_ffn(x_BxLxD, slots, self.experts(), unit_length)
+        y_BxLxD = constrain(y_BxLxD, "moe_batch", "length", "activation_embed")
+        return y_BxLxD, routed._replace(balance=balance, dropped=dropped)
+
+    def probabilities(self, h_BxLxD: Array, routing: Routing) -> Array:
+        """The router's probabilities of every unit: `[B, L, E]`, or of segments `[B, N, E]`."""
+        if self.config.routes_tokens:
+            with jax.named_scope("router"):
+                return route.route(h_BxLxD, self.router[...])
+        if routing.kind in baselines.SPARSE:
+            return self.routing_weights(h_BxLxD, Routing("causal"))
+        # Without a prompt BOS decides, which is always there: equal weights would choose nothing.
+        assert routing.prompt_lengths_B is not None
+        lengths_B = jnp.maximum(routing.prompt_lengths_B, 1)
+        return self.routing_weights(h_BxLxD, Routing(routing.kind, lengths_B))
+
+    def choose(self, x_BxLxD: Array, p_BxUxE: Array) -> Array:
+        """Every token through the experts that its unit finds most likely: `[B, L, D]`.
+
+        There is a unit per token, per segment, or one for all.
+        """
+        weights_BxUxk, experts_BxUxk = baselines.choose_experts(
+            p_BxUxE, self.config.choices, is_shared=self.config.routing == "top2"
+        )
+        L, U = x_BxLxD.shape[1], p_BxUxE.shape[1]
+        T = {1: L, L: 1}.get(U, self.config.segment_length)
+        weights_BxLxk, experts_BxLxk = (
+            jnp.repeat(of_units, T, axis=1)[:, :L] for of_units in (weights_BxUxk, experts_BxUxk)
+        )
+        return baselines.chosen_ffn(x_BxLxD, weights_BxLxk, experts_BxLxk, self.experts())
 
 
 class Block(nnx.Module):
@@ -166,11 +228,11 @@ class Block(nnx.Module):
         heads_on_tensor = config.attention_sharding == "heads"
         self.attention = Attention(init, D, config.num_heads, output_scale, heads_on_tensor)
         self.ffn_norm = init.ones((D,), ("norm",))
-        ffn = MergedFFN if config.num_experts else DenseFFN
-        self.ffn = ffn(init, config, output_scale)
+        kind = SparseFFN if config.is_sparse else MergedFFN if config.num_experts else DenseFFN
+        self.ffn = kind(init, config, output_scale)
 
-    def __call__(self, x_BxLxD: Array, routing: Routing) -> tuple[Array, Array | None]:
-        """Returns `[B, L, D]` and the layer's routing weights, None for a dense layer."""
+    def __call__(self, x_BxLxD: Array, routing: Routing) -> tuple[Array, Routed | None]:
+        """Returns `[B, L, D]` and how the layer was routed, None for a dense layer."""
         x_BxLxD = constrain(x_BxLxD, self.config.batch_axis, "length", "activation_embed")
         with jax.named_scope("attention"):
             h_BxLxD = rms_norm(x_BxLxD, self.attention_norm[...], self.config.norm_epsilon)
@@ -179,8 +241,8 @@ class Block(nnx.Module):
             h_BxLxD = rms_norm(x_BxLxD, self.ffn_norm[...], self.config.norm_epsilon)
             if isinstance(self.ffn, DenseFFN):
                 return x_BxLxD + self.ffn(h_BxLxD), None
-            y_BxLxD, r_BxNxE = self.ffn(h_BxLxD, routing)
-            return x_BxLxD + y_BxLxD, r_BxNxE
+            y_BxLxD, routed = self.ffn(h_BxLxD, routing)
+            return x_BxLxD + y_BxLxD, routed
 
     def attend(self, h_BxLxD: Array) -> Array:
         """Causal self-attention over the whole sequence, document borders included."""
@@ -234,13 +296,13 @@ class Transformer(nnx.Module):
     def __call__(
         self, tokens_BxL: Array, routing: Routing | None = None
     ) -> tuple[Array, Array | None]:
-        """Float32 logits `[B, L, V]` and routing weights, as `hidden` returns them."""
-        x_BxLxD, r_YxBxNxE = self.hidden(tokens_BxL, routing)
-        return self.unembed(x_BxLxD), r_YxBxNxE
+        """Float32 logits `[B, L, V]` and routing weights `[Y, B, N, E]` (None: dense)."""
+        x_BxLxD, routed = self.hidden(tokens_BxL, routing)
+        return self.unembed(x_BxLxD), routed.weights_BxNxE if routed else None
 
     def hidden(
         self, tokens_BxL: Array, routing: Routing | None = None
-    ) -> tuple[Array, Array | None]:
+    ) -> tuple[Array, Routed | None]:
         """A full forward pass up to the head.
 
         Args:
@@ -248,26 +310,26 @@ class Transformer(nnx.Module):
           routing: how to route; None is `config.routing`, as in training.
 
         Returns:
-          `[B, L, D]` after the final norm, in the compute type, and the routing weights
-          `[Y, B, N, E]` (None for a dense model).
+          `[B, L, D]` after the final norm, in the compute type, and how every layer was routed
+          (None for a dense model).
         """
         x_BxLxD = self.embed(tokens_BxL)
         graph, layers = nnx.split(self.layers)
         routing = routing or Routing(self.config.routing)
 
         @functools.partial(_remat, policy=self.config.remat)
-        def run_layer(x_BxLxD: Array, layer: Params) -> tuple[Array, Array | None]:
+        def run_layer(x_BxLxD: Array, layer: Params) -> tuple[Array, Routed | None]:
             return nnx.merge(graph, layer)(x_BxLxD, routing)
 
         if self.config.scan_layers:
-            x_BxLxD, r_YxBxNxE = jax.lax.scan(run_layer, x_BxLxD, layers)
+            x_BxLxD, routed = jax.lax.scan(run_layer, x_BxLxD, layers)
         else:
-            weights = []
+            of_layers = []
             for y in range(self.config.num_layers):
-                x_BxLxD, r_BxNxE = run_layer(x_BxLxD, jax.tree.map(lambda w, y=y: w[y], layers))
-                weights.append(r_BxNxE)
-            r_YxBxNxE = jnp.stack(weights) if self.config.num_experts else None
-        return self.normalize(x_BxLxD), r_YxBxNxE
+                x_BxLxD, of_layer = run_layer(x_BxLxD, jax.tree.map(lambda w, y=y: w[y], layers))
+                of_layers.append(of_layer)
+            routed = jax.tree.map(lambda *parts: jnp.stack(parts), *of_layers)
+        return self.normalize(x_BxLxD), routed
 
     def normalize(self, x_BxLxD: Array) -> Array:
         """The final norm, laid out for the head."""

@@ -38,6 +38,8 @@ def comparison_page(
             "Marked: on validation documents, positions ≥ T.",
         ),
     ]
+    pieces += _costs(report)
+    pieces += _tasks(report)
     for name, analysis in analyses.items():
         pieces += _specialisation(name, analysis)
     pieces += _samples(report["samples"])
@@ -111,6 +113,84 @@ def _opening(report: Report) -> list[str]:
             f"training, the geometric means are: {listed}.",
             "note",
         ),
+    ]
+
+
+def _costs(report: Report) -> list[str]:
+    """What each run took, and how soon it was as good as the first."""
+    models, seconds, against = report["models"], report["seconds"], report["against_first"]
+    first, *others = models
+
+    def change(key: str) -> list[str]:
+        found = [against[name][key] for name in others]
+        return ["–" if value is None else percent(value) for value in found]
+
+    def line(label: str, figures: Sequence[str], key: str | None = None) -> list[str]:
+        return [label, *figures, *(change(key) if key else [""] * len(others))]
+
+    def use(model: Mapping[str, Any]) -> str:
+        if model["experts_active"] is None:
+            return "–"
+        return f"{model['experts_active']} of {model['expert_pairs']}"
+
+    def share(value: float | None) -> str:
+        return "–" if value is None else f"{100 * value:.1f} %"
+
+    reached = report["tokens_to_first_loss"].values()
+    rows = [
+        line(
+            "active parameters",
+            [f"{m['parameters']['active'] / 1e6:.2f} M" for m in models.values()],
+            "active_parameters",
+        ),
+        line(
+            "FLOPs per token",
+            [f"{m['flops_per_token'] / 1e6:,.1f} M" for m in models.values()],
+            "flops_per_token",
+        ),
+        line(
+            "training time", [duration(seconds[n]["training"]) for n in models], "training_seconds"
+        ),
+        line(
+            f"tokens to the final loss of {first}",
+            ["never" if tokens is None else f"{tokens / 1e6:.2f} M" for tokens in reached],
+            "tokens_to_first_loss",
+        ),
+        line("experts in use at the end", [use(m) for m in models.values()]),
+        line("dropped in training", [share(m["dropped_tokens"]) for m in models.values()]),
+    ]
+    changes = ["change"] if len(others) == 1 else [f"change, {name}" for name in others]
+    judged = range(1 + len(models), 1 + len(models) + len(others))
+    return [
+        page.heading("Costs"),
+        page.table(["", *models, *changes], rows, judged_columns=judged),
+        page.paragraph(
+            "FLOPs are those of training, forward and backward. Tokens to the final validation "
+            "loss are read off the line between two validations. Experts in use: pairs of layer "
+            "and expert with a mean weight above 2/E in a segment of the last 10 steps. Dropped: "
+            "tokens or segments that no expert took, the mean over the training.",
+            "note",
+        ),
+    ]
+
+
+def _tasks(report: Report) -> list[str]:
+    """The figure of every task, if any was run."""
+    first, *others = report["models"]
+    if not report["tasks"]:
+        return []
+    rows = [
+        [
+            task,
+            *(f"{100 * figure:.1f}" for figure in figures.values()),
+            *(f"{100 * (figures[name] - figures[first]):+.1f}" for name in others),
+        ]
+        for task, figures in report["tasks"].items()
+    ]
+    changes = ["difference"] if len(others) == 1 else [f"difference, {name}" for name in others]
+    return [
+        page.heading("Tasks"),
+        page.table(["percent", first, *others, *changes], rows),
     ]
 
 

@@ -14,6 +14,8 @@ from lory_jax.training.logfiles import METRICS, LogFiles, say
 from lory_jax.training.watch import LossWatch
 from lory_jax.training.workdir import read_metrics
 
+SPARSE_METRICS = ("dropped_tokens", "load_balancing_loss")  # only sparse baselines have them
+
 
 class MetricsLog:
     """Reads the metrics of a step while the next one runs, and writes them down.
@@ -112,6 +114,7 @@ class MetricsLog:
         if "experts_active" in metrics:
             line["experts_active"] = int(metrics["experts_active"])
             line["router_entropy"] = float(metrics["router_entropy"])
+        line |= {name: float(metrics[name]) for name in SPARSE_METRICS if name in metrics}
         found = self.watch.saw(line["loss"], bool(metrics["skipped"]))
         line |= found | {"skipped_steps": self.watch.skipped} | extra
         self._pending = self._seconds = None
@@ -164,6 +167,8 @@ class MetricsLog:
             parts.append(f"MFU {last['mfu']:.1%}")
         if last["experts_active"] is not None:
             parts.append(f"active {last['experts_active']}")
+        if "dropped_tokens" in last:
+            parts.append(f"dropped {last['dropped_tokens']:.1%}")
         if "validation_loss" in last:
             parts.append(f"validation {last['validation_loss']:.4f}")
         parts.append(f"ETA {int(remaining) // 60}:{int(remaining) % 60:02d}")

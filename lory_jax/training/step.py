@@ -13,6 +13,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
+from lory_jax.model.routing import Routed
 from lory_jax.model.transformer import ModelConfig, Params, Routing, build, merge_params
 from lory_jax.parallel import replicated
 from lory_jax.training.loss import mean_loss, token_losses
@@ -41,34 +42,57 @@ def routing_metrics(r_YxBxNxE: Array, last_active_YxE: Array, step: Array) -> tu
     return metrics, last_active_YxE
 
 
+def sparse_metrics(routed: Routed) -> Metrics:
+    """Of the sparse baselines, means over the layers.
+
+    `dropped_tokens` is the share of tokens (or segments) that no expert took; with token choice,
+    `load_balancing_loss` is 1 where all experts are asked for alike.
+    """
+    metrics = {}
+    if routed.dropped is not None:
+        metrics["dropped_tokens"] = jnp.mean(routed.dropped)
+    if routed.balance is not None:
+        metrics["load_balancing_loss"] = jnp.mean(routed.balance)
+    return metrics
+
+
 def make_gradients(config: ModelConfig, microbatches: int) -> Callable[..., Any]:
-    """Returns `(params, tokens_BxL+1) -> ((loss, routing weights or None), gradients)`.
+    """Returns `(params, tokens_BxL+1) -> ((loss, how it was routed or None), gradients)`.
 
     With `microbatches` > 1 the gradient is accumulated over that many parts of the batch, one
-    after another: the same gradient in less memory.
+    after another: the same gradient in less memory. Where tokens choose experts, what is minimised
+    has the load-balancing loss of every layer added; the loss returned has not.
     """
     graph, _ = build(config)
 
-    def loss_fn(params: Params, tokens_BxL1: Array) -> tuple[Array, Array | None]:
+    def loss_fn(params: Params, tokens_BxL1: Array) -> tuple[Array, tuple[Array, Routed | None]]:
         model = merge_params(graph, params)
-        x_BxLxD, r_YxBxNxE = model.hidden(tokens_BxL1[:, :-1])
-        return mean_loss(x_BxLxD, model.head[...], tokens_BxL1[:, 1:]), r_YxBxNxE
+        x_BxLxD, routed = model.hidden(tokens_BxL1[:, :-1])
+        loss = mean_loss(x_BxLxD, model.head[...], tokens_BxL1[:, 1:])
+        if routed is None or routed.balance is None:
+            return loss, (loss, routed)
+        return loss + config.load_balancing_weight * jnp.sum(routed.balance), (loss, routed)
 
-    loss_and_gradients = jax.value_and_grad(loss_fn, has_aux=True)
+    def loss_and_gradients(params: Params, tokens_BxL1: Array) -> tuple[tuple[Array, Any], Params]:
+        (_, aux), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params, tokens_BxL1)
+        return aux, gradients
 
     def accumulate(params: Params, tokens_BxL1: Array) -> tuple[tuple[Array, Any], Params]:
         # Row b goes to microbatch b mod M: every device keeps its rows.
         tokens_MxBxL1 = tokens_BxL1.reshape(-1, microbatches, tokens_BxL1.shape[1]).swapaxes(0, 1)
 
         def add(sums: Any, tokens_BxL1: Array) -> tuple[Any, Any]:
-            (loss, r_YxBxNxE), gradients = loss_and_gradients(params, tokens_BxL1)
-            return jax.tree.map(jnp.add, sums, (loss, gradients)), r_YxBxNxE
+            (loss, routed), gradients = loss_and_gradients(params, tokens_BxL1)
+            return jax.tree.map(jnp.add, sums, (loss, gradients)), routed
 
         zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        sums, r_MxYxBxNxE = jax.lax.scan(add, zeros, tokens_MxBxL1)
+        sums, routed = jax.lax.scan(add, zeros, tokens_MxBxL1)
         loss, gradients = jax.tree.map(lambda total: total / microbatches, sums)
-        r = None if r_MxYxBxNxE is None else jnp.concatenate(r_MxYxBxNxE, axis=1)
-        return (loss, r), gradients
+        if routed is not None:
+            r_YxBxNxE = jnp.concatenate(routed.weights_BxNxE, axis=1)
+            means = jax.tree.map(lambda x_MxY: jnp.mean(x_MxY, axis=0), routed[1:])
+            routed = Routed(r_YxBxNxE, *means)
+        return (loss, routed), gradients
 
     return loss_and_gradients if microbatches == 1 else accumulate
 
@@ -89,7 +113,7 @@ def make_train_step(
     compute = make_gradients(config, microbatches)
 
     def train_step(state: State, tokens_BxL1: Array) -> tuple[State, Metrics]:
-        (loss, r_YxBxNxE), gradients = compute(state["params"], tokens_BxL1)
+        (loss, routed), gradients = compute(state["params"], tokens_BxL1)
         with jax.named_scope("optimizer"):
             rate = schedule(state["step"])
             norm = optax.tree.norm(gradients)
@@ -100,11 +124,11 @@ def make_train_step(
         new: State = {"step": state["step"] + 1, "params": params, "opt_state": opt_state}
         metrics: Metrics = {"loss": loss, "learning_rate": rate, "grad_norm": norm}
         metrics["skipped"] = 1 - is_finite.astype(jnp.int32)
-        if r_YxBxNxE is not None:
-            routed, new["last_active_YxE"] = routing_metrics(
-                r_YxBxNxE, state["last_active_YxE"], new["step"]
+        if routed is not None:
+            utilisation, new["last_active_YxE"] = routing_metrics(
+                routed.weights_BxNxE, state["last_active_YxE"], new["step"]
             )
-            metrics |= routed
+            metrics |= utilisation | sparse_metrics(routed)
         # A select per element, inside the loop that writes the new value anyway.
         kept = jax.tree.map(functools.partial(jnp.where, is_finite), new, state)
         return {**kept, "step": new["step"]}, metrics
@@ -144,7 +168,8 @@ def make_loss_step(
     """Returns `(params, tokens_BxL+1) -> nll_BxL`, replicated, in nats.
 
     `routing` None is exactly what training sees; "segment" and "prompt" route by a prompt of the
-    first `prompt_length` tokens of every row.
+    first `prompt_length` tokens of every row. In training, tokens of a sparse baseline compete with
+    each other: measure it with "segment".
     """
     graph, _ = build(config)
 

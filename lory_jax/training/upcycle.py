@@ -5,6 +5,11 @@ moments are carried over at that scale, m/E and v/E^2, so that the first update 
 and with them the merged function, as the dense step would. Two things shrink alike and are left as
 they are: Adam's epsilon counts E times as much against the smaller moments, and the global gradient
 norm is smaller (the experts' part by sqrt(E)), so clipping acts later.
+
+The sparse baselines are upcycled alike (Komatsuzaki et al. 2023, arXiv 2212.05055), and under a
+uniform router an expert's part of the gradient is `gradient_divisor` times smaller. With top2,
+whose weights share 1, the function stays what it was where nothing is dropped. The others multiply
+with a probability, near 1/E at first: the loss jumps, and the router makes up for it.
 """
 
 from typing import Any
@@ -15,6 +20,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
+from lory_jax.model.baselines import EXPERT_CHOICE
 from lory_jax.model.transformer import ModelConfig, Params, init_params
 from lory_jax.training.state import State, never_active, state_shardings
 
@@ -33,9 +39,10 @@ def upcycle(
     def convert(dense: State, key: Array) -> State:
         router_YxDxE = init_params(config, key)["layers"]["ffn"]["router"]
         adam, *rest = dense["opt_state"]
+        zeros_YxDxE, divisor = jnp.zeros_like(router_YxDxE), gradient_divisor(config)
         moments = adam._replace(
-            mu=upcycle_params(adam.mu, jnp.zeros_like(router_YxDxE), divisor=config.num_experts),
-            nu=upcycle_params(adam.nu, jnp.zeros_like(router_YxDxE), divisor=config.num_experts**2),
+            mu=upcycle_params(adam.mu, zeros_YxDxE, divisor=divisor),
+            nu=upcycle_params(adam.nu, zeros_YxDxE, divisor=divisor**2),
         )
         return {
             "step": dense["step"],
@@ -49,7 +56,19 @@ def upcycle(
     return pinned(dense, jax.random.fold_in(jax.random.key(seed), 1))
 
 
-def upcycle_params(params: Params, router_YxDxE: Array, divisor: int = 1) -> Params:
+def gradient_divisor(config: ModelConfig) -> float:
+    """The dense FFN's gradient over an expert's, if all experts get as much weight.
+
+    Merged experts and those of top2 share each token's weight of 1. With top1, an expert sees 1/E
+    of the tokens, each weighted with 1/E; expert choice has its capacity factor times as many.
+    """
+    E = config.num_experts
+    if config.routing in EXPERT_CHOICE:
+        return E * E / config.capacity_factor
+    return E * E if config.routing == "top1" else E
+
+
+def upcycle_params(params: Params, router_YxDxE: Array, divisor: float = 1) -> Params:
     """Copies `[Y, D, F]` FFN matrices to `[Y, E, D, F]`, divided by `divisor`; adds the router."""
     num_experts = router_YxDxE.shape[-1]
 
