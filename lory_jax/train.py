@@ -288,6 +288,8 @@ def train(
         log.close()
     say(str(goodput))
     if failure is not None:
+        if wishes.damage:
+            say(f"{workdir} is saved at step {completed}")
         raise failure
     if wishes.signal and not is_last:
         print(f"stopped by a signal; {workdir} is saved at step {completed}", file=sys.stderr)
