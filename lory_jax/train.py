@@ -32,6 +32,7 @@ from lory_jax.evaluation.perplexity import token_losses
 from lory_jax.flops import flops_per_token, parameter_counts, peak_flops
 from lory_jax.model.transformer import ModelConfig
 from lory_jax.parallel import check_batch, make_mesh, place_batch, start_process
+from lory_jax.storage import is_remote
 from lory_jax.training.checkpoint import Checkpoints, Meta, reason
 from lory_jax.training.goodput import Goodput
 from lory_jax.training.metrics import MetricsLog
@@ -45,6 +46,7 @@ from lory_jax.training.step import make_loss_step, make_norms, make_train_step
 from lory_jax.training.upcycle import upcycle
 from lory_jax.training.watch import diverged
 from lory_jax.training.workdir import (
+    CONFIG,
     DENSE,
     EXPERTS,
     open_workdir,
@@ -185,6 +187,7 @@ def train(
         workdir / "checkpoints",
         Retention(saves.keep, saves.keep_best, saves.keep_every_steps),
         all_well=lambda well: not agreement.now(Wishes(damage=not well)).damage,
+        witness=None if is_remote(workdir) else workdir / CONFIG,
     )
     restored = checkpoints.restore_newest(
         lambda meta: abstract_state(phase_config(model, meta["phase"]), optimizer, mesh)
@@ -285,6 +288,8 @@ def train(
         log.close()
     say(str(goodput))
     if failure is not None:
+        if wishes.damage:
+            say(f"{workdir} is saved at step {completed}")
         raise failure
     if wishes.signal and not is_last:
         print(f"stopped by a signal; {workdir} is saved at step {completed}", file=sys.stderr)

@@ -164,10 +164,14 @@ def test_what_may_change_in_a_run(tmp_path):
 
     assert changed() == []
     assert changed(parallel__fsdp=4, train__microbatches=2, checkpoint__keep_best=1) == [
-        "checkpoint.keep_best: found None, wanted 1",
+        "checkpoint.keep_best: found 0, wanted 1",
         "parallel.fsdp: found 0, wanted 4",
         "train.microbatches: found 1, wanted 2",
     ]
+    # A field that is younger than the run: at its default no difference, else one.
+    assert changed(model__rope_theta=10_000.0) == []
+    with pytest.raises(InputError, match=r"rope_theta: found 10000.0, wanted 2.0"):
+        changed(model__rope_theta=2.0)
     with pytest.raises(InputError, match=r"model.embed_dim: found 16, wanted 32\)"):
         changed(model__embed_dim=32, model__remat="full")
     with pytest.raises(InputError, match=r"steps: found 12, wanted 24; --change_steps"):

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.faults
 
 BATCH = ("--config.train.global_batch_size=8",)
 TOLERANCE = 1e-4
-BOUND_SECONDS = 120  # JAX misses a process after 100 s at most
+BOUND_SECONDS = 180  # JAX misses a process after 100 s; a busy machine takes longer
 ONE_MORE_SAVE = ("--config.checkpoint.every_steps=1000", "--config.train.steps=400", *BATCH)
 
 

@@ -43,6 +43,7 @@ class Checkpoints:
         directory: Path,
         keep: int | Retention | None = None,
         all_well: Callable[[bool], bool] = bool,
+        witness: Path | None = None,
     ):
         """Opens the checkpoints; what a killed process left unfinished is removed.
 
@@ -50,6 +51,8 @@ class Checkpoints:
           directory: where they are.
           keep: which stay, or how many of the newest; None opens them for reading only.
           all_well: whether it is true in every process; asked once per checkpoint restored.
+          witness: a local file without which nothing is saved: Orbax would make the directory
+            anew where a disk is not mounted any more.
 
         Raises:
           InputError: the directory is on s3:// and there are several processes.
@@ -58,7 +61,7 @@ class Checkpoints:
         if isinstance(keep, int):
             keep = Retention(keep)
         self.directory = directory if is_remote(directory) else directory.absolute()
-        self._all_well = all_well
+        self._all_well, self._witness = all_well, witness
         self._losses: dict[int, float | None] = {}
         self._saving: int | None = None
         self._failure: tuple[int, str] | None = None
@@ -94,8 +97,8 @@ class Checkpoints:
         self._finish()
         self._saving = step
         try:
-            if not is_remote(self.directory) and not self.directory.is_dir():
-                raise FileNotFoundError(f"{self.directory} is gone")  # Orbax would make it anew
+            if self._witness and not self._witness.exists():
+                raise FileNotFoundError(f"{self._witness} is gone")
             for later in self._manager.all_steps():
                 if later >= step:  # damaged, or its steps would not have run again
                     self._manager.delete(later)

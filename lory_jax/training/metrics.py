@@ -115,7 +115,7 @@ class MetricsLog:
             line["experts_active"] = int(metrics["experts_active"])
             line["router_entropy"] = float(metrics["router_entropy"])
         line |= {name: float(metrics[name]) for name in SPARSE_METRICS if name in metrics}
-        found = self.watch.saw(line["loss"], bool(metrics["skipped"]))
+        found = self.watch.saw(float(metrics["loss"]), bool(metrics["skipped"]))
         line |= found | {"skipped_steps": self.watch.skipped} | extra
         self._pending = self._seconds = None
         if self._files is None:

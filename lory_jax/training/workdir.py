@@ -20,6 +20,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from lory_jax.config import SCHEMA
 from lory_jax.data.manifest import (
     MANIFEST_NAME,
     TOKENIZER_NAME,
@@ -107,10 +108,14 @@ def check_same_run(
 ) -> list[str]:
     """Which changeable fields differ from those of a run; `InputError` if anything else does."""
     found = read_config(workdir)
-    changed, wrong = [], []
+    changed: list[str] = []
+    wrong: list[str] = []
     for section in sorted(found.keys() | config.keys()):
         changeable = CHANGEABLE.get(section, set())
-        for line in differences(found.get(section, {}), config.get(section, {})):
+        # A field that is younger than the run had its default.
+        fields, wanted = SCHEMA.get(section, {}), config.get(section, {})
+        before = {name: fields[name].default for name in wanted if name in fields}
+        for line in differences(before | found.get(section, {}), wanted):
             field = line.partition(":")[0]
             may = changeable is None or field in changeable
             may |= change_steps and (section, field) == ("train", "steps")
