@@ -154,8 +154,8 @@ def test_dropped_tokens_pass_through_the_residual():
     graph, _ = nnx.split(nnx.merge(build(config)[0], params).layers)
     layers = jax.tree.map(lambda w: w[0], params["layers"])
     without = {**ffn, "down": np.zeros_like(ffn["down"])}
-    block, bare = (nnx.merge(graph, layers | {"ffn": f}) for f in (ffn, without))
-    got, expected = (b(h, Routing("top1"))[0].reshape(-1, 16)[slots:] for b in (block, bare))
+    run = jax.jit(lambda ffn: nnx.merge(graph, layers | {"ffn": ffn})(h, Routing("top1"))[0])
+    got, expected = (run(f).reshape(-1, 16)[slots:] for f in (ffn, without))
     np.testing.assert_array_equal(got, expected)
 
 
@@ -205,17 +205,17 @@ def test_upcycled_experts_get_the_stated_part_of_the_dense_gradient(routing, fie
 # ------------------------------------------------------------------ causality, by perturbation
 
 
-def moved_logits(config, kind, length=L):
+def moved_logits(config, kind, seed=3):
     """[j, l]: whether changing token j of row 0 moves, in any bit, the logits of row 0 at l.
 
     And whether it moves anything of row 1, which stays.
     """
     run, params = forward(config, kind), params_of(config)
-    tokens = random_tokens(2, length, seed=3)
+    tokens = random_tokens(2, L, seed)
     lengths = None if kind is None else jnp.array([6, 6])
     before = np.asarray(run(params, tokens, lengths)[0])
-    moved, other = np.zeros((length, length), bool), False
-    for j in range(length):
+    moved, other = np.zeros((L, L), bool), False
+    for j in range(L):
         changed = tokens.copy()
         changed[0, j] = (changed[0, j] + 7) % 37
         after = np.asarray(run(params, changed, lengths)[0])
@@ -241,8 +241,10 @@ def test_evaluation_is_causal_and_rows_do_not_see_each_other(routing):
 @pytest.mark.parametrize("routing", ["expert_choice_token", "expert_choice_segment"])
 def test_expert_choice_leaks_in_training(routing):
     """Whether a token is taken depends on later tokens, and on the other rows of its group."""
-    moved, other = moved_logits(tiny_config(routing=routing), None)
-    assert np.any(moved & PAST & (j_ >= 2 * T)) and other
+    found = [moved_logits(tiny_config(routing=routing), None, seed) for seed in range(6)]
+    # Lory's own leak is from the tokens of segment 1 alone.
+    assert any(np.any(moved & PAST & (j_ >= T)) for moved, _ in found)
+    assert any(other for _, other in found)
 
 
 def test_no_row_sees_another_of_another_group():

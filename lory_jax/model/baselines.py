@@ -150,7 +150,8 @@ def dropped_share(slots: Slots, units: int) -> Array:
     def of_group(units_ExC: Array, weights_ExC: Array) -> Array:
         return jnp.zeros(units, bool).at[units_ExC].max(weights_ExC > 0)
 
-    return 1.0 - jnp.mean(jax.vmap(of_group)(*slots))
+    is_taken_Gxn = jax.vmap(of_group)(*slots)
+    return jnp.mean(~is_taken_Gxn, dtype=jnp.float32)
 
 
 # ---------------------------------------------------------------- the FFN of the slots
