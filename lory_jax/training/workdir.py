@@ -20,6 +20,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from lory_jax.config import SCHEMA
 from lory_jax.data.manifest import (
     MANIFEST_NAME,
     TOKENIZER_NAME,
@@ -106,7 +107,7 @@ def check_same_run(
     workdir: Path, config: dict[str, Any], dataset: dict[str, str], change_steps: bool
 ) -> list[str]:
     """Which changeable fields differ from those of a run; `InputError` if anything else does."""
-    found = read_config(workdir)
+    found = _with_defaults(read_config(workdir))
     changed, wrong = [], []
     for section in sorted(found.keys() | config.keys()):
         changeable = CHANGEABLE.get(section, set())
@@ -123,6 +124,14 @@ def check_same_run(
     if wrong:
         raise InputError(f"{workdir}: holds a run of another config ({'; '.join(wrong)})")
     return changed
+
+
+def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """A config with the fields that came after its run was begun, which had their defaults then."""
+    return {
+        section: {name: field.default for name, field in SCHEMA.get(section, {}).items()} | values
+        for section, values in config.items()
+    }
 
 
 def read_config(workdir: Path) -> dict[str, Any]:
