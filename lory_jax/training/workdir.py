@@ -108,7 +108,8 @@ def check_same_run(
 ) -> list[str]:
     """Which changeable fields differ from those of a run; `InputError` if anything else does."""
     found = _with_defaults(read_config(workdir))
-    changed, wrong = [], []
+    changed: list[str] = []
+    wrong: list[str] = []
     for section in sorted(found.keys() | config.keys()):
         changeable = CHANGEABLE.get(section, set())
         for line in differences(found.get(section, {}), config.get(section, {})):
