@@ -1,9 +1,12 @@
 """Whether the experts specialise: how routing differs between domains, and how many are in use.
 
     python -m lory_jax.analyze --workdir=W [--out=DIR]
+    python -m lory_jax.analyze --workdir=W --text=FILE [--out=DIR]
 
-Writes DIR/analysis.json and pictures. Routing weights are those of segments k > 1 of the test set,
-which the segment before decides (paper, section 5.4); utilisation is the training run's (G.1).
+Writes DIR/analysis.html, one page with everything inside, DIR/analysis.json and pictures. Routing
+weights are those of segments k > 1 of the test set, which the segment before decides (paper,
+section 5.4); utilisation is the training run's (G.1). With --text, writes DIR/text.html instead:
+the text, and under each of its segments which experts read it.
 """
 
 import itertools
@@ -16,8 +19,10 @@ import numpy as np
 from lory_jax import api, cli
 from lory_jax.errors import InputError
 from lory_jax.evaluation.sets import batches_of, held_out_sets
+from lory_jax.evaluation.specialisation import telling_texts, text_segments
 from lory_jax.progress import progress
 from lory_jax.report import plots
+from lory_jax.report.analysis import analysis_page, text_page
 from lory_jax.training.workdir import (
     data_directory,
     read_config,
@@ -25,7 +30,7 @@ from lory_jax.training.workdir import (
     write_atomically,
 )
 
-ANALYSIS = "analysis.json"
+ANALYSIS, PAGE, TEXT_PAGE = "analysis.json", "analysis.html", "text.html"
 HALVINGS = 100
 
 
@@ -35,16 +40,23 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: W/analysis")
     parser.add_argument("--data", type=Path, metavar="DIR", help="where the prepared data are now")
     parser.add_argument("--seed", type=int, default=0, help="of the random halves (default: 0)")
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="show which experts each segment of it uses"
+    )
     args = parser.parse(argv)
     out = args.out or args.workdir / "analysis"
+    if args.text:
+        analyze_text(args.workdir, args.text, out)
+        return
     analysis = analyze(args.workdir, args.data, args.seed)
     out.mkdir(parents=True, exist_ok=True)
     plots.write_png(plots.routing_weights(analysis["routing_weights"]), out / "routing_weights.png")
     plots.write_png(plots.routing_distance(analysis["routing_distance"]), out / "distance.png")
     plots.write_png(plots.utilisation(analysis["utilisation"]), out / "utilisation.png")
+    write_atomically(out / PAGE, analysis_page(analysis))
     write_atomically(out / ANALYSIS, json.dumps(analysis, indent=1) + "\n")
     print(table(analysis["routing_distance"]))
-    print(f"wrote {out / ANALYSIS} and its pictures")
+    print(f"wrote {out / PAGE}, {out / ANALYSIS} and its pictures")
 
 
 def analyze(workdir: Path, data: Path | None = None, seed: int = 0) -> dict[str, Any]:
@@ -52,6 +64,7 @@ def analyze(workdir: Path, data: Path | None = None, seed: int = 0) -> dict[str,
 
     routing_weights: `{domain: [Y][E]}`, mean weights of every layer.
     routing_distance: per layer, see `routing_distances`.
+    telling_texts: see `evaluation.specialisation.telling_texts`.
     utilisation: `step` and `experts_active` lists, and the number of `pairs` (layer, expert).
     """
     model = api.load(workdir)
@@ -60,13 +73,17 @@ def analyze(workdir: Path, data: Path | None = None, seed: int = 0) -> dict[str,
     if model.config.sequence_length <= model.config.segment_length:
         raise InputError(f"{workdir}: instances are one segment, so none is routed by another")
     sets = held_out_sets(data_directory(workdir, data), "test")
-    weights = instance_weights(model, sets, read_config(workdir)["train"]["global_batch_size"])
+    by_segment = segment_weights(model, sets, read_config(workdir)["train"]["global_batch_size"])
+    weights = {
+        d: r_YxIxNxE[:, :, 1:].mean(axis=2, dtype=np.float64) for d, r_YxIxNxE in by_segment.items()
+    }
     lines = [m for m in read_metrics(workdir) if m["experts_active"] is not None]
     return {
         "step": model.step,
         "instances": {domain: len(rows) for domain, rows in sets.items()},
         "routing_weights": {d: w_YxIxE.mean(axis=1).tolist() for d, w_YxIxE in weights.items()},
         "routing_distance": routing_distances(weights, seed),
+        "telling_texts": telling_texts(by_segment, sets, model),
         "utilisation": {
             "step": [line["step"] for line in lines],
             "experts_active": [line["experts_active"] for line in lines],
@@ -75,17 +92,35 @@ def analyze(workdir: Path, data: Path | None = None, seed: int = 0) -> dict[str,
     }
 
 
-def instance_weights(
+def analyze_text(workdir: Path, text: Path, out: Path) -> None:
+    """Writes the page of a text's routing, and prints the strongest experts of each segment.
+
+    Raises:
+      InputError: the run or the text cannot be read, or routes nothing.
+    """
+    contents = cli.read_text(text, "--text")
+    segments, r_YxNxE = text_segments(api.load(workdir), contents)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(
+        out / TEXT_PAGE, text_page(f"Which experts read {text.name}", segments, r_YxNxE)
+    )
+    print("segment  strongest expert of each layer, and its weight")
+    for n in range(len(segments)):
+        best = [f"{r_E.argmax()} ({r_E.max():.2f})" for r_E in r_YxNxE[:, n]]
+        print(f"{n + 1:7}  " + "  ".join(best))
+    print(f"wrote {out / TEXT_PAGE}")
+
+
+def segment_weights(
     model: api.Model, sets: dict[str, np.ndarray], batch_size: int
 ) -> dict[str, np.ndarray]:
-    """Mean routing weights over the segments k > 1 of every instance: `{domain: [Y, I, E]}`."""
+    """Routing weights of every segment of every instance: `{domain: [Y, I, N, E]}`."""
     batches = batches_of(sets, batch_size)
     weights: dict[str, list[np.ndarray]] = {domain: [] for domain in sets}
     for domain, rows in progress(batches, len(batches), "routing", "batches"):
         # Filled up with the last instance, so that one shape is compiled.
         filled = rows[np.minimum(np.arange(batch_size), len(rows) - 1)]
-        r_YxBxNxE = model.routing_weights(filled[:, :-1])[:, : len(rows)]
-        weights[domain].append(r_YxBxNxE[:, :, 1:].mean(axis=2, dtype=np.float64))
+        weights[domain].append(model.routing_weights(filled[:, :-1])[:, : len(rows)])
     return {domain: np.concatenate(parts, axis=1) for domain, parts in weights.items()}
 
 

@@ -4,6 +4,7 @@ Letters: B batch, L sequence, N segments, E experts, V vocabulary, Y layers.
 """
 
 import codecs
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from jax.typing import ArrayLike
 from lory_jax.data.manifest import TOKENIZER_NAME
 from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.errors import InputError
-from lory_jax.inference.decode import ROUTINGS, decode
+from lory_jax.inference.decode import ROUTINGS, decode, mesh_of
 from lory_jax.inference.sampling import check_settings, position_keys, sample
 from lory_jax.model.transformer import ModelConfig, Params, Routing, build, merge_params
 from lory_jax.parallel import make_mesh, start_process
@@ -39,6 +40,55 @@ class Model:
         self.params = params
         self.tokenizer = tokenizer
         self.step = step
+
+    def with_top_k_experts(self, k: int) -> "Model":
+        """The same parameters, merging in every layer only the k experts of largest weight.
+
+        Raises:
+          InputError: the model has fewer than k experts.
+        """
+        E = 0 if self.config.is_sparse else self.config.num_experts
+        if not 1 <= k <= E:
+            takes = f"1 to {E}, the experts there are" if E else "a run with experts that merge"
+            raise InputError(f"top_k_experts: got {k}, takes {takes}")
+        config = dataclasses.replace(self.config, top_k_experts=k)
+        return Model(config, self.params, self.tokenizer, self.step)
+
+    def merged(self, text: str) -> "Model":
+        """A dense model: the experts merged once, by this text as a prompt.
+
+        Every prompt then shares that one merge, so a batch reads its weights once a step.
+
+        Raises:
+          InputError: the model is dense, or `text` is no valid text.
+        """
+        # Imported here: exporting needs what generation does not.
+        from lory_jax.interop.merge import merged_params, text_routing
+
+        if not self.config.num_experts or self.config.is_sparse:
+            raise InputError(
+                "merged: a dense or sparse model has nothing to merge; load a Lory with experts"
+            )
+        mesh = mesh_of(self.params) or make_mesh(1, 1, 1, jax.devices()[:1])
+        r_YxE = text_routing(self.config, self.params, self.encode(text))
+        params = merged_params(self.config, self.params, r_YxE, mesh)
+        config = dataclasses.replace(self.config, num_experts=0, top_k_experts=0)
+        return Model(config, params, self.tokenizer, self.step)
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a prompt: BOS, which every text begins with, and its own.
+
+        Raises:
+          InputError: the text holds what is no character, such as bytes that are not UTF-8.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"prompt: got {text[error.start]!r} at character {error.start}, takes text (bytes "
+                "on the command line must be UTF-8)"
+            ) from None
+        return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
 
     def logits(
         self,
@@ -122,8 +172,7 @@ class Model:
           InputError: a setting out of its range, or more tokens than the model reads.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if isinstance(stop, str) or not all(stop):
-            raise InputError(f"stop: got {stop!r}, takes a list of non-empty texts")
+        _check_stop(stop)
         rows: list[list[int]] = [[] for _ in prompts]
         running = set(range(len(prompts)))
         settings = self._settings(temperature, top_k, top_p, routing)
@@ -150,17 +199,29 @@ class Model:
         top_p: float = 0.95,
         routing: str = "prompt",
         seed: int = 0,
+        stop: Sequence[str] = (),
     ) -> Iterator[str]:
         """Yields the continuation of one prompt piece by piece; arguments as in `generate`."""
+        _check_stop(stop)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         settings = self._settings(temperature, top_k, top_p, routing)
+        held = ""  # what may turn out to be the beginning of a stop
+        longest = max(map(len, stop), default=1)
         for tokens_B in self._continue([prompt], max_new_tokens, settings, routing, seed):
             if tokens_B[0] == self.tokenizer.eos_id:
                 break
-            if text := decoder.decode(self.tokenizer.decode_bytes(tokens_B)):
-                yield text
-        if text := decoder.decode(b"", final=True):
-            yield text
+            held += decoder.decode(self.tokenizer.decode_bytes(tokens_B))
+            if (cut := _cut(held, stop)) is not None:
+                if cut:
+                    yield cut
+                return
+            ready = len(held) - (longest - 1)
+            if ready > 0:
+                yield held[:ready]
+                held = held[ready:]
+        held += decoder.decode(b"", final=True)
+        if held := held if (cut := _cut(held, stop)) is None else cut:
+            yield held
 
     def _continue(
         self,
@@ -170,7 +231,7 @@ class Model:
         routing: str,
         seed: int,
     ) -> Iterator[np.ndarray]:
-        ids = [[self.tokenizer.bos_id, *self.tokenizer.encode(prompt)] for prompt in prompts]
+        ids = [self.encode(prompt) for prompt in prompts]
         # A prompt's n-th occurrence is row n of its own stream of draws, whatever stands around it.
         occurrence_B = np.array([prompts[:row].count(text) for row, text in enumerate(prompts)])
         keys_B = position_keys(
@@ -268,6 +329,11 @@ def _forward(config: ModelConfig, kind: str | None) -> Callable[..., tuple[Array
         return merge_params(graph, params)(tokens_BxL, routing)
 
     return forward
+
+
+def _check_stop(stop: Sequence[str]) -> None:
+    if isinstance(stop, str) or not all(stop):
+        raise InputError(f"stop: got {stop!r}, takes a list of non-empty texts")
 
 
 def _cut(text: str, stop: Sequence[str]) -> str | None:

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from lory_jax.config import describe_fields, load_config
 from lory_jax.errors import ConfigError, InputError
@@ -59,6 +60,16 @@ def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, st
             value = next(words, "")
         overrides.append((name, value))
     return plain, overrides
+
+
+def read_text(path: Path, flag: str) -> str:
+    """A UTF-8 file that a flag names; `InputError` if it cannot be read."""
+    try:
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise InputError(f"{flag}: {path}: cannot read it ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{flag}: {path}: not UTF-8 text") from None
 
 
 def run(main: Callable[[list[str]], None]) -> None:

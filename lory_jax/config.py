@@ -52,6 +52,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "num_layers": _int(24, "transformer layers", 1),
         "embed_dim": _int(1024, "model width D", 2),
         "num_heads": _int(16, "attention heads H", 1),
+        "num_kv_heads": _int(0, "heads of keys and values G; 0 is as many as num_heads", 0),
         "mlp_dim": _int(2816, "hidden width F of the FFN, and of each expert", 1),
         "num_experts": _int(8, "expert FFNs per layer E; 0 is the dense baseline", 0),
         "sequence_length": _int(4096, "tokens per training instance L", 1),
@@ -75,7 +76,22 @@ SCHEMA: dict[str, dict[str, Field]] = {
             0.01, "top1, top2: weight of the load-balancing loss, summed over layers", 0.0
         ),
         "router_init_scale": _float(0.23, "router starts at N(0, (scale/sqrt(D))^2)", 0.0),
+        "tie_embeddings": _bool(False, "the output head is the embedding, transposed"),
         "rope_theta": _float(10_000.0, "base of the rotary position embedding", 1.0),
+        "rope_scaling": _choice(
+            "which rotations are slowed: none, all, or slow ones (Llama 3.1)",
+            "none",
+            "linear",
+            "llama3",
+        ),
+        "rope_factor": _float(1.0, "by how much rope_scaling slows them", 1.0),
+        "rope_low_frequency_factor": _float(
+            1.0, "llama3: slowed in full are waves longer than the original length over it", 1e-6
+        ),
+        "rope_high_frequency_factor": _float(
+            4.0, "llama3: kept are waves shorter than the original length over it", 1e-6
+        ),
+        "rope_original_length": _int(8192, "llama3: positions before it was slowed", 1),
         "norm_epsilon": _float(1e-5, "added to the mean square in RMSNorm", 0.0, 1.0),
         "compute_dtype": _choice("type of matrix products", "bfloat16", "float32"),
         "remat": _choice("what the backward pass recomputes per layer", "none", "full", "dots"),
@@ -245,6 +261,16 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(
             f"config.model.num_heads: got {model.num_heads}, takes a divisor of "
             f"config.model.embed_dim ({model.embed_dim}) that leaves an even head width"
+        )
+    if model.num_kv_heads and model.num_heads % model.num_kv_heads:
+        raise ConfigError(
+            f"config.model.num_kv_heads: got {model.num_kv_heads}, takes a divisor of "
+            f"config.model.num_heads ({model.num_heads}), or 0 for as many"
+        )
+    if model.rope_low_frequency_factor >= model.rope_high_frequency_factor:
+        raise ConfigError(
+            f"config.model.rope_low_frequency_factor: got {model.rope_low_frequency_factor}, takes "
+            f"less than rope_high_frequency_factor ({model.rope_high_frequency_factor})"
         )
     if train.global_batch_size % train.microbatches:
         raise ConfigError(

@@ -52,6 +52,12 @@ def to_hf_main(argv: list[str]) -> None:
     parser.add_argument(
         "--dtype", choices=tuple(DTYPES), default="float32", help="of the tensors (default: exact)"
     )
+    parser.add_argument(
+        "--top_k_experts",
+        type=int,
+        metavar="K",
+        help="merge only the K experts of largest weight in each layer (default: all)",
+    )
     args = parser.parse(argv)
     to_hf(
         args.workdir,
@@ -61,6 +67,7 @@ def to_hf_main(argv: list[str]) -> None:
         domain=args.domain,
         data=args.data,
         dtype=args.dtype,
+        top_k_experts=args.top_k_experts,
     )
     print(f"wrote {args.out}")
 
@@ -74,15 +81,18 @@ def to_hf(
     domain: str | None = None,
     data: Path | None = None,
     dtype: str = "float32",
+    top_k_experts: int | None = None,
 ) -> None:
     """Exports the newest intact checkpoint of a run; arguments are the flags.
 
     Raises:
-      InputError: the run, the text or the domain cannot be read, `out` exists, or a Lory is given
-        nothing to be merged by, or a dense model something.
+      InputError: the run, the text or the domain cannot be read, `out` exists, a Lory is given
+        nothing to be merged by, or a dense model something, or there are fewer experts than wanted.
     """
     check_absent(out)
     model = api.load(workdir)
+    if top_k_experts is not None:
+        model = model.with_top_k_experts(top_k_experts)
     config, params = model.config, model.params
     merged_by = _merged_by(model, workdir, prompt, text, domain, data)
     card = model_card(config, model.step, dtype, merged_by)
@@ -126,9 +136,9 @@ def _merged_by(
         what = f"the mean routing of the domain {domain!r} ({len(rows)} validation instances)"
         return MergedBy(what, None, domain_routing(config, params, rows))
     if text is not None:
-        prompt = _read_text(text)
+        prompt = cli.read_text(text, "--text")
     assert prompt is not None
-    tokens = [model.tokenizer.bos_id, *model.tokenizer.encode(prompt)]
+    tokens = model.encode(prompt)
     what = f"the routing of this text of {len(tokens):,} tokens, BOS included"
     return MergedBy(what, prompt, text_routing(config, params, tokens))
 
@@ -138,15 +148,6 @@ def _instances(workdir: Path, domain: str, data: Path | None) -> np.ndarray:
     if domain not in sets:
         raise InputError(f"--domain: got {domain!r}, takes one of {', '.join(sorted(sets))}")
     return sets[domain][:, :-1]
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except OSError as error:
-        raise InputError(f"--text: {path}: cannot read it ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise InputError(f"--text: {path}: not UTF-8 text") from None
 
 
 # ---------------------------------------------------------------- from-hf

@@ -3,6 +3,7 @@
     python -m lory_jax.evaluate --workdir=W --out=F.json [--routing=segment|prompt]
     python -m lory_jax.evaluate --workdir=W --tasks=lory_paper [--limit=N] [--tasks_data=DIR]
     python -m lory_jax.evaluate --workdir=W --perplexity_sets=DIR
+    python -m lory_jax.evaluate --workdir=W --top_k_experts=1,2,4 --leakage
     python -m lory_jax.evaluate --list_tasks
     python -m lory_jax.evaluate --tasks=lory_paper --fetch_tasks=DIR
 
@@ -18,35 +19,24 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
 
 from lory_jax import cli
-from lory_jax.api import Model
-from lory_jax.data.manifest import TOKENIZER_NAME
-from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.errors import InputError
-from lory_jax.evaluation.perplexity import summarize, token_losses
+from lory_jax.evaluation import variants
+from lory_jax.evaluation.perplexity import summarize
 from lory_jax.evaluation.perplexity_sets import SAMPLES, read_sets, standard_error
-from lory_jax.evaluation.sets import batches_of, held_out_sets
-from lory_jax.parallel import make_mesh, start_process
-from lory_jax.progress import duration, progress
-from lory_jax.training.step import make_loss_step
-from lory_jax.training.workdir import data_directory, load_params, read_config, write_atomically
+from lory_jax.evaluation.run import Run, as_trained, losses, open_run
+from lory_jax.evaluation.sets import held_out_sets
+from lory_jax.parallel import start_process
+from lory_jax.progress import duration
+from lory_jax.report import plots
+from lory_jax.training.workdir import data_directory, write_atomically
 
 MEASURES = ("perplexity", "perplexity_all_positions", "bits_per_byte")
 NO_SPLIT = "none"
-
-
-class Run(NamedTuple):
-    """A model to be measured, over all devices of the mesh, in batches of a size."""
-
-    workdir: Path
-    model: Model
-    mesh: jax.sharding.Mesh
-    batch_size: int
 
 
 def main(argv: list[str]) -> None:
@@ -76,6 +66,18 @@ def main(argv: list[str]) -> None:
         metavar="N",
         help=f"at most N samples of L tokens from each of these sets (default: {SAMPLES:,})",
     )
+    add(
+        "--top_k_experts",
+        metavar="K,...",
+        default=(),
+        type=_counts,
+        help="also the perplexity when only the K experts of largest weight are merged, per K",
+    )
+    add(
+        "--leakage",
+        action="store_true",
+        help="also what segment 1 gains by seeing its own mean, and a picture of loss by position",
+    )
     add("--tasks", metavar="A,B", help="lory_paper, tasks of it, or others of lm-eval, by comma")
     add("--limit", type=int, metavar="N", help="the first N documents of each task")
     add("--tasks_data", type=Path, metavar="DIR", help="documents of tasks (default: from the hub)")
@@ -96,6 +98,7 @@ def main(argv: list[str]) -> None:
     start_process()
     start = time.perf_counter()
     run = open_run(args.workdir, args.batch_size)
+    variants.check_variants(run, args.top_k_experts, args.leakage)
     held_out = {}
     if args.split != NO_SPLIT:
         held_out = held_out_sets(data_directory(args.workdir, args.data), args.split)
@@ -130,6 +133,16 @@ def main(argv: list[str]) -> None:
     result = measure(run, held_out, args.routing) | {"split": args.split, "tasks": tasks}
     if own_sets:
         result["perplexity_sets"] = measure(run, own_sets, args.routing)
+    if args.top_k_experts:
+        result["top_k_experts"] = variants.top_k_perplexity(
+            run, held_out or own_sets, args.top_k_experts, args.routing
+        )
+    if args.leakage:
+        result["leakage"] = variants.leakage(run, held_out or own_sets)
+        picture = out.with_name(f"{out.stem}_positions.png")
+        series = result["leakage"]["loss_by_position"]
+        plots.write_png(plots.loss_by_position(series, run.model.config.segment_length), picture)
+        print(f"wrote {picture}")
 
     # ---- What comes out ----------------------------------------------------------------------
     result["seconds"] = time.perf_counter() - start
@@ -142,19 +155,6 @@ def main(argv: list[str]) -> None:
         print(_tasks_module().table(f"tasks{routed}", tasks))
         print(f"wrote {harness_out}")
     print(f"wrote {out}")
-
-
-def open_run(workdir: Path, batch_size: int | None = None) -> Run:
-    """The newest intact checkpoint of a run; `batch_size` is as in training unless given."""
-    mesh = make_mesh(data=1, fsdp=0, tensor=1)
-    config, params, step = load_params(workdir, mesh)
-    batch_size = batch_size or read_config(workdir)["train"]["global_batch_size"]
-    if batch_size % jax.device_count():
-        raise InputError(
-            f"--batch_size: got {batch_size}, takes a multiple of the {jax.device_count()} devices"
-        )
-    tokenizer = Tokenizer.load(workdir / TOKENIZER_NAME)
-    return Run(workdir, Model(config, params, tokenizer, step), mesh, batch_size)
 
 
 def evaluate(
@@ -199,15 +199,14 @@ def measure(run: Run, sets: dict[str, np.ndarray], routing: str | None = None) -
             f"{run.workdir}: instances of {config.sequence_length} tokens are one routing segment, "
             "so there are no positions >= T to score"
         )
-    as_trained = "prompt" if config.routing == "prefix" else "segment"
-    routing = routing or as_trained
-    training = _losses(run, sets, "evaluating", config.measured_routing)
+    routing = routing or as_trained(run)
+    training = losses(run, sets, "evaluating", config.measured_routing)
     # With the first segment as the prompt, routing as in training is training's own on
     # positions >= T: one pass serves both. Where tokens are routed, a prompt decides nothing.
-    same = routing == as_trained or not config.num_experts or config.routes_tokens
+    same = routing == as_trained(run) or not config.num_experts or config.routes_tokens
     if config.routes_tokens:
         routing = "token"
-    scored = training if same else _losses(run, sets, f"evaluating, routed by {routing}", routing)
+    scored = training if same else losses(run, sets, f"evaluating, routed by {routing}", routing)
 
     token_bytes_V = run.model.tokenizer.token_bytes
     by_domain: dict[str, dict[str, Any]] = {}
@@ -237,26 +236,6 @@ def geometric_mean(values: list[float]) -> float:
     return math.exp(math.fsum(math.log(value) for value in values) / len(values))
 
 
-def _losses(
-    run: Run, sets: dict[str, np.ndarray], label: str, routing: str | None
-) -> dict[str, np.ndarray]:
-    """Losses in nats of every domain, `[N, L]`, batch by batch under a progress line."""
-    if not sets:
-        return {}
-    config = run.model.config
-    loss_step = make_loss_step(config, run.mesh, routing, prompt_length=config.segment_length)
-    batches = batches_of(sets, run.batch_size)
-    losses: dict[str, list[np.ndarray]] = {domain: [] for domain in sets}
-    with jax.set_mesh(run.mesh):
-        for domain, rows in progress(batches, len(batches), label, "batches"):
-            losses[domain].append(
-                token_losses(
-                    loss_step, run.model.params, rows, run.batch_size, run.mesh, config.batch_axis
-                )
-            )
-    return {domain: np.concatenate(parts) for domain, parts in losses.items()}
-
-
 def report(result: dict[str, Any]) -> str:
     """All that was measured, as aligned tables."""
     routed = f", routed by {result['routing']}" if result["routing"] else ""
@@ -265,6 +244,11 @@ def report(result: dict[str, Any]) -> str:
         lines.append(table(f"{result['split']} set{routed}", result))
     if "perplexity_sets" in result:
         lines.append(table(f"own sets{routed}", result["perplexity_sets"]))
+    if "top_k_experts" in result:
+        rows = {f"top {k}": found for k, found in result["top_k_experts"].items()}
+        lines.append(variants.table(f"perplexity, fewer experts{routed}", rows))
+    if "leakage" in result:
+        lines.append(variants.table("perplexity, segment 1", result["leakage"]["perplexity"]))
     return "\n".join(lines)
 
 
@@ -284,6 +268,13 @@ def table(title: str, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _counts(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isdigit() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"got {text!r}, takes numbers of experts, as in 1,2,4")
+    return [int(part) for part in parts]
+
+
 def _check(parser: cli.Parser, args: argparse.Namespace) -> None:
     if args.workdir is None and not (args.list_tasks or args.fetch_tasks):
         parser.error("the following arguments are required: --workdir")
@@ -293,6 +284,8 @@ def _check(parser: cli.Parser, args: argparse.Namespace) -> None:
             parser.error(f"--{name}: got {value}, takes an integer of at least 1")
     if (args.limit or args.tasks_data) and args.tasks is None:
         parser.error("--limit and --tasks_data: take --tasks beside them")
+    if (args.top_k_experts or args.leakage) and args.split == NO_SPLIT and not args.perplexity_sets:
+        parser.error("--top_k_experts and --leakage: take held-out documents or --perplexity_sets")
     if args.split == NO_SPLIT and not (args.tasks or args.perplexity_sets):
         parser.error(f"--split={NO_SPLIT}: takes --tasks or --perplexity_sets beside it")
 

@@ -35,7 +35,8 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     With merged experts that is the dense model; with chosen ones, a token's number on average.
     """
     D, F, V, Y = config.embed_dim, config.mlp_dim, config.vocab_size, config.num_layers
-    outside = 2 * V * D + D + Y * (4 * D * D + 2 * D)
+    tables = (1 if config.tie_embeddings else 2) * V * D
+    outside = tables + D + Y * (_attention_parameters(config) + 2 * D)
     ffn = 3 * D * F
     experts = config.num_experts * (ffn + D) if config.num_experts else ffn
     return {"total": outside + Y * experts, "active": round(outside + Y * ffn * _chosen(config))}
@@ -43,8 +44,9 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
 
 def flops_per_token(config: ModelConfig) -> float:
     """Training FLOPs per token, embedding look-up excluded."""
-    D, Y = config.embed_dim, config.num_layers
-    matmul = parameter_counts(config)["active"] - config.vocab_size * D - (2 * Y + 1) * D
+    D, F, Y = config.embed_dim, config.mlp_dim, config.num_layers
+    ffn = 3 * D * F * _chosen(config)
+    matmul = config.vocab_size * D + Y * (_attention_parameters(config) + ffn)
     attention = 12 * Y * D * config.sequence_length
     if not config.is_sparse:
         return 6 * matmul + attention + _merge_flops(config)
@@ -73,6 +75,12 @@ def _chosen(config: ModelConfig) -> float:
 def _merge_flops(config: ModelConfig) -> float:
     D, F, Y = config.embed_dim, config.mlp_dim, config.num_layers
     return 6 * 3 * config.num_experts * D * F * Y / config.segment_length
+
+
+def _attention_parameters(config: ModelConfig) -> int:
+    """Of one layer: queries and output whole, keys and values for their own heads alone."""
+    D = config.embed_dim
+    return 2 * D * D + 2 * D * D * config.kv_heads // config.num_heads
 
 
 def peak_flops(device_kind: str) -> float | None:

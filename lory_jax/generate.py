@@ -1,58 +1,84 @@
 """Continues prompts with a trained model.
 
     python -m lory_jax.generate --workdir=W --prompt="def read(self"
+    python -m lory_jax.generate --workdir=W --interactive
 
 One prompt streams to the terminal; several are continued as a batch and printed one by one.
+Interactively, every line is a prompt of its own, until the end of the input.
 """
 
+import sys
 from pathlib import Path
+from typing import Any
 
 from lory_jax import api, cli
+from lory_jax.errors import InputError
+
+SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "routing", "stop")
 
 
 def main(argv: list[str]) -> None:
     parser = cli.Parser("generate", __doc__)
-    parser.add_argument("--workdir", required=True, type=Path, help="a run of the verb train")
-    parser.add_argument(
-        "--prompt", required=True, action="append", help="text to continue; may be given again"
-    )
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="default: 128")
-    parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)"
-    )
-    parser.add_argument(
-        "--top_k", type=int, default=0, help="only the k likeliest tokens; 0 (default) for all"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--workdir", required=True, type=Path, help="a run of the verb train")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", action="append", help="text to continue; may be given again")
+    source.add_argument("--interactive", action="store_true", help="read prompts, line by line")
+    add("--max_new_tokens", type=int, default=128, help="default: 128")
+    add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
+    add("--top_k", type=int, default=0, help="only the k likeliest tokens; 0 (default) for all")
+    add(
         "--top_p",
         type=float,
         default=0.95,
         help="only the likeliest tokens that together reach this probability (default: 0.95)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
-    parser.add_argument(
+    add("--seed", type=int, default=0, help="of the draws (default: 0)")
+    add("--stop", action="append", default=[], help="text to stop at; may be given again")
+    add(
         "--routing",
         choices=("prompt", "segment"),
         default="prompt",
         help="merge the experts once, by the prompt (default), or again at every segment border",
     )
+    add("--top_k_experts", type=int, metavar="K", help="merge only the K experts of largest weight")
     args = parser.parse(argv)
-    settings = {
-        name: getattr(args, name)
-        for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "routing")
-    }
+    settings = {name: getattr(args, name) for name in SETTINGS}
     model = api.load(args.workdir)
-    if len(args.prompt) > 1:
+    if args.top_k_experts is not None:
+        model = model.with_top_k_experts(args.top_k_experts)
+    if args.interactive:
+        converse(model, settings)
+    elif len(args.prompt) == 1:
+        stream(model, args.prompt[0], settings)
+    else:
         continuations = model.generate(args.prompt, **settings)
         for number, (prompt, text) in enumerate(zip(args.prompt, continuations, strict=True), 1):
             print(f"--- prompt {number}\n{prompt}{text}")
-        return
-    pieces = model.stream(args.prompt[0], **settings)
+
+
+def stream(model: api.Model, prompt: str, settings: dict[str, Any]) -> None:
+    """Prints a prompt and, as it comes, its continuation."""
+    pieces = model.stream(prompt, **settings)
     first = next(pieces, "")  # before anything is printed: a setting may be refused here
-    print(args.prompt[0] + first, end="", flush=True)
+    print(prompt + first, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
+
+
+def converse(model: api.Model, settings: dict[str, Any]) -> None:
+    """Continues every line of the input; a prompt that is refused is not the end."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        try:
+            stream(model, line.removesuffix("\n"), settings)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ RULES: Mapping[str, MeshAxes] = {
     "attention_embed": ("fsdp", "tensor"),
     "heads": (),
     "tensor_heads": ("tensor",),
+    "tensor_kv_heads": ("tensor",),
     "head_dim": (),
     "vocab": ("tensor",),
     "norm": (),
@@ -181,6 +182,7 @@ SIZE_FIELDS = {
     "mlp": "mlp_dim",
     "vocab": "vocab_size",
     "tensor_heads": "num_heads",
+    "tensor_kv_heads": "num_kv_heads",
 }
 
 MAX_UNSHARDED = 0.02  # of the bytes of all parameters

@@ -159,6 +159,10 @@ def main() -> None:
     for routing, group in SPARSE_GROUPS:
         sparse = CONFIG(routing=routing, routing_group=group)
         report[routing] = compare(sparse, single, [(2, 2, 2)])
+    tied = CONFIG(num_heads=4, num_kv_heads=2, tie_embeddings=True)
+    report["lory, grouped and tied"] = compare(tied, single, [(2, 2, 2)])
+    grouped = CONFIG(num_heads=8, num_kv_heads=4, attention_sharding="heads")
+    report["lory, grouped heads"] = compare(grouped, single, [(1, 2, 4)])
     wide = functools.partial(CONFIG, embed_dim=32, mlp_dim=64)
     report["bytes_over_tensor"] = [bytes_over_tensor(wide(num_experts=E), mesh) for E in (8, 16)]
 

@@ -112,14 +112,19 @@ def causal_attention(query_LxK, key_LxK, value_LxK):
 
 
 def attention(h_LxD, params, theta):
-    """Multi-head attention with rotary embeddings; weights are [D, H, K] and [H, K, D]."""
+    """Attention with rotary embeddings; weights are [D, H, K] (keys: [D, G, K]) and [H, K, D].
+
+    Each of the G heads of keys and values serves as many neighbouring query heads.
+    """
     out = np.zeros_like(h_LxD)
+    group_size = params["query"].shape[1] // params["key"].shape[1]
     for head in range(params["query"].shape[1]):
+        group = head // group_size
         query, key = (
-            np.array([rotate(x @ params[name][:, head], p, theta) for p, x in enumerate(h_LxD)])
-            for name in ("query", "key")
+            np.array([rotate(x @ params[name][:, h], p, theta) for p, x in enumerate(h_LxD)])
+            for name, h in (("query", head), ("key", group))
         )
-        mixed = causal_attention(query, key, h_LxD @ params["value"][:, head])
+        mixed = causal_attention(query, key, h_LxD @ params["value"][:, group])
         out += mixed @ params["output"][head]
     return out
 
@@ -162,7 +167,8 @@ def transformer(params, tokens_BxL, config, kind=None, prompts=None, frozen=None
             one = {name: w[None] for name, w in ffn_y.items()}
             out = np.array([merged_ffn(h, one, [1.0]) for h in h_BxLxD])
         x_BxLxD = x_BxLxD + out
-    logits_BxLxV = norm(x_BxLxD, params["final_norm"]) @ params["head"]
+    head = params["head"] if "head" in params else params["embedding"].T
+    logits_BxLxV = norm(x_BxLxD, params["final_norm"]) @ head
     return logits_BxLxV, np.array(all_weights)
 
 

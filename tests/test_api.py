@@ -128,6 +128,31 @@ def test_streaming_gives_the_same_text(model):
     assert "".join(pieces) == whole and len(pieces) > 1
 
 
+def test_a_stream_stops_where_the_whole_text_does(model):
+    whole = model.generate("def", max_new_tokens=20)[0]
+    for stop in ([whole[4:6]], [whole[3:9], whole[7:8]], [whole[-1]], ["not there"]):
+        expected = model.generate("def", max_new_tokens=20, stop=stop)[0]
+        assert "".join(model.stream("def", max_new_tokens=20, stop=stop)) == expected
+
+
+def test_a_merged_model_is_dense_and_continues_its_own_prompt_alike(model, tokens):
+    dense = model.merged("def read")
+    assert dense.config.num_experts == 0 and "router" not in dense.params["layers"]["ffn"]
+    ids = model.encode("def read")
+    expected = model.logits([ids], "prompt", [len(ids)])
+    np.testing.assert_allclose(dense.logits([ids]), expected, atol=1e-5)
+    settings = {"max_new_tokens": 12, "temperature": 0.0}
+    assert dense.generate("def read", **settings) == model.generate("def read", **settings)
+    with pytest.raises(InputError, match="nothing to merge"):
+        dense.merged("a")
+
+
+@pytest.mark.parametrize("prompt", ["", "d", "\x00\x7f\u200b\U0010ffff", "aaaa " * 5])
+def test_odd_prompts_are_continued(model, prompt):
+    (text,) = model.generate(prompt, max_new_tokens=4)
+    assert isinstance(text, str) and text == "".join(model.stream(prompt, max_new_tokens=4))
+
+
 def test_generation_stops_at_a_stop_text_and_at_the_end_of_the_document(model):
     whole = model.generate("def", max_new_tokens=20)[0]
     stop = whole[4:6]
@@ -161,6 +186,10 @@ def test_generation_stops_at_a_stop_text_and_at_the_end_of_the_document(model):
         (lambda m: m.generate("a", top_p=0), "top_p: got 0"),
         (lambda m: m.generate("a", routing="training"), "takes prompt or segment"),
         (lambda m: m.generate("a", stop=[""]), "stop: got"),
+        (lambda m: next(m.stream("a", stop="b")), "stop: got 'b', takes a list"),
+        (lambda m: m.generate("a" * 10_000), "prompt: got .* tokens .* takes at most 63"),
+        (lambda m: m.generate("a\udcff"), r"prompt: got '\\udcff' at character 1, takes text"),
+        (lambda m: m.with_top_k_experts(5), "top_k_experts: got 5, takes 1 to 4"),
     ],
 )
 def test_bad_arguments_are_refused_with_a_way_out(model, call, message):

@@ -17,9 +17,11 @@ from lory_jax.model.attention import (
 )
 
 
-def arrays(B, L, H, K, dtype=np.float32):
+def arrays(B, L, H, K, dtype=np.float32, kv_heads=None):
+    """Queries, keys, values and a cotangent."""
     rng = np.random.default_rng(0)
-    return [jnp.asarray(rng.normal(size=(B, L, H, K)), dtype) for _ in range(4)]
+    heads = (H, kv_heads or H, kv_heads or H, H)
+    return [jnp.asarray(rng.normal(size=(B, L, h, K)), dtype) for h in heads]
 
 
 def values_and_gradients(function, query, key, value, cotangent):
@@ -42,9 +44,24 @@ def test_blocks_equal_the_whole_square(L):
         assert_close(a, e, 1e-5)
 
 
-@pytest.mark.parametrize("K", [64, 128])
-def test_splash_equals_blocks_in_values_and_gradients(K):
-    query, key, value, cotangent = arrays(2, 256, 2, K)
+def test_grouped_heads_equal_repeated_ones():
+    """Values and gradients are those of keys and values that are repeated for every query head."""
+    query, key, value, cotangent = arrays(2, 130, 6, 8, kv_heads=2)
+
+    def repeated(query, key, value):
+        return blocked_attention(query, *(jnp.repeat(x, 3, axis=2) for x in (key, value)))
+
+    got, expected = (
+        values_and_gradients(function, query, key, value, cotangent)
+        for function in (blocked_attention, repeated)
+    )
+    for a, e in zip(got, expected, strict=True):
+        assert_close(a, e, 1e-5)
+
+
+@pytest.mark.parametrize(("K", "heads", "kv_heads"), [(64, 2, 2), (128, 2, 2), (64, 4, 2)])
+def test_splash_equals_blocks_in_values_and_gradients(K, heads, kv_heads):
+    query, key, value, cotangent = arrays(2, 256, heads, K, kv_heads=kv_heads)
     splash = functools.partial(
         splash_attention, batch_axis="batch", heads_axis="heads", interpret=True
     )

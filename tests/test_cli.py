@@ -35,6 +35,29 @@ def refuse(arguments: list[str], made: cli.Parser | None = None) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("command", [[sys.executable, "-m", "lory_jax"]])
+def test_all_verbs_under_one_name(command):
+    def lory(*arguments):
+        return subprocess.run(
+            [*command, *arguments],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=verb_environment() | {"PYTHONPATH": str(ROOT)},
+        )
+
+    shown = lory("--help")
+    assert shown.returncode == 0
+    listed = [line.split()[0] for line in shown.stdout.splitlines()[2:]]
+    # Every file of the package that is a verb, by what runs it.
+    files = (ROOT / "lory_jax").glob("*.py")
+    verbs = [p.stem for p in files if "run(main)" in p.read_text() and p.stem != "__main__"]
+    assert sorted(listed) == sorted(verbs)
+    assert all(len(line.split()) > 3 for line in shown.stdout.splitlines()[2:])
+    assert_one_line_error(lory("generat"), 2, "got 'generat'", "did you mean generate?")
+    assert_one_line_error(lory("generate", "--prompt=a"), 2, "--workdir")
+
+
 def test_flags_recipe_argument_and_overrides_anywhere():
     args = parser().parse(
         [

@@ -121,7 +121,7 @@ def test_a_wrong_value_names_the_field_what_it_got_and_what_it_takes(name, text)
     ("overrides", "words"),
     [
         ([("model.segment_length", "513")], ["config.model.segment_length", "513", "512"]),
-        ([("model.num_heads", "3")], ["config.model.num_heads", "3", "128"]),
+        ([("model.num_heads", "3")], ["config.model.num_heads", "3", "embed_dim"]),
         ([("model.num_heads", "128")], ["config.model.num_heads", "even head width"]),
         (
             [("model.routing", "top2"), ("model.num_experts", "1")],
@@ -142,6 +142,8 @@ def test_a_wrong_value_names_the_field_what_it_got_and_what_it_takes(name, text)
             ],
             ["config.model.first_segment_routing", "takes self"],
         ),
+        ([("model.num_kv_heads", "3")], ["config.model.num_kv_heads", "divisor", "num_heads ("]),
+        ([("model.rope_low_frequency_factor", "4")], ["rope_low_frequency_factor", "4", "less"]),
         ([("train.beta2", "1")], ["config.train.beta1, beta2", "below 1"]),
         (
             [("data.test_fraction", "0.3"), ("data.validation_fraction", "0.3")],

@@ -16,6 +16,7 @@ from tiny import (
     SEQUENCE_LENGTH,
     assert_one_line_error,
     verb,
+    verb_environment,
     write_prepared,
     write_recipe,
 )
@@ -78,6 +79,30 @@ def test_a_lory_merged_by_a_text_is_the_llama_that_decodes_it(run, flag, tmp_pat
     assert len(re.findall(r"^\| [01] \|( 0\.\d{3} \|){4}$", card, re.MULTILINE)) == 2
 
 
+def test_a_run_begun_before_a_field_existed_goes_on(data, tmp_path):
+    workdir = write_run(tmp_path / "old", data)
+    config = json.loads((workdir / "config.json").read_text())
+    old = {**config, "model": dict(config["model"])}
+    del old["model"]["num_kv_heads"]
+    (workdir / "config.json").write_text(json.dumps(old))
+    open_workdir(workdir, config, data)
+    config["model"]["num_kv_heads"] = 1
+    with pytest.raises(InputError, match="num_kv_heads: found 0, wanted 1"):
+        open_workdir(workdir, config, data)
+
+
+def test_the_largest_experts_alone_are_merged(run, tmp_path):
+    text = "counting by steps"
+    convert.to_hf(run, tmp_path / "hf", prompt=text, top_k_experts=2)
+    model = lory_jax.load(run).with_top_k_experts(2)
+    tokens = np.array([prompt_tokens(model, text)])
+    expected = model.logits(tokens, "prompt", [tokens.shape[1]])
+    np.testing.assert_allclose(their_logits(tmp_path / "hf", tokens), expected, atol=TOLERANCE)
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "the 2 of largest weight in each layer are merged" in card
+    assert all(line.count("0.000") == 2 for line in re.findall(r"^\| [01] \|.*$", card, re.M))
+
+
 def test_a_lory_merged_by_a_domain(run, tmp_path):
     outs = {}
     for domain in ("ones", "threes"):
@@ -113,6 +138,24 @@ def test_a_sparse_baseline_is_refused(data, tmp_path):
     workdir = write_run(tmp_path / "sparse", data, routing="top1")
     with pytest.raises(InputError, match="routing is top1, whose experts are chosen, not merged"):
         convert.to_hf(workdir, tmp_path / "hf", prompt="a")
+
+
+def test_the_script_of_the_python_page_runs(run, tmp_path):
+    documentation = (ROOT / "docs" / "api.md").read_text()
+    (script,) = re.findall(r"```python\n(.*?)```", documentation, re.DOTALL)
+    script = script.replace('"runs/local/lory"', repr(str(run)))
+    # The tiny run reads 24 tokens at most.
+    script = script.replace("max_new_tokens=20", "max_new_tokens=4")
+    script = script.replace('"def read(self, size):"', '"def"').replace("[4]", "[2]")
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=verb_environment() | {"PYTHONPATH": str(ROOT)},
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) >= 5
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,24 @@ def test_decoding_a_sparse_baseline_equals_the_forward_pass(params, model, routi
 
 
 @pytest.mark.parametrize("routing", ["prompt", "segment"])
+def test_decoding_with_the_two_largest_experts_equals_the_forward_pass(params, routing):
+    config = dataclasses.replace(CONFIG, top_k_experts=2)
+    assert_decoding_equals_forward(config, params, routing)
+    tokens = random_tokens(1)
+    two, all_four = (full_logits(c, params, tokens, routing, [5]) for c in (config, CONFIG))
+    assert np.abs(two - all_four).max() > 1e-2
+
+
+def test_decoding_with_grouped_heads_and_a_tied_head_equals_the_forward_pass():
+    config = dataclasses.replace(CONFIG, num_heads=4, num_kv_heads=2, tie_embeddings=True)
+    params = init_params(config, jax.random.key(2))
+    assert_decoding_equals_forward(config, params, "segment")
+    prompts = (np.ones((1, 8), np.int32), np.array([8], np.int32))
+    _, _, cache = make_decoder(config, "segment").prefill(params, *prompts, 16, False)
+    assert cache.keys[0].shape == (1, 2, 16, 4)  # heads are cached, not repeated
+
+
+@pytest.mark.parametrize("routing", ["prompt", "segment"])
 def test_decoding_a_dense_model_equals_the_forward_pass(routing):
     config = dataclasses.replace(CONFIG, num_experts=0)
     assert_decoding_equals_forward(config, init_params(config, jax.random.key(1)), routing)
@@ -114,21 +132,54 @@ def test_padding_is_never_read(params, routing):
     decoder = make_decoder(CONFIG, routing)
     tokens, lengths = random_tokens(2, 24), np.array([5, 13], np.int32)
     other = np.where(np.arange(24) < lengths[:, None], tokens, 7)
-    (logits, cache), (other_logits, other_cache) = (
-        decoder.prefill(params, t.astype(np.int32), lengths, 32) for t in (tokens, other)
+    (logits, weights, _), (other_logits, other_weights, _) = (
+        decoder.prefill(params, t.astype(np.int32), lengths, 32, False) for t in (tokens, other)
     )
     np.testing.assert_array_equal(logits, other_logits)
-    jax.tree.map(np.testing.assert_array_equal, cache.layers.merged, other_cache.layers.merged)
+    jax.tree.map(np.testing.assert_array_equal, weights, other_weights)
 
 
-def test_prompt_routing_merges_once(params):
-    """After the prompt nothing reads the experts or the router: NaN there changes nothing."""
+def dense_part(params):
+    """The parameters of the dense baseline, those of expert 0 standing for its FFN."""
+    ffn = {name: params["layers"]["ffn"][name][:, 0] for name in ("gate", "up", "down")}
+    return {**params, "layers": {**params["layers"], "ffn": ffn}}
+
+
+def test_after_the_merge_the_step_is_the_dense_models(params):
+    """Equation by equation, and so of the same cost: for one row, or rows that share a merge."""
+    prompts = np.ones((3, 8), np.int32), np.full(3, 8, np.int32)
+    programs = []
+    for config, mine in (
+        (CONFIG, params),
+        (dataclasses.replace(CONFIG, num_experts=0), dense_part(params)),
+    ):
+        decoder = make_decoder(config, "prompt")
+        for rows in (1, 3):
+            one = (x[:rows] for x in prompts)
+            _, weights, cache = decoder.prefill(mine, *one, 16, True)
+            tokens = np.ones(rows, np.int32)
+            programs.append(str(jax.make_jaxpr(decoder.step)(weights, cache, tokens)))
+    lory_one, lory_three, dense_one, dense_three = programs
+    assert lory_one == dense_one and lory_three == dense_three
+    assert "dot_general" in lory_one and lory_one != lory_three
+
+
+def test_rows_of_one_prompt_share_one_merge(params):
     decoder = make_decoder(CONFIG, "prompt")
-    _, cache = decoder.prefill(params, np.ones((2, 8), np.int32), np.array([8, 8], np.int32), 16)
-    scrambled = jax.tree.map(lambda leaf: leaf, params)
-    scrambled["layers"]["ffn"] = jax.tree.map(lambda w: w * jnp.nan, params["layers"]["ffn"])
-    logits, _ = decoder.step(scrambled, cache, np.ones(2, np.int32))
-    assert np.isfinite(logits).all()
+    tokens, lengths = random_tokens(1, 8).repeat(3, 0).astype(np.int32), np.full(3, 5, np.int32)
+    found = {}
+    for shared in (True, False):
+        logits, weights, cache = decoder.prefill(params, tokens, lengths, 16, shared)
+        assert weights["layers"][0]["ffn"]["gate"].shape == ((16, 24) if shared else (3, 16, 24))
+        found[shared] = logits, decoder.step(weights, cache, tokens[:, 5])[0]
+    for a, b in zip(found[True], found[False], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=0)
+
+
+def test_the_parameters_survive_remerging(params):
+    """Some weights of the step are the parameters themselves, which no program may donate."""
+    decoded_logits(CONFIG, params, random_tokens(1), "segment", [3])
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
 
 
 def test_greedy_choice_of_many_steps_compiles_once(params):

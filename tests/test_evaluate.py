@@ -1,6 +1,8 @@
 """Evaluation, analysis, generation and comparison of runs that were really trained."""
 
+import html
 import json
+import re
 import subprocess
 import sys
 
@@ -53,7 +55,8 @@ def site(tmp_path_factory):
 def evaluated(site):
     for name in ("dense", "lory", *ROUTED_BY):
         out = site / name / "evaluation.json"
-        evaluate.main([f"--workdir={site / name}", f"--out={out}"])
+        more = ["--top_k_experts=1,2,4", "--leakage"] if name == "lory" else []
+        evaluate.main([f"--workdir={site / name}", f"--out={out}", *more])
         if name != "dense":
             analyze.main([f"--workdir={site / name}"])
     return site
@@ -95,6 +98,50 @@ def test_evaluation_is_what_the_logits_say(evaluated, name):
     for measure in expected:
         ones, threes = result[measure].values()
         assert result["geometric_mean"][measure] == pytest.approx((ones * threes) ** 0.5)
+
+
+def test_fewer_experts_are_what_their_logits_say(evaluated):
+    result = json.loads((evaluated / "lory" / "evaluation.json").read_text())
+    by_k = result["top_k_experts"]
+    assert list(by_k) == ["1", "2", "4"]
+    assert by_k["4"] == pytest.approx(result["perplexity"], rel=1e-6)
+    model = lory_jax.load(evaluated / "lory").with_top_k_experts(2)
+    for domain, rows in evaluation_sets(evaluated / "data", "test").items():
+        logits = model.logits(rows[:, :-1]).astype(np.float64)
+        log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        nll = -np.take_along_axis(log_probabilities, rows[:, 1:, None].astype(int), -1)[..., 0]
+        assert by_k["2"][domain] == pytest.approx(np.exp(nll[:, T:].mean()), rel=1e-5)
+        assert by_k["1"][domain] != pytest.approx(by_k["2"][domain], rel=1e-6)
+
+
+def test_leakage_is_in_segment_1_alone(evaluated):
+    result = json.loads((evaluated / "lory" / "evaluation.json").read_text())
+    leakage = result["leakage"]["perplexity"]
+    assert leakage["positions_from_T"] == pytest.approx(result["perplexity"], rel=1e-6)
+    everywhere = result["perplexity_all_positions"]
+    assert leakage["all_positions_self"] == pytest.approx(everywhere, rel=1e-6)
+    assert leakage["all_positions_uniform"] != leakage["all_positions_self"]
+    itself, uniform = map(np.array, result["leakage"]["loss_by_position"].values())
+    assert len(itself) == SEQUENCE_LENGTH
+    mean = np.log(list(everywhere.values())).mean()  # as many instances in either domain
+    assert itself.mean() == pytest.approx(mean, rel=1e-6)
+    assert np.all(itself[:T] != uniform[:T])
+    picture = (evaluated / "lory" / "evaluation_positions.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "words"),
+    [
+        ("lory", "--top_k_experts=5", "top_k_experts: got 5, takes 1 to 4"),
+        ("dense", "--top_k_experts=1", "takes a run with experts"),
+        ("dense", "--leakage", "--leakage: .* is a dense model"),
+    ],
+)
+def test_variants_that_a_model_does_not_have_are_refused(site, tmp_path, name, flag, words):
+    with pytest.raises(InputError, match=words):
+        evaluate.main([f"--workdir={site / name}", f"--out={tmp_path / 'out.json'}", flag])
+    assert not list(tmp_path.iterdir())
 
 
 def test_evaluation_routed_by_the_prompt(evaluated):
@@ -248,11 +295,71 @@ def test_analysis_is_what_the_routing_weights_say(evaluated, name):
     assert analysis["utilisation"]["step"] == list(range(4, 13))
     assert analysis["utilisation"]["pairs"] == 2 * 4
     assert sorted(path.name for path in directory.iterdir()) == [
+        "analysis.html",
         "analysis.json",
         "distance.png",
         "routing_weights.png",
         "utilisation.png",
     ]
+
+
+def test_telling_texts_have_the_greatest_weights(evaluated):
+    """The first of each expert decides the greatest weight that the API gives to any segment."""
+    found = json.loads((evaluated / "lory/analysis/analysis.json").read_text())["telling_texts"]
+    model = lory_jax.load(evaluated / "lory")
+    sets = evaluation_sets(evaluated / "data", "test")
+    weights = {d: model.routing_weights(rows[:, :-1])[:, :, 1:] for d, rows in sets.items()}
+    assert list(found) == ["0", "1"]
+    for layer, experts in found.items():
+        for expert, best in enumerate(experts):
+            mine = {d: r[int(layer), :, :, expert] for d, r in weights.items()}
+            domain = max(mine, key=lambda d: mine[d].max())
+            assert best[0]["weight"] == pytest.approx(mine[domain].max(), abs=1e-6)
+            assert best[0]["domain"] == domain
+            row, segment = np.unravel_index(mine[domain].argmax(), mine[domain].shape)
+            ids = sets[domain][row, segment * T : (segment + 1) * T]
+            assert best[0]["text"] == model.tokenizer.decode_bytes(ids).decode("utf-8", "replace")
+            assert [text["weight"] for text in best] == sorted(
+                (text["weight"] for text in best), reverse=True
+            )
+
+
+def test_analysis_is_one_page_without_scripts_or_links(evaluated):
+    page = (evaluated / "lory" / "analysis" / "analysis.html").read_text()
+    assert page.count("data:image/svg+xml") == 3
+    assert not re.search(r"<script|https?:|<link|href=", page)
+
+
+def test_a_text_is_shown_with_the_experts_that_read_it(evaluated, tmp_path, capsys):
+    text = "<script>alert(1)</script> counting ó by steps, in words and in numbers, " * 2
+    (tmp_path / "text.txt").write_text(text)
+    workdir = evaluated / "lory"
+    analyze.main([f"--workdir={workdir}", f"--text={tmp_path / 'text.txt'}", f"--out={tmp_path}"])
+    page = (tmp_path / "text.html").read_text()
+    assert "<script" not in page
+    shown = [html.unescape(part) for part in re.findall(r"<pre>(.*?)</pre>", page, re.DOTALL)]
+    assert "".join(shown) == text  # no character is lost at a segment's border
+    widths = np.array(re.findall(r"width:([\d.]+)%", page), float).reshape(-1, 2, 4) / 100
+
+    model = lory_jax.load(workdir)
+    tokens = np.array([[model.tokenizer.bos_id, *model.tokenizer.encode(text)]])
+    assert len(widths) == len(shown) == -(-tokens.shape[1] // T) > 2 * SEQUENCE_LENGTH // T
+    first = model.routing_weights(tokens[:, :SEQUENCE_LENGTH])[:, 0]
+    np.testing.assert_allclose(widths[:3], first.swapaxes(0, 1), atol=1e-4)
+    # Segment 4 is routed by segment 3, in a window that begins with it.
+    second = model.routing_weights(tokens[:, 2 * T : 2 * T + SEQUENCE_LENGTH])[:, 0, 1]
+    np.testing.assert_allclose(widths[3], second, atol=1e-4)
+    assert len(capsys.readouterr().out.splitlines()) == len(shown) + 2
+
+
+def test_a_text_that_cannot_be_shown_is_refused(evaluated, tmp_path):
+    (tmp_path / "empty.txt").touch()
+    for name, words in (("empty.txt", "at least one character"), ("none.txt", "cannot read it")):
+        with pytest.raises(InputError, match=f"--text: .*{words}"):
+            analyze.main([f"--workdir={evaluated / 'lory'}", f"--text={tmp_path / name}"])
+    with pytest.raises(InputError, match="dense model"):
+        (tmp_path / "a.txt").write_text("a")
+        analyze.main([f"--workdir={evaluated / 'dense'}", f"--text={tmp_path / 'a.txt'}"])
 
 
 def test_random_halves_of_equal_instances_do_not_differ():
@@ -350,6 +457,24 @@ def test_generation(evaluated, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_generation_line_by_line(evaluated, capsys):
+    """A prompt that is too long is refused in one line, and the next one continued."""
+    workdir = f"--workdir={evaluated / 'lory'}"
+    result = subprocess.run(
+        verb_command("generate", workdir, "--interactive", "--max_new_tokens=4", "--stop=qqq"),
+        input=f"in\n{'x' * 10_000}\n\nby\n",
+        capture_output=True,
+        text=True,
+        env=verb_environment(),
+    )
+    assert result.returncode == 0 and "Traceback" not in result.stderr
+    assert len(re.findall("^error: prompt: got .* tokens", result.stderr, re.MULTILINE)) == 1
+    generate.main([workdir, "--prompt=in", "--max_new_tokens=4"])
+    generate.main([workdir, "--prompt=", "--max_new_tokens=4"])
+    generate.main([workdir, "--prompt=by", "--max_new_tokens=4"])
+    assert result.stdout == capsys.readouterr().out
+
+
 def test_what_is_missing_is_named(evaluated, tmp_path):
     with pytest.raises(InputError, match="a dense model, which routes nothing"):
         analyze.main([f"--workdir={evaluated / 'dense'}"])
@@ -357,6 +482,8 @@ def test_what_is_missing_is_named(evaluated, tmp_path):
         evaluate.main([f"--workdir={tmp_path}", f"--out={tmp_path / 'x.json'}"])
     with pytest.raises(ConfigError, match="NAME=W or W, each name once"):
         compare.main([f"a={evaluated / 'lory'}", "a=b", f"--out={tmp_path / 'r'}"])
+    with pytest.raises(ConfigError, match="--top_k_experts: got '1,x', takes numbers of experts"):
+        evaluate.main([f"--workdir={tmp_path}", "--top_k_experts=1,x"])
     with pytest.raises(ConfigError, match="batch_size: got 0"):
         evaluate.main([f"--workdir={tmp_path}", f"--out={tmp_path / 'x'}", "--batch_size=0"])
     result = tmp_path / "lory" / "evaluation.json"

@@ -12,6 +12,8 @@ from lory_jax.flops import baselines, flops_per_token, parameter_counts, peak_fl
 from lory_jax.model.baselines import SPARSE
 from lory_jax.model.transformer import ModelConfig, init_params
 
+GROUPED_AND_TIED = {"num_heads": 4, "num_kv_heads": 2, "tie_embeddings": True}
+
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 # Recipe, experts, total parameters in billions as printed in the paper's appendices D and E (the
@@ -53,19 +55,22 @@ def test_recipes_have_the_papers_sizes_to_the_printed_digit(name, experts, billi
 
 
 @pytest.mark.parametrize("experts", [0, 1, 5])
-def test_counts_equal_the_size_of_a_built_model(experts):
-    config = tiny_config(num_experts=experts, num_layers=3)
+@pytest.mark.parametrize("fields", [{}, GROUPED_AND_TIED], ids=["plain", "grouped and tied"])
+def test_counts_equal_the_size_of_a_built_model(fields, experts):
+    config = tiny_config(num_experts=experts, num_layers=3, **fields)
     counts = parameter_counts(config)
     assert counts["total"] == built_size(config)
-    assert counts["active"] == built_size(tiny_config(num_experts=0, num_layers=3))
+    assert counts["active"] == built_size(tiny_config(num_experts=0, num_layers=3, **fields))
 
 
-def test_flops_equal_a_count_of_every_matrix_product():
+@pytest.mark.parametrize("fields", [{}, GROUPED_AND_TIED], ids=["plain", "grouped and tied"])
+def test_flops_equal_a_count_of_every_matrix_product(fields):
     V, Y, D, F, E, L, T = 37, 2, 16, 24, 4, 16, 4
-    config = tiny_config(sequence_length=L)
+    config = tiny_config(sequence_length=L, **fields)
+    kv = D // 2 if fields else D  # width of all heads of keys
     products = []  # (rows, inner, columns) of every product of one forward pass
     for _ in range(Y):
-        products += [(L, D, D)] * 4 + [(L, D, F)] * 2 + [(L, F, D)]
+        products += [(L, D, D)] * 2 + [(L, D, kv)] * 2 + [(L, D, F)] * 2 + [(L, F, D)]
         products += [(L, D, L)] * 2  # scores and mixing, all heads
         products += [(1, E, D * F)] * 3 * (L // T)
     products += [(L, D, V)]

@@ -47,7 +47,7 @@ def recipe_config(name: str, experts: int) -> ModelConfig:
         "compute_dtype": "float32",
         "remat": "none",
     }
-    return ModelConfig(**fields)
+    return ModelConfig.for_platform(fields, "cpu")
 
 
 def their_logits(directory: Path, tokens_BxL: np.ndarray) -> np.ndarray:
@@ -80,10 +80,39 @@ def assert_same_params(found, expected):
 # ---------------------------------------------------------------- to Hugging Face
 
 
+# What a LLaMA may have that no recipe has.
+VARIANTS = {
+    "grouped": {"num_heads": 4, "num_kv_heads": 2},
+    "one head of keys": {"num_heads": 4, "num_kv_heads": 1},
+    "tied": {"tie_embeddings": True},
+    "grouped, tied, llama3": {
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "tie_embeddings": True,
+        "rope_scaling": "llama3",
+        "rope_factor": 8.0,
+        "rope_original_length": 16,
+    },
+    "linear": {"rope_scaling": "linear", "rope_factor": 2.5},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("experts", [4, 0])
+def test_exported_logits_are_ours_for_every_variant(variant, experts, mesh, tmp_path):
+    config = tiny_config(
+        vocab_size=VOCAB, num_experts=experts, sequence_length=64, **VARIANTS[variant]
+    )
+    check_export(config, mesh, tmp_path)
+
+
 @pytest.mark.parametrize("experts", [8, 0])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_exported_logits_are_ours_for_every_recipe(recipe, experts, mesh, tmp_path):
-    config = recipe_config(recipe, experts)
+    check_export(recipe_config(recipe, experts), mesh, tmp_path)
+
+
+def check_export(config, mesh, tmp_path):
     params = params_of(config)
     tokens = random_tokens(2, 40)
     tokens[:, :20] = tokens[0, :20]  # the prompt that routes
@@ -218,11 +247,29 @@ def llama(directory: Path, max_shard_size: str = "20KB", **fields) -> transforme
     return model
 
 
+# The waves of a head of width 4 at theta 100 are 6 and 63 positions long: one is kept, one blended.
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+
+
 @pytest.mark.parametrize("max_shard_size", ["20KB", "1GB"])
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"rms_norm_eps": 1e-3}, {"rope_parameters": {"rope_theta": 100.0}}],
-    ids=["plain", "epsilon", "theta"],
+    [
+        {},
+        {"rms_norm_eps": 1e-3},
+        {"rope_parameters": {"rope_theta": 100.0}},
+        {"num_key_value_heads": 2, "tie_word_embeddings": True},
+        {"num_key_value_heads": 1, "rope_parameters": LLAMA3},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0}},
+    ],
+    ids=["plain", "epsilon", "theta", "grouped and tied", "llama3", "linear"],
 )
 def test_imported_logits_are_theirs(fields, max_shard_size, mesh, tmp_path):
     llama(tmp_path / "hf", max_shard_size, **fields)
@@ -256,8 +303,9 @@ def test_half_precision_is_read_exactly(dtype, mesh, tmp_path):
     np.testing.assert_array_equal(directory.params(mesh)["head"], expected)
 
 
-def test_there_and_back_is_bit_equal(mesh, tmp_path):
-    config = tiny_config(vocab_size=VOCAB, num_experts=0)
+@pytest.mark.parametrize("variant", [None, "grouped", "grouped, tied, llama3", "linear"])
+def test_there_and_back_is_bit_equal(variant, mesh, tmp_path):
+    config = tiny_config(vocab_size=VOCAB, num_experts=0, **VARIANTS.get(variant, {}))
     params = params_of(config)
     export(tmp_path / "hf", config, params, None, mesh, max_shard_bytes=20_000)
     directory = read_directory(tmp_path / "hf")
@@ -266,14 +314,24 @@ def test_there_and_back_is_bit_equal(mesh, tmp_path):
     assert_same_params(directory.params(mesh), params)
 
 
-def test_a_llama_comes_back_from_us_bit_equal(mesh, tmp_path):
-    model = llama(tmp_path / "hf")
+@pytest.mark.parametrize(
+    "fields", [{}, {"num_key_value_heads": 2, "tie_word_embeddings": True}], ids=str
+)
+def test_a_llama_comes_back_from_us_bit_equal(fields, mesh, tmp_path):
+    model = llama(tmp_path / "hf", **fields)
     directory = read_directory(tmp_path / "hf")
     export(tmp_path / "back", directory.config, directory.params(mesh), None, mesh)
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     ours, theirs = back.state_dict(), model.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_tied_head_that_is_stored_as_well_is_read(mesh, tmp_path):
+    llama(tmp_path / "hf", "1GB", tie_word_embeddings=True)
+    expected = read_directory(tmp_path / "hf").params(mesh)
+    edit_tensors(tmp_path / "hf", lambda t: {**t, "lm_head.weight": t["model.embed_tokens.weight"]})
+    assert_same_params(read_directory(tmp_path / "hf").params(mesh), expected)
 
 
 def test_the_table_names_every_tensor_of_transformers(tmp_path):
@@ -376,6 +434,22 @@ REFUSED = {
     "biases": (lambda d: edit_config(d, attention_bias=True), "attention_bias: got True"),
     "activation": (lambda d: edit_config(d, hidden_act="gelu"), "hidden_act: got 'gelu'"),
     "quantized": (lambda d: edit_config(d, quantization_config={}), "quantization_config"),
+    "rope factor": (
+        lambda d: edit_config(d, rope_parameters={"rope_type": "linear"}),
+        "rope_parameters: factor: got None, takes a positive number",
+    ),
+    "groups": (
+        lambda d: edit_config(d, num_key_value_heads=3),
+        r"num_key_value_heads: got 3, takes a divisor of num_attention_heads \(4\)",
+    ),
+    "fewer groups": (
+        lambda d: edit_config(d, num_key_value_heads=2),
+        r"k_proj.weight: got shape \[16, 16\], takes \[8, 16\]",
+    ),
+    "tied to another head": (
+        lambda d: edit_config(d, tie_word_embeddings=True),
+        "lm_head.weight differs from model.embed_tokens.weight",
+    ),
     "head width": (lambda d: edit_config(d, head_dim=8), "head_dim: got 8, takes 4"),
     "no size": (lambda d: edit_config(d, hidden_size=None), "hidden_size: got None"),
     "bad size": (lambda d: edit_config(d, vocab_size="many"), "vocab_size: got 'many'"),

@@ -30,6 +30,7 @@ MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 HEADS_MESHES = [(2, 2, 2), (1, 2, 4)]
 CASES = [(model, mesh) for model in ("dense", "lory") for mesh in MESHES]
 CASES += [(routing, (2, 2, 2)) for routing in SPARSE]
+CASES += [("lory, grouped and tied", (2, 2, 2)), ("lory, grouped heads", (1, 2, 4))]
 CASES += [(f"{model}, heads", mesh) for model in ("dense", "lory") for mesh in HEADS_MESHES]
 TOLERANCE = 2e-5  # float32, on the scale of each parameter; sums run in another order
 
@@ -91,7 +92,7 @@ def fraction(name: str, fsdp: int, tensor: int) -> float:
 def test_parameters_and_both_moments_are_sharded(report, model, mesh):
     _, fsdp, tensor = mesh
     for part, leaves in report[model][str(mesh)]["fraction"].items():
-        assert len(leaves) == (12 if model.startswith("dense") else 13)
+        assert len(leaves) == (12 if model.startswith("dense") or "tied" in model else 13)
         for name, got in leaves.items():
             assert got == fraction(name, fsdp, tensor), (part, name)
 
@@ -145,6 +146,10 @@ def test_a_batch_that_does_not_divide_names_what_would():
         (
             {"num_heads": 2, "attention_sharding": "heads"},
             "config.model.num_heads: got 2, takes a multiple of 4 .*such as 4$",
+        ),
+        (
+            {"num_heads": 4, "num_kv_heads": 2, "attention_sharding": "heads"},
+            "config.model.num_kv_heads: got 2, takes a multiple of 4 .*such as 4$",
         ),
     ],
 )

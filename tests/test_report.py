@@ -195,6 +195,9 @@ FIGURES = {
     "weights, 24 layers": lambda: plots.routing_weights(analysis(24, 32)["routing_weights"]),
     "weights, 1 layer": lambda: plots.routing_weights(analysis(1, 1)["routing_weights"]),
     "distance": lambda: plots.routing_distance(analysis()["routing_distance"]),
+    "positions": lambda: plots.loss_by_position(
+        {"self": np.linspace(6, 3, 16), "uniform": np.linspace(6, 3, 16) + 0.1}, 4
+    ),
     "utilisation": lambda: plots.utilisation(analysis()["utilisation"]),
     "no utilisation": lambda: plots.utilisation({"step": [], "experts_active": [], "pairs": 8}),
 }

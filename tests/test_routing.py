@@ -12,6 +12,7 @@ from reference import central_differences, lory_layer, routing_weights
 
 from lory_jax.model import routing
 from lory_jax.model.parameters import Initializer
+from lory_jax.model.routing import keep_top_k
 from lory_jax.model.transformer import MergedFFN, Routing, merge_params
 
 B, D, F, E = 3, 6, 5, 3
@@ -177,3 +178,15 @@ def test_unknown_names_are_refused():
     apply, params = layer(2, "prompt", "self")
     with pytest.raises(ValueError, match="needs prompt_lengths_B"):
         apply(h, params, None)
+
+
+def test_the_k_largest_weights_are_kept_and_renormalised():
+    r = jnp.array([[0.1, 0.4, 0.3, 0.2], [0.25, 0.25, 0.25, 0.25]])
+    for k, expected in (
+        (1, [[0, 1, 0, 0], [1, 0, 0, 0]]),
+        (2, [[0, 4 / 7, 3 / 7, 0], [0.5, 0.5, 0, 0]]),
+        (3, [[0, 4 / 9, 3 / 9, 2 / 9], [1 / 3, 1 / 3, 1 / 3, 0]]),
+    ):
+        np.testing.assert_allclose(keep_top_k(r, k), expected, rtol=1e-6)
+    for k in (0, 4):
+        np.testing.assert_array_equal(keep_top_k(r, k), r)

@@ -18,7 +18,7 @@ from models import (
     tiny_config,
 )
 
-from lory_jax.model.attention import attend, causal_attention, rotate
+from lory_jax.model.attention import Rope, attend, causal_attention, rotate
 from lory_jax.model.transformer import init_params
 from lory_jax.training.upcycle import upcycle_params
 
@@ -45,8 +45,12 @@ def test_lory_logits_and_weights_equal_loops(kind, prompts):
     assert_close(weights, expected[1], VALUES, "weights")
 
 
-def test_dense_logits_equal_loops():
-    config, tokens = tiny_config(num_experts=0), random_tokens(2, L)
+LLAMAS = {"num_heads": 4, "num_kv_heads": 2, "tie_embeddings": True}  # what other LLaMAs have
+
+
+@pytest.mark.parametrize("fields", [{}, LLAMAS], ids=["plain", "grouped and tied"])
+def test_dense_logits_equal_loops(fields):
+    config, tokens = tiny_config(num_experts=0, **fields), random_tokens(2, L)
     params = params_of(config)
     logits, weights = forward(config)(params, tokens)
     assert weights is None
@@ -55,7 +59,14 @@ def test_dense_logits_equal_loops():
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"first_segment_routing": "uniform"}, {"routing": "prefix"}, {"num_experts": 0}]
+    "fields",
+    [
+        {},
+        {"first_segment_routing": "uniform"},
+        {"routing": "prefix"},
+        {"num_experts": 0},
+        LLAMAS,
+    ],
 )
 def test_gradient_of_every_parameter_equals_central_differences_of_the_loops(fields):
     """Along a random direction each; weights that the paper stops the gradient of are frozen."""
@@ -195,18 +206,18 @@ def test_uniform_weights_equal_the_dense_model_of_the_mean_expert():
 # ------------------------------------------------------------------ variants of one computation
 
 
-@pytest.mark.parametrize("experts", [0, 4])
+@pytest.mark.parametrize(
+    "fields", [{"num_experts": 0}, {}, LLAMAS], ids=["dense", "lory", "grouped and tied"]
+)
 @pytest.mark.parametrize(
     "variant", [{"scan_layers": False}, {"remat": "full"}, {"remat": "dots"}], ids=str
 )
-def test_scan_unrolled_and_remat_agree(variant, experts):
+def test_scan_unrolled_and_remat_agree(variant, fields):
     tokens = random_tokens(2, L + 1)
-    config = tiny_config(num_experts=experts)
+    config = tiny_config(**fields)
     params = params_of(config)
     loss, gradients = loss_and_gradients(config)(params, tokens)
-    other_loss, other = loss_and_gradients(tiny_config(num_experts=experts, **variant))(
-        params, tokens
-    )
+    other_loss, other = loss_and_gradients(tiny_config(**fields, **variant))(params, tokens)
     np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
     assert_trees_close(other, gradients, 2e-5)
 
@@ -278,7 +289,7 @@ def test_rotation_depends_on_the_distance_only_and_keeps_lengths():
     query, key = (jax.random.normal(jax.random.key(i), (1, 1, 1, K)) for i in range(2))
 
     def turned(x, position):
-        return rotate(x, jnp.array([[position]]), 10_000.0)
+        return rotate(x, jnp.array([[position]]), Rope())
 
     def score(m, n):
         return float(jnp.sum(turned(query, m) * turned(key, n)))

@@ -40,8 +40,9 @@ def model_card(config: ModelConfig, step: int, dtype: str, merged_by: MergedBy |
         f"# A language model in LLaMA's format, made with lory_jax at training step {step:,}",
         "",
         f"{config.num_layers} layers, width {config.embed_dim}, {config.num_heads} attention "
-        f"heads, FFN width {config.mlp_dim}, vocabulary {config.vocab_size:,}, trained on "
-        f"sequences of up to {config.sequence_length:,} tokens. Tensors are stored as {dtype}.",
+        f"heads on {config.kv_heads} of keys and values, FFN width {config.mlp_dim}, vocabulary "
+        f"{config.vocab_size:,}, trained on sequences of up to {config.sequence_length:,} tokens. "
+        f"Tensors are stored as {dtype}.",
         "",
         *(_routing(config, merged_by) if merged_by else ["A dense model: it has no routing.", ""]),
         "## Use",
@@ -61,7 +62,8 @@ def _routing(config: ModelConfig, merged_by: MergedBy) -> list[str]:
         "## Routing",
         "",
         f"The model was trained as a Lory (arXiv 2405.03133) with {E} expert FFNs per layer. "
-        f"Here they are merged, once and for all, into one FFN per layer, by {merged_by.what}. For "
+        f"Here {_which(config)} merged, once and for all, into one FFN per layer, by "
+        f"{merged_by.what}. For "
         "other kinds of text another merge of the same model may do better.",
         "",
     ]
@@ -85,3 +87,8 @@ def _routing(config: ModelConfig, merged_by: MergedBy) -> list[str]:
         "",
     ]
     return lines
+
+
+def _which(config: ModelConfig) -> str:
+    k = config.top_k_experts
+    return f"the {k} of largest weight in each layer are" if k else "they are"

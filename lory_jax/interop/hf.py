@@ -21,7 +21,15 @@ from jax.sharding import Mesh
 from lory_jax.data.manifest import TOKENIZER_NAME
 from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.errors import InputError
-from lory_jax.interop.llama import Tensor, config_fields, ignored, model_fields, tensors
+from lory_jax.interop.llama import (
+    EMBEDDING,
+    HEAD,
+    Tensor,
+    config_fields,
+    ignored,
+    model_fields,
+    tensors,
+)
 from lory_jax.interop.shards import (
     MAX_SHARD_BYTES,
     Entry,
@@ -246,6 +254,14 @@ def _check_tensors(directory: Path, config: ModelConfig, files: TensorFiles) -> 
                 f"{directory}: tensor {name}: got shape {list(files.shapes[name])}, takes "
                 f"{list(shape)} by {CONFIG}"
             )
+    if config.tie_embeddings and HEAD in files.shapes:
+        # Some tools store the embedding twice. A head of its own would be lost.
+        if not np.array_equal(files.read(HEAD), files.read(EMBEDDING)):
+            raise InputError(
+                f"{directory}: tensor {HEAD} differs from {EMBEDDING}, which {CONFIG} ties it to "
+                "(tie_word_embeddings)"
+            )
+        expected[HEAD] = files.shapes[HEAD]
     for name in files.shapes:
         if name not in expected and not ignored(name):
             raise InputError(f"{directory}: tensor {name} is unknown: LLaMA has none of that name")

@@ -1,6 +1,6 @@
 """LLaMA as Hugging Face stores it: the fields of its config.json, its tensors by name and shape.
 
-Letters: V vocabulary, D model, H heads, K head width, F FFN.
+Letters: V vocabulary, D model, H heads, G heads of keys and values, K head width, F FFN.
 """
 
 import math
@@ -14,6 +14,7 @@ from lory_jax.errors import InputError
 from lory_jax.model.transformer import ModelConfig
 
 ARCHITECTURE = "LlamaForCausalLM"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # What else LLaMA's config can ask for, the value that means no such thing, and whether the field
 # may be left out. A field that is not here (dropout, cache settings) does not change the logits.
@@ -65,12 +66,12 @@ class Tensor:
 def tensors(config: ModelConfig) -> list[Tensor]:
     """Every tensor of a dense model, in the order of the forward pass."""
     V, D, F, H = config.vocab_size, config.embed_dim, config.mlp_dim, config.num_heads
-    K = D // H
+    G, K = config.kv_heads, D // H
     layer = [
         ("input_layernorm", ("attention_norm",), (D,), 0),
         ("self_attn.q_proj", ("attention", "query"), (D, H, K), 1),
-        ("self_attn.k_proj", ("attention", "key"), (D, H, K), 1),
-        ("self_attn.v_proj", ("attention", "value"), (D, H, K), 1),
+        ("self_attn.k_proj", ("attention", "key"), (D, G, K), 1),
+        ("self_attn.v_proj", ("attention", "value"), (D, G, K), 1),
         ("self_attn.o_proj", ("attention", "output"), (H, K, D), 2),
         ("post_attention_layernorm", ("ffn_norm",), (D,), 0),
         ("mlp.gate_proj", ("ffn", "gate"), (D, F), 1),
@@ -78,14 +79,14 @@ def tensors(config: ModelConfig) -> list[Tensor]:
         ("mlp.down_proj", ("ffn", "down"), (F, D), 1),
     ]
     return [
-        Tensor("model.embed_tokens.weight", ("embedding",), None, (V, D), 0),
+        Tensor(EMBEDDING, ("embedding",), None, (V, D), 0),
         *(
             Tensor(f"model.layers.{y}.{name}.weight", ("layers", *path), y, shape, inputs)
             for y in range(config.num_layers)
             for name, path, shape, inputs in layer
         ),
         Tensor("model.norm.weight", ("final_norm",), None, (D,), 0),
-        Tensor("lm_head.weight", ("head",), None, (D, V), 1),
+        *([] if config.tie_embeddings else [Tensor(HEAD, ("head",), None, (D, V), 1)]),
     ]
 
 
@@ -107,17 +108,18 @@ def config_fields(config: ModelConfig, dtype: str, bos_id: int, eos_id: int) -> 
         "intermediate_size": config.mlp_dim,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_heads,
+        "num_key_value_heads": config.kv_heads,
         "head_dim": config.embed_dim // config.num_heads,
         "hidden_act": "silu",
         "max_position_embeddings": config.sequence_length,
         "rms_norm_eps": config.norm_epsilon,
         # transformers 5 reads rope_parameters, everything older rope_theta.
         "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": rope_parameters(config) | {"rope_theta": config.rope_theta},
+        **({} if config.rope_scaling == "none" else {"rope_scaling": rope_parameters(config)}),
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": config.tie_embeddings,
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
         "dtype": dtype,
@@ -144,16 +146,25 @@ def model_fields(contents: Mapping[str, Any], name: str) -> dict[str, Any]:
             f"{name}: num_attention_heads: got {num_heads}, takes a divisor of hidden_size "
             f"({embed_dim})"
         )
-    for field, only in (("head_dim", embed_dim // num_heads), ("num_key_value_heads", num_heads)):
-        if _size(contents, field, name, only) != only:
-            raise InputError(f"{name}: {field}: got {contents[field]}, takes {only}")
-    if contents.get("tie_word_embeddings", False):
-        raise InputError(f"{name}: tie_word_embeddings: got true, takes false")
+    head_dim = embed_dim // num_heads
+    if _size(contents, "head_dim", name, head_dim) != head_dim:
+        raise InputError(f"{name}: head_dim: got {contents['head_dim']}, takes {head_dim}")
+    kv_heads = _size(contents, "num_key_value_heads", name, num_heads)
+    if num_heads % kv_heads:
+        raise InputError(
+            f"{name}: num_key_value_heads: got {kv_heads}, takes a divisor of "
+            f"num_attention_heads ({num_heads})"
+        )
+    tied = contents.get("tie_word_embeddings") or False
+    if not isinstance(tied, bool):
+        raise InputError(f"{name}: tie_word_embeddings: got {tied!r}, takes true or false")
     return {
         "vocab_size": _size(contents, "vocab_size", name),
         "num_layers": _size(contents, "num_hidden_layers", name),
         "embed_dim": embed_dim,
         "num_heads": num_heads,
+        "num_kv_heads": 0 if kv_heads == num_heads else kv_heads,
+        "tie_embeddings": tied,
         "mlp_dim": _size(contents, "intermediate_size", name),
         "sequence_length": _size(contents, "max_position_embeddings", name, 2048),
         "norm_epsilon": _number(contents, "rms_norm_eps", name, 1e-6),
@@ -170,6 +181,24 @@ def _check_architecture(contents: Mapping[str, Any], name: str) -> None:
         )
 
 
+# Our fields of rope scaling by what Hugging Face calls them, and the rope types that read them.
+ROPE_SCALING = {
+    "factor": ("rope_factor", ("linear", "llama3")),
+    "low_freq_factor": ("rope_low_frequency_factor", ("llama3",)),
+    "high_freq_factor": ("rope_high_frequency_factor", ("llama3",)),
+    "original_max_position_embeddings": ("rope_original_length", ("llama3",)),
+}
+
+
+def rope_parameters(config: ModelConfig) -> dict[str, Any]:
+    """The rope type and what it reads, under Hugging Face's names."""
+    kind = config.rope_scaling
+    if kind == "none":
+        return {"rope_type": "default"}
+    read = {theirs: ours for theirs, (ours, kinds) in ROPE_SCALING.items() if kind in kinds}
+    return {"rope_type": kind} | {theirs: getattr(config, ours) for theirs, ours in read.items()}
+
+
 def _rope_fields(contents: Mapping[str, Any], name: str) -> dict[str, Any]:
     # As transformers 5: rope_scaling, the older name, wins; either may hold the base or leave it.
     field = "rope_scaling" if contents.get("rope_scaling") else "rope_parameters"
@@ -177,14 +206,27 @@ def _rope_fields(contents: Mapping[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(rope, Mapping):
         raise InputError(f"{name}: {field}: got {rope!r}, takes an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise InputError(f"{name}: {field}: got rope_type {kind!r}, takes 'default'")
+    if kind not in ("default", "linear", "llama3"):
+        raise InputError(
+            f"{name}: {field}: got rope_type {kind!r}, takes 'default', 'linear' or 'llama3'"
+        )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise InputError(
             f"{name}: {field}.partial_rotary_factor: got {rope['partial_rotary_factor']}, takes 1.0"
         )
     theta = _number(contents, "rope_theta", name, 10_000.0)
-    return {"rope_theta": _number(rope, "rope_theta", name, theta)}
+    fields: dict[str, Any] = {"rope_theta": _number(rope, "rope_theta", name, theta)}
+    if kind == "default":
+        return fields
+    inside = f"{name}: {field}"
+    for theirs, (ours, kinds) in ROPE_SCALING.items():
+        if kind not in kinds:
+            continue
+        if ours == "rope_original_length":
+            fields[ours] = _size(rope, theirs, inside)
+        else:
+            fields[ours] = _number(rope, theirs, inside)
+    return fields | {"rope_scaling": kind}
 
 
 def _size(contents: Mapping[str, Any], field: str, name: str, default: int | None = None) -> int:
@@ -195,7 +237,9 @@ def _size(contents: Mapping[str, Any], field: str, name: str, default: int | Non
     return value
 
 
-def _number(contents: Mapping[str, Any], field: str, name: str, default: float) -> float:
+def _number(
+    contents: Mapping[str, Any], field: str, name: str, default: float | None = None
+) -> float:
     value = contents.get(field)
     value = default if value is None else value
     if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from lory_jax.errors import InputError
 from lory_jax.model.merged_ffn import merge
+from lory_jax.model.routing import keep_top_k
 from lory_jax.model.transformer import ModelConfig, Params, Routing, build, merge_params
 from lory_jax.parallel import shardings
 from lory_jax.progress import progress
@@ -28,7 +29,7 @@ def text_routing(config: ModelConfig, params: Params, tokens: Sequence[int]) -> 
     """Routing weights `[Y, E]`, float32, with this text as the prompt (BOS included).
 
     A text of more than `config.sequence_length` tokens is read in pieces of that many; its weights
-    are their mean, by length.
+    are their mean, by length. `config.top_k_experts` holds for each piece and for the mean.
     """
     L = config.sequence_length
     pieces = [tokens[start : start + L] for start in range(0, len(tokens), L)]
@@ -37,7 +38,7 @@ def text_routing(config: ModelConfig, params: Params, tokens: Sequence[int]) -> 
         tokens_1xL, length_1 = np.asarray([piece], np.int32), np.asarray([len(piece)], np.int32)
         r_Yx1x1xE = _weights(config, "prompt")(params, tokens_1xL, length_1)
         total_YxE += np.asarray(r_Yx1x1xE, np.float64)[:, 0, 0] * len(piece)
-    return (total_YxE / len(tokens)).astype(np.float32)
+    return _kept(config, total_YxE / len(tokens))
 
 
 def domain_routing(config: ModelConfig, params: Params, tokens_NxL: np.ndarray) -> np.ndarray:
@@ -53,7 +54,12 @@ def domain_routing(config: ModelConfig, params: Params, tokens_NxL: np.ndarray) 
     for start in progress(starts, total=len(starts), label="routing", unit="batches"):
         r_YxBxNxE = _weights(config, None)(params, tokens_NxL[start : start + BATCH], None)
         total_YxE += np.asarray(r_YxBxNxE, np.float64)[:, :, 1:].mean(axis=2).sum(axis=1)
-    return (total_YxE / len(tokens_NxL)).astype(np.float32)
+    return _kept(config, total_YxE / len(tokens_NxL))
+
+
+def _kept(config: ModelConfig, r_YxE: np.ndarray) -> np.ndarray:
+    r_YxE = r_YxE.astype(np.float32)
+    return np.asarray(keep_top_k(jnp.asarray(r_YxE), config.top_k_experts))
 
 
 @functools.lru_cache(maxsize=2)

@@ -1,4 +1,7 @@
-"""Causal multi-head attention with rotary position embeddings (LLaMA's).
+"""Causal grouped-query attention with rotary position embeddings (LLaMA's).
+
+Query head h reads the keys and values of head h // (H / G); G = H is multi-head attention. Keys and
+values are never repeated.
 
 `causal_attention` picks an implementation, none of which holds all L x L scores of the backward
 pass on an accelerator:
@@ -7,8 +10,12 @@ pass on an accelerator:
     "cudnn"   flash attention of cuDNN, on GPUs, in bfloat16
     "splash"  the Pallas flash attention that comes with JAX, on TPUs
 
-Letters: B batch, L queries, M keys, D model, H heads, K head width.
+Letters: B batch, L queries, M keys, D model, H heads of queries, G heads of keys and values,
+R = H / G, K head width.
 """
+
+import math
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -53,10 +60,40 @@ def resolve_attention(choice: str, platform: str, dtype: str) -> str:
     return choice
 
 
-def rotate(x_BxLxHxK: Array, positions_BxL: Array, theta: float) -> Array:
+@dataclass(frozen=True)
+class Rope:
+    """The rotary embedding's settings; `lory_jax.config.SCHEMA` says what each means."""
+
+    theta: float = 10_000.0
+    scaling: str = "none"
+    factor: float = 1.0
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_length: int = 8192
+
+    def frequencies(self, head_width: int) -> Array:
+        """Radians per position of each of the K/2 pairs, float32.
+
+        "linear" divides all of them by `factor`. "llama3" (Llama 3.1) divides those whose wave is
+        longer than original_length / low_frequency_factor, keeps those whose wave is shorter than
+        original_length / high_frequency_factor, and blends in between.
+        """
+        frequency_K2 = self.theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
+        if self.scaling == "none":
+            return frequency_K2
+        if self.scaling == "linear":
+            return frequency_K2 / self.factor
+        if self.scaling != "llama3":
+            raise ValueError(f"scaling: got {self.scaling!r}, takes none, linear or llama3")
+        low, high = self.low_frequency_factor, self.high_frequency_factor
+        turns_K2 = self.original_length * frequency_K2 / (2 * math.pi)
+        kept_K2 = jnp.clip((turns_K2 - low) / (high - low), 0.0, 1.0)
+        return frequency_K2 * (kept_K2 + (1 - kept_K2) / self.factor)
+
+
+def rotate(x_BxLxHxK: Array, positions_BxL: Array, rope: Rope) -> Array:
     """Rotary embedding in the half-rotation form; `positions_BxL` are integers from 0."""
-    K = x_BxLxHxK.shape[-1]
-    frequency_K2 = theta ** (-jnp.arange(0, K, 2, dtype=jnp.float32) / K)
+    frequency_K2 = rope.frequencies(x_BxLxHxK.shape[-1])
     angle_BxLx1xK2 = positions_BxL[:, :, None, None].astype(jnp.float32) * frequency_K2
     cos, sin = jnp.cos(angle_BxLx1xK2), jnp.sin(angle_BxLx1xK2)
     first, second = jnp.split(x_BxLxHxK.astype(jnp.float32), 2, axis=-1)
@@ -65,15 +102,20 @@ def rotate(x_BxLxHxK: Array, positions_BxL: Array, theta: float) -> Array:
 
 
 def attend(query: Array, key: Array, value: Array, mask: Array) -> Array:
-    """Softmax attention of `[B, H, L, K]` over `[B, H, M, K]` where `mask` (`[..., L, M]`) is true.
+    """Softmax attention of `[B, H, L, K]` over `[B, G, M, K]` where `mask` (`[..., L, M]`) is true.
 
     Scores and softmax are float32.
     """
-    scores_BxHxLxM = jnp.matmul(
-        query * query.shape[-1] ** -0.5, key.swapaxes(-1, -2), preferred_element_type=jnp.float32
+    (B, H, L, K), (_, G, M, _) = query.shape, key.shape
+    # The R query heads of a group are R * L queries of its one head of keys.
+    query_BxGxRLxK = (query * K**-0.5).reshape(B, G, H // G * L, K)
+    scores_BxGxRLxM = jnp.matmul(
+        query_BxGxRLxK, key.swapaxes(-1, -2), preferred_element_type=jnp.float32
     )
+    scores_BxHxLxM = scores_BxGxRLxM.reshape(B, H, L, M)
     weights_BxHxLxM = jax.nn.softmax(jnp.where(mask, scores_BxHxLxM, -1e30), axis=-1)
-    return jnp.matmul(weights_BxHxLxM.astype(value.dtype), value)
+    weights_BxGxRLxM = weights_BxHxLxM.astype(value.dtype).reshape(B, G, H // G * L, M)
+    return jnp.matmul(weights_BxGxRLxM, value).reshape(B, H, L, K)
 
 
 def causal_attention(
@@ -84,7 +126,7 @@ def causal_attention(
     batch_axis: str = "batch",
     heads_axis: str = "heads",
 ) -> Array:
-    """Causal attention over `[B, L, H, K]` by one of the implementations at the top of this file.
+    """Causal attention of `[B, L, H, K]` over `[B, L, G, K]`, as the top of this file says.
 
     The logical axes say how the batch and the heads lie on the mesh, if there is one.
     """
@@ -100,7 +142,7 @@ def causal_attention(
 
 
 def blocked_attention(query: Array, key: Array, value: Array) -> Array:
-    """Causal attention over `[B, L, H, K]`, by blocks of queries.
+    """Causal attention of `[B, L, H, K]` over `[B, L, G, K]`, by blocks of queries.
 
     A block attends to the keys up to its own end, so half of the scores of the whole L x L square
     are never computed: 2.6 times faster than `jax.nn.dot_product_attention` on a CPU at L = 512.
@@ -124,7 +166,9 @@ def splash_attention(
     heads_axis: str,
     interpret: bool = False,
 ) -> Array:
-    """JAX's Pallas flash attention, causal over `[B, L, H, K]`; each device does its own part.
+    """JAX's Pallas flash attention, causal, of `[B, L, H, K]` over `[B, L, G, K]`.
+
+    Each device does its own part.
 
     Raises:
       ConfigError: L is not a multiple of 128, the lanes of a TPU.
@@ -143,7 +187,7 @@ def splash_attention(
         block_q=size, block_kv=size, block_q_dkv=size, block_kv_dkv=size, use_fused_bwd_kernel=True
     )
 
-    def attend_here(query_BxHxLxK: Array, key_BxHxLxK: Array, value_BxHxLxK: Array) -> Array:
+    def attend_here(query_BxHxLxK: Array, key_BxGxLxK: Array, value_BxGxLxK: Array) -> Array:
         heads = query_BxHxLxK.shape[1]
         kernel = splash.make_splash_mha(
             splash.MultiHeadMask([splash.CausalMask((L, L))] * heads),
@@ -153,7 +197,7 @@ def splash_attention(
             residual_checkpoint_name=SAVED,
             interpret=interpret,
         )
-        return jax.vmap(kernel)(query_BxHxLxK, key_BxHxLxK, value_BxHxLxK)
+        return jax.vmap(kernel)(query_BxHxLxK, key_BxGxLxK, value_BxGxLxK)
 
     run = attend_here
     if not jax.sharding.get_abstract_mesh().empty:
@@ -171,31 +215,32 @@ class Attention(nnx.Module):
         init: Initializer,
         embed_dim: int,
         num_heads: int,
+        num_kv_heads: int,
         output_scale: float,
         heads_on_tensor: bool = False,
     ):
-        D, H = embed_dim, num_heads
+        D, H, G = embed_dim, num_heads, num_kv_heads
         K = D // H
-        width, heads = (
-            ("embed", "tensor_heads") if heads_on_tensor else ("attention_embed", "heads")
-        )
-        axes = (width, heads, "head_dim")
-        self.query = init.matrix((D, H, K), axes, fan_in=D)
-        self.key = init.matrix((D, H, K), axes, fan_in=D)
-        self.value = init.matrix((D, H, K), axes, fan_in=D)
+        width = "embed" if heads_on_tensor else "attention_embed"
+        heads = "tensor_heads" if heads_on_tensor else "heads"
+        # An axis of its own only where the size is a field of its own, which messages name.
+        kv_heads = "tensor_kv_heads" if heads_on_tensor and G != H else heads
+        self.query = init.matrix((D, H, K), (width, heads, "head_dim"), fan_in=D)
+        self.key = init.matrix((D, G, K), (width, kv_heads, "head_dim"), fan_in=D)
+        self.value = init.matrix((D, G, K), (width, kv_heads, "head_dim"), fan_in=D)
         self.output = init.matrix(
             (H, K, D), (heads, "head_dim", width), fan_in=D, scale=output_scale
         )
 
-    def project(self, x_BxLxD: Array, positions_BxL: Array, theta: float) -> tuple[Array, ...]:
-        """Queries, keys (both rotated) and values, each `[B, L, H, K]`."""
+    def project(self, x_BxLxD: Array, positions_BxL: Array, rope: Rope) -> tuple[Array, ...]:
+        """Queries `[B, L, H, K]`, keys (both rotated) and values `[B, L, G, K]`."""
 
         def apply(w: nnx.Param) -> Array:
             return jnp.einsum("bld,dhk->blhk", x_BxLxD, w[...].astype(x_BxLxD.dtype))
 
-        query_BxLxHxK = rotate(apply(self.query), positions_BxL, theta)
-        key_BxLxHxK = rotate(apply(self.key), positions_BxL, theta)
-        return query_BxLxHxK, key_BxLxHxK, apply(self.value)
+        query_BxLxHxK = rotate(apply(self.query), positions_BxL, rope)
+        key_BxLxGxK = rotate(apply(self.key), positions_BxL, rope)
+        return query_BxLxHxK, key_BxLxGxK, apply(self.value)
 
     def combine(self, values_BxLxHxK: Array) -> Array:
         """The output projection: `[B, L, H, K]` to `[B, L, D]`."""

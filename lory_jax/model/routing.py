@@ -75,6 +75,21 @@ def route(mean_xD: Array, router_DxE: Array) -> Array:
     return jax.nn.softmax(logits_xE, axis=-1)
 
 
+def keep_top_k(r_xE: Array, k: int) -> Array:
+    """Only the k largest weights of each distribution, renormalised; 0 keeps all.
+
+    The way to a sparse model that the paper names in section 6: a merge then reads k experts. Of
+    equal weights, the first count as larger: exactly k stay.
+    """
+    num_experts = r_xE.shape[-1]
+    if not 0 < k < num_experts:
+        return r_xE
+    kept_xk, index_xk = jax.lax.top_k(r_xE, k)
+    kept_xk = kept_xk / jnp.sum(kept_xk, axis=-1, keepdims=True)
+    is_expert_xkE = index_xk[..., None] == jnp.arange(num_experts)
+    return jnp.sum(jnp.where(is_expert_xkE, kept_xk[..., None], 0.0), axis=-2)
+
+
 def causal_routing(
     h_BxLxD: Array, router_DxE: Array, segment_length: int, first_segment: str
 ) -> Array:

@@ -23,6 +23,7 @@ from lory_jax.model import routing as route
 from lory_jax.model.attention import (
     SAVED,
     Attention,
+    Rope,
     causal_attention,
     resolve_attention,
 )
@@ -36,7 +37,11 @@ Params = dict[str, Any]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The fields of `config.model`; `lory_jax.config.SCHEMA` says what each means."""
+    """The fields of `config.model`; `lory_jax.config.SCHEMA` says what each means.
+
+    `top_k_experts` is no field of a recipe: training merges all experts. Of a trained model, only
+    the k largest routing weights are kept, renormalised; 0 keeps all.
+    """
 
     vocab_size: int
     num_layers: int
@@ -52,13 +57,21 @@ class ModelConfig:
     routing_group: int = 0
     load_balancing_weight: float = 0.01
     router_init_scale: float = 0.23
+    num_kv_heads: int = 0
+    tie_embeddings: bool = False
     rope_theta: float = 10_000.0
+    rope_scaling: str = "none"
+    rope_factor: float = 1.0
+    rope_low_frequency_factor: float = 1.0
+    rope_high_frequency_factor: float = 4.0
+    rope_original_length: int = 8192
     norm_epsilon: float = 1e-5
     compute_dtype: str = "float32"
     remat: str = "none"
     attention: str = "xla"
     attention_sharding: str = "batch"
     scan_layers: bool = True
+    top_k_experts: int = 0
 
     @classmethod
     def for_platform(cls, fields: Mapping[str, Any], platform: str) -> "ModelConfig":
@@ -68,7 +81,27 @@ class ModelConfig:
           ConfigError: the platform cannot run the implementation asked for.
         """
         attention = resolve_attention(fields["attention"], platform, fields["compute_dtype"])
-        return cls(**{**fields, "attention": attention})
+        # As many heads of keys as of queries, said in one way: equal models have equal configs.
+        grouped = fields.get("num_kv_heads", 0)
+        num_kv_heads = 0 if grouped == fields["num_heads"] else grouped
+        return cls(**{**fields, "attention": attention, "num_kv_heads": num_kv_heads})
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values G."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def rope(self) -> Rope:
+        """The settings of the rotary embedding."""
+        return Rope(
+            self.rope_theta,
+            self.rope_scaling,
+            self.rope_factor,
+            self.rope_low_frequency_factor,
+            self.rope_high_frequency_factor,
+            self.rope_original_length,
+        )
 
     @property
     def batch_axis(self) -> str:
@@ -133,6 +166,9 @@ class MergedFFN(nnx.Module):
 
     def routing_weights(self, h_BxLxD: Array, routing: Routing) -> Array:
         """`r_BxNxE` of this layer, float32; N is 1 for routing by prompt."""
+        return route.keep_top_k(self._all_weights(h_BxLxD, routing), self.config.top_k_experts)
+
+    def _all_weights(self, h_BxLxD: Array, routing: Routing) -> Array:
         config, lengths = self.config, routing.prompt_lengths_B
         with jax.named_scope("router"):
             if routing.kind in ("causal", "prefix"):
@@ -226,7 +262,9 @@ class Block(nnx.Module):
         output_scale = (2 * config.num_layers) ** -0.5
         self.attention_norm = init.ones((D,), ("norm",))
         heads_on_tensor = config.attention_sharding == "heads"
-        self.attention = Attention(init, D, config.num_heads, output_scale, heads_on_tensor)
+        self.attention = Attention(
+            init, D, config.num_heads, config.kv_heads, output_scale, heads_on_tensor
+        )
         self.ffn_norm = init.ones((D,), ("norm",))
         kind = SparseFFN if config.is_sparse else MergedFFN if config.num_experts else DenseFFN
         self.ffn = kind(init, config, output_scale)
@@ -248,7 +286,7 @@ class Block(nnx.Module):
         """Causal self-attention over the whole sequence, document borders included."""
         config, (B, L, _) = self.config, h_BxLxD.shape
         positions_BxL = jnp.broadcast_to(jnp.arange(L), (B, L))
-        query, key, value = self.attention.project(h_BxLxD, positions_BxL, config.rope_theta)
+        query, key, value = self.attention.project(h_BxLxD, positions_BxL, config.rope)
         return self.attention.combine(
             causal_attention(
                 query,
@@ -262,7 +300,7 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Token embedding, a stack of blocks, a final norm and an untied output head."""
+    """Token embedding, a stack of blocks, a final norm and an output head, which may be tied."""
 
     def __init__(self, config: ModelConfig, key: Array):
         self.config = config
@@ -271,7 +309,12 @@ class Transformer(nnx.Module):
         self.embedding = init.matrix((V, D), ("vocab", "embed"), fan_in=D)
         self.layers = Block(init.stacked(config.num_layers), config)
         self.final_norm = init.ones((D,), ("norm",))
-        self.head = init.matrix((D, V), ("embed", "vocab"), fan_in=D)
+        if not config.tie_embeddings:
+            self.head = init.matrix((D, V), ("embed", "vocab"), fan_in=D)
+
+    def output_head(self) -> Array:
+        """`[D, V]`: a parameter of its own, or the embedding's."""
+        return self.embedding[...].T if self.config.tie_embeddings else self.head[...]
 
     def embed(self, tokens_BxL: Array) -> Array:
         """`[B, L, D]` in the compute type."""
@@ -288,7 +331,7 @@ class Transformer(nnx.Module):
             logits_BxLxV = jnp.einsum(
                 "bld,dv->blv",
                 x_BxLxD,
-                self.head[...].astype(x_BxLxD.dtype),
+                self.output_head().astype(x_BxLxD.dtype),
                 preferred_element_type=jnp.float32,
             )
             return constrain(logits_BxLxV, "moe_batch", "length", "vocab")

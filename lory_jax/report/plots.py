@@ -176,6 +176,29 @@ def routing_distance(distances: Sequence[Mapping[str, Any]]) -> "Figure":
         return figure
 
 
+def loss_by_position(series: Mapping[str, Sequence[float]], segment_length: int) -> "Figure":
+    """Mean loss at the positions of an instance, by how its first segment is routed.
+
+    The first two segments are shown, a band marking the first. Only there does the rule differ, and
+    with `self` the band's losses are too low by what leaks.
+    """
+    with _style():
+        figure, axes = _figure(3.0)
+        shown = 2 * segment_length
+        axes.axvspan(0, segment_length, color="#eef1f4", zorder=0)
+        labels = {"self": "segment 1 by its own mean (leaks)", "uniform": "segment 1 by 1/E"}
+        for (name, losses_L), colour, style in zip(
+            series.items(), (COLOURS[2], COLOURS[1]), ("-", "--"), strict=True
+        ):
+            losses = np.asarray(losses_L[:shown])
+            axes.plot(np.arange(len(losses)) + 1, losses, style, color=colour, label=labels[name])
+        axes.set_xscale("log")
+        axes.set_xlabel("position in the instance (logarithmic); shaded: segment 1")
+        axes.set_ylabel("mean loss (nats)")
+        axes.legend()
+        return figure
+
+
 def utilisation(series: Mapping[str, Any]) -> "Figure":
     """Active (layer, expert) pairs over the steps: `step`, `experts_active`, `pairs`."""
     with _style():

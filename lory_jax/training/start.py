@@ -25,8 +25,15 @@ ARCHITECTURE = (
     "num_layers",
     "embed_dim",
     "num_heads",
+    "num_kv_heads",
     "mlp_dim",
+    "tie_embeddings",
     "rope_theta",
+    "rope_scaling",
+    "rope_factor",
+    "rope_low_frequency_factor",
+    "rope_high_frequency_factor",
+    "rope_original_length",
     "norm_epsilon",
 )
 

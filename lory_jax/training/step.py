@@ -68,7 +68,7 @@ def make_gradients(config: ModelConfig, microbatches: int) -> Callable[..., Any]
     def loss_fn(params: Params, tokens_BxL1: Array) -> tuple[Array, tuple[Array, Routed | None]]:
         model = merge_params(graph, params)
         x_BxLxD, routed = model.hidden(tokens_BxL1[:, :-1])
-        loss = mean_loss(x_BxLxD, model.head[...], tokens_BxL1[:, 1:])
+        loss = mean_loss(x_BxLxD, model.output_head(), tokens_BxL1[:, 1:])
         if routed is None or routed.balance is None:
             return loss, (loss, routed)
         return loss + config.load_balancing_weight * jnp.sum(routed.balance), (loss, routed)
@@ -180,6 +180,6 @@ def make_loss_step(
             rule = Routing(routing, lengths_B)
         model = merge_params(graph, params)
         x_BxLxD, _ = model.hidden(tokens_BxL1[:, :-1], rule)
-        return token_losses(x_BxLxD, model.head[...], tokens_BxL1[:, 1:])
+        return token_losses(x_BxLxD, model.output_head(), tokens_BxL1[:, 1:])
 
     return jax.jit(loss_step, out_shardings=replicated(mesh))

@@ -1,0 +1,53 @@
+"""All verbs under one name: `lory VERB --flags`, or `python -m lory_jax VERB --flags`."""
+
+import ast
+import difflib
+import importlib
+from pathlib import Path
+
+from lory_jax import cli
+from lory_jax.errors import ConfigError
+
+VERBS = (
+    "prepare",
+    "train",
+    "evaluate",
+    "analyze",
+    "generate",
+    "convert",
+    "compare",
+    "plan",
+    "check",
+)
+
+
+def main() -> None:
+    """The entry point."""
+    cli.run(dispatch)
+
+
+def dispatch(argv: list[str]) -> None:
+    """Runs the verb that comes first with the arguments that follow it."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(overview())
+        return
+    verb, *rest = argv
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"lory: got {verb!r}, takes one of {', '.join(VERBS)}{hint}")
+    importlib.import_module(f"lory_jax.{verb}").main(rest)
+
+
+def overview() -> str:
+    """Every verb with the first line of its file, none of which is imported for it."""
+    lines = ["usage: lory VERB [flags]; lory VERB --help explains the flags", ""]
+    for verb in VERBS:
+        source = (Path(__file__).parent / f"{verb}.py").read_text("utf-8")
+        summary = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+        lines.append(f"  {verb:9} {summary}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

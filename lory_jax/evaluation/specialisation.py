@@ -1,0 +1,94 @@
+"""Which texts an expert stands for, and which experts a text uses.
+
+Letters: I instances, L sequence, T tokens per segment, N segments, Y layers, E experts.
+"""
+
+import codecs
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lory_jax.api import Model
+from lory_jax.errors import InputError
+
+BEST = 3  # texts per expert
+LONGEST_TEXT = 300  # characters of a text that are kept
+
+
+def shown_layers(num_layers: int) -> list[int]:
+    """The bottom, the middle and the top, as in the paper's section 5.4."""
+    return sorted({0, num_layers // 2, num_layers - 1})
+
+
+def telling_texts(
+    weights: Mapping[str, np.ndarray], sets: Mapping[str, np.ndarray], model: Model
+) -> dict[str, list[list[dict[str, Any]]]]:
+    """The segments whose successors give an expert its greatest weights.
+
+    Args:
+      weights: `{domain: [Y, I, N, E]}`, routing weights of every segment.
+      sets: `{domain: [I, L + 1]}`, the instances.
+      model: whose tokenizer and segments they are.
+
+    Returns:
+      `{layer: [E][up to 3]}` for the bottom, middle and top layer: `weight`, `domain`, `text` (the
+      beginning of the segment that decided), greatest first, at most one per instance.
+    """
+    T = model.config.segment_length
+    found: dict[str, list[list[dict[str, Any]]]] = {}
+    for layer in shown_layers(model.config.num_layers):
+        found[str(layer)] = []
+        for expert in range(model.config.num_experts):
+            best = []
+            for domain, r_YxIxNxE in weights.items():
+                r_IxN = r_YxIxNxE[layer, :, 1:, expert]  # segment n + 1, which segment n decided
+                n_I = r_IxN.argmax(axis=1)
+                r_I = r_IxN[np.arange(len(n_I)), n_I]
+                best += [(float(r_I[i]), domain, int(i), int(n_I[i])) for i in range(len(n_I))]
+            best.sort(key=lambda item: -item[0])
+            found[str(layer)].append(
+                [
+                    {
+                        "weight": weight,
+                        "domain": domain,
+                        "text": _text(model, sets[domain][i, n * T : (n + 1) * T]),
+                    }
+                    for weight, domain, i, n in best[:BEST]
+                ]
+            )
+    return found
+
+
+def text_segments(model: Model, text: str) -> tuple[list[str], np.ndarray]:
+    """The segments of a text and their routing weights `[Y, N, E]`, as training would route them.
+
+    A text longer than an instance is read in windows that share one segment, so that every segment
+    but the first is routed by the one before it.
+
+    Raises:
+      InputError: the model is dense, instances are one segment, or the text is empty.
+    """
+    T, whole = (
+        model.config.segment_length,
+        model.config.sequence_length // model.config.segment_length,
+    )
+    if whole < 2:
+        raise InputError("--text: instances are one segment, so none is routed by another")
+    if not text:
+        raise InputError("--text: takes a text of at least one character")
+    tokens = np.array(model.encode(text), np.int32)
+    parts = []
+    for start in range(0, max(len(tokens) - T, 1), (whole - 1) * T):
+        window = tokens[start : start + whole * T]
+        r_YxNxE = model.routing_weights(window[None])[:, 0]
+        parts.append(r_YxNxE if start == 0 else r_YxNxE[:, 1:])
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    bounds = range(0, len(tokens), T)
+    texts = [decoder.decode(model.tokenizer.decode_bytes(tokens[s : s + T])) for s in bounds]
+    texts[-1] += decoder.decode(b"", final=True)
+    return texts, np.concatenate(parts, axis=1)
+
+
+def _text(model: Model, ids: Sequence[int] | np.ndarray) -> str:
+    return model.tokenizer.decode_bytes(ids).decode("utf-8", "replace")[:LONGEST_TEXT]

@@ -1,0 +1,114 @@
+"""The pages of `analyze`: what the experts of a run do, and which of them a text uses.
+
+Letters: Y layers, N segments, E experts.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lory_jax.report import page, plots
+
+STYLE = """
+.strip { display: flex; height: .6rem; margin: .12rem 0; border-radius: 2px; overflow: hidden; }
+.strip i { display: block; height: 100%; }
+.key { display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin: .8rem 0; font-size: .85rem; }
+.key b { display: inline-block; width: .8rem; height: .8rem; margin-right: .35rem;
+  border-radius: 2px; vertical-align: -1px; }
+.segment { margin: 1rem 0; }
+.segment pre { margin-bottom: .3rem; color: #1f2933; }
+@media print { .strip, .key { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
+"""
+
+
+def analysis_page(analysis: dict[str, Any]) -> str:
+    """The page of a run; `analysis` is what analysis.json holds."""
+    weights, texts = analysis["routing_weights"], analysis["telling_texts"]
+    pieces = [
+        page.style(STYLE),
+        page.paragraph(
+            f"Step {analysis['step']:,}. Routing weights are those of segments k > 1 of the test "
+            "set, which the segment before decides.",
+            "lead",
+        ),
+        page.heading("Routing by domain and layer"),
+        page.figure(
+            plots.to_svg(plots.routing_weights(weights)),
+            "Mean routing weight of every expert, by domain and layer.",
+        ),
+        page.heading("Do domains differ more than documents do?"),
+        page.figure(
+            plots.to_svg(plots.routing_distance(analysis["routing_distance"])),
+            "Distance between the mean routing weights of two domains, against random halves of "
+            "one domain.",
+        ),
+        page.heading("Experts in use during training"),
+        page.figure(
+            plots.to_svg(plots.utilisation(analysis["utilisation"])),
+            "(Layer, expert) pairs with a weight above 2/E at least once in 10 steps.",
+        ),
+        page.heading("The most telling texts of each expert"),
+        page.paragraph(
+            "Segments of the test set that give an expert its greatest weights, at most one of an "
+            "instance, at the bottom, in the middle and at the top.",
+            "note",
+        ),
+    ]
+    for layer, experts in texts.items():
+        rows = [
+            [f"expert {expert}", f"{found['weight']:.3f}", found["domain"], found["text"]]
+            for expert, best in enumerate(experts)
+            for found in best
+        ]
+        pieces.append(page.paragraph(f"Layer {layer}"))
+        pieces.append(page.table(["", "weight", "domain", "text"], rows, is_text=True))
+    return page.page("What the experts do", pieces)
+
+
+def text_page(title: str, segments: Sequence[str], r_YxNxE: np.ndarray) -> str:
+    """A text, segment by segment, each over a strip per layer: as wide as an expert weighs.
+
+    Args:
+      title: of the page.
+      segments: their texts.
+      r_YxNxE: routing weights of every segment.
+    """
+    num_layers, _, num_experts = r_YxNxE.shape
+    colours = [
+        f"hsl({360 * e / num_experts:.0f} 60% {45 + 20 * (e % 2)}%)" for e in range(num_experts)
+    ]
+    pieces = [
+        page.style(STYLE),
+        page.paragraph(
+            "Under each segment, one strip per layer, the bottom layer first. A colour is as wide "
+            "as its expert's weight in the FFN that reads the segment. A segment is routed by the "
+            "one before it, the first by itself.",
+            "note",
+        ),
+        _key(colours),
+    ]
+    for n, text in enumerate(segments):
+        strips = [_strip(r_YxNxE[y, n], y, colours) for y in range(num_layers)]
+        pieces.append(f'<div class="segment"><pre>{page.escape(text)}</pre>{"".join(strips)}</div>')
+    return page.page(title, pieces)
+
+
+def _key(colours: Sequence[str]) -> str:
+    names = [
+        f'<span><b style="background:{colour}"></b>expert {e}</span>'
+        for e, colour in enumerate(colours)
+    ]
+    return f'<div class="key">{"".join(names)}</div>'
+
+
+def _strip(r_E: np.ndarray, layer: int, colours: Sequence[str]) -> str:
+    """One bar; what it shows is also its label, for readers who do not see it."""
+    parts = [
+        f'<i style="width:{100 * weight:.2f}%;background:{colour}"></i>'
+        for weight, colour in zip(r_E, colours, strict=True)
+    ]
+    label = f"layer {layer}: " + ", ".join(f"expert {e} {w:.2f}" for e, w in enumerate(r_E))
+    return (
+        f'<div class="strip" role="img" aria-label="{label}" title="{label}">{"".join(parts)}</div>'
+    )
