@@ -2,13 +2,13 @@
 
 A TensorCore issues one bundle a cycle if nothing stalls. libtpu writes a kernel's final bundles,
 and how many slots of each kind a bundle uses, when asked to (`dump_arguments`). A loop counts its
-bundles times its turns, which its exit test and its counter's increment tell; the outermost loop is
-the grid's and turns once per grid step (its bundles also hold the pipeline's start and end).
-Conditional parts count as if they always ran.
+bundles times its turns, which its exit test and its counter's increment tell. The outermost loop is
+the grid's; it turns twice more than the grid has steps, for the pipeline to fill and to drain, and
+skips the kernel's body then: it counts once per grid step. Conditional parts count as if they always
+ran, and so do waits for DMA as if there were none.
 
-Bundles do not show how long the matrix unit is busy: a bundle can issue products faster than they
-are worked off. So `matrix_cycles` bounds it from below by the products' sizes, and a kernel takes
-at least the larger of the two, and of the cycles that its DMA takes.
+Bundles do not show how long the matrix unit is busy, for products can be issued faster than they are
+worked off; nor what DMA takes. `KernelCost.cycles` is the largest of the three.
 """
 
 import re
@@ -20,6 +20,7 @@ _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:[\s>]*\{(.*)$")
 _EXIT = re.compile(r"(%\w+) = scmp\.ge\.s32\.totalorder (%\w+), (\d+) /\* loop exit test")
 _BACK = re.compile(r"sbr\.rel \(!(%\w+)\)")
 DELAY = 4  # bundles after a branch that still run
+FILL = 2  # turns of the grid's loop beyond the grid's steps
 
 
 @dataclass(frozen=True)
@@ -53,35 +54,52 @@ def dump_arguments(directory: Path) -> str:
     return f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true --xla_jf_emit_annotations=true"
 
 
-def read_kernel(directory: Path, name: str, grid: int) -> KernelCost:
-    """The cost of the kernel `name` (its `pallas_call`'s) from a dump that holds it once.
+def read_kernel(directory: Path, instruction: str) -> KernelCost:
+    """The cost of one call of a kernel, from a dump of the program that it is in.
+
+    Equal kernels are compiled and written once; a call without files of its own has those of the
+    others of its name, if they all cost the same.
 
     Args:
       directory: of the dump.
-      name: as in `pallas_call(name=...)`.
-      grid: how many steps its grid has.
+      instruction: the name of the call in the optimised HLO.
 
     Raises:
-      ValueError: the dump holds no such kernel, or several.
+      ValueError: the dump holds no such kernel, or several that differ.
     """
-    bundles = [
+    found = _dumped(directory, instruction) or _dumped(directory, base_name(instruction) + ".*")
+    costs = {files: count(*(path.read_text() for path in files)) for files in found}
+    if len({cost.bundles for cost in costs.values()}) != 1:
+        raise ValueError(
+            f"{directory}: {len(found)} different kernels are called like {instruction!r}, expected "
+            "one"
+        )
+    return next(iter(costs.values()))
+
+
+def base_name(instruction: str) -> str:
+    """The name that `pallas_call` was given."""
+    return re.sub(r"(\.\d+|\.clone)*$", "", instruction)
+
+
+def _dumped(directory: Path, name: str) -> list[tuple[Path, Path]]:
+    """Bundles and slots of all kernels whose name matches a pattern."""
+    bundles = sorted(
         path
-        for path in directory.glob(f"*-{name}.*-final_bundles.txt")
+        for path in directory.glob(f"*-{name}-*-final_bundles.txt")
         if "schedule-analysis" not in path.name
-    ]
-    slots = list(directory.glob(f"*-{name}.*-final_hlo-static-per-bundle-utilization.txt"))
-    if len(bundles) != 1 or len(slots) != 1:
-        raise ValueError(f"{directory}: {len(bundles)} kernels are called {name!r}, expected one")
-    return count(bundles[0].read_text(), slots[0].read_text(), grid)
+    )
+    slots = sorted(directory.glob(f"*-{name}-*-final_hlo-static-per-bundle-utilization.txt"))
+    return list(zip(bundles, slots, strict=True))
 
 
-def count(bundles_text: str, slots_text: str, grid: int) -> KernelCost:
+def count(bundles_text: str, slots_text: str) -> KernelCost:
     """Bundles and slots, each times how often it runs."""
     bundles = parse_bundles(bundles_text)
     kinds, capacity, used = parse_slots(slots_text)
     if len(bundles) != len(used):
         raise ValueError(f"{len(bundles)} bundles, but slots of {len(used)}")
-    times = repetitions(bundles, grid)
+    times = repetitions(bundles)
     total = sum(times)
     slots = {
         kind: sum(t * row[k] for t, row in zip(times, used, strict=True))
@@ -97,7 +115,7 @@ def parse_bundles(text: str) -> list[Bundle]:
     return [Bundle(match[1] or "", match[2]) for match in found if match]
 
 
-def repetitions(bundles: list[Bundle], grid: int) -> list[int]:
+def repetitions(bundles: list[Bundle]) -> list[int]:
     """How often each bundle runs.
 
     Raises:
@@ -118,7 +136,7 @@ def repetitions(bundles: list[Bundle], grid: int) -> list[int]:
         step = re.search(re.escape(counter) + r" = sadd\.s32 (\d+), ", text)
         if step is None:
             raise ValueError(f"the loop's counter {counter} is not a sum with a constant")
-        turns = -(-end // int(step[1])) if open_loops else grid
+        turns = -(-end // int(step[1])) - (0 if open_loops else FILL)
         for k in range(start, min(i + 1 + DELAY, len(bundles))):
             times[k] *= turns
     if open_loops:

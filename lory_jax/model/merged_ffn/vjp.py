@@ -76,7 +76,7 @@ def products_ffn(products: Products, x_SxTxD: Array, experts: Experts, r_SxE: Ar
 def _fwd(
     products: Products, x_SxTxD: Array, experts: Experts, r_SxE: Array
 ) -> tuple[Array, Saved]:
-    run = _on_mesh(_forward, products, (SEGMENTS, EXPERTS, SEGMENTS), (SEGMENTS, HIDDEN, HIDDEN))
+    run = _on_mesh(forward, products, (SEGMENTS, EXPERTS, SEGMENTS), (SEGMENTS, HIDDEN, HIDDEN))
     y_SxTxD, gate_SxTxF, up_SxTxF = run(x_SxTxD, experts, r_SxE)
     return y_SxTxD, (x_SxTxD, experts, r_SxE, gate_SxTxF, up_SxTxF)
 
@@ -85,8 +85,11 @@ def _bwd(
     products: Products, saved: Saved, dy_SxTxD: Array
 ) -> tuple[Array, dict[str, Array], Array]:
     specs_in = (SEGMENTS, EXPERTS, SEGMENTS, HIDDEN, HIDDEN, SEGMENTS)
-    run = _on_mesh(_backward, products, specs_in, (SEGMENTS, EXPERTS, SEGMENTS))
-    return run(*saved, dy_SxTxD)
+    run = _on_mesh(backward, products, specs_in, (SEGMENTS, EXPERTS, SEGMENTS))
+    dx_SxTxD, dexperts, dr_SxE = run(*saved, dy_SxTxD)
+    experts, r_SxE = saved[1:3]
+    dexperts = {name: dw.astype(experts[name].dtype) for name, dw in dexperts.items()}
+    return dx_SxTxD, dexperts, dr_SxE.astype(r_SxE.dtype)
 
 
 products_ffn.defvjp(_fwd, _bwd)
@@ -106,7 +109,7 @@ def _on_mesh(
     )
 
 
-def _forward(
+def forward(
     products: Products, x_SxTxD: Array, experts: Experts, r_SxE: Array, *, on_mesh: bool
 ) -> tuple[Array, Array, Array]:
     """The output, and gate and up before the activation function."""
@@ -127,7 +130,7 @@ def _hidden(gate_SxTxF: Array, up_SxTxF: Array) -> Array:
     return (jax.nn.silu(gate32_SxTxF) * up_SxTxF).astype(gate_SxTxF.dtype)
 
 
-def _backward(
+def backward(
     products: Products,
     x_SxTxD: Array,
     experts: Experts,
@@ -138,6 +141,7 @@ def _backward(
     *,
     on_mesh: bool,
 ) -> tuple[Array, dict[str, Array], Array]:
+    """Gradients of x in its type, and of the experts and routing weights in float32."""
     dtype = x_SxTxD.dtype
     weights = {name: _whole(products, experts, x_SxTxD, on_mesh, name) for name in experts}
     with jax.named_scope("expert_ffn"):
@@ -169,11 +173,8 @@ def _backward(
             axis = products.d_axis(name)
             dw = jax.lax.psum_scatter(dw, FSDP, scatter_dimension=axis, tiled=True)
             dexperts[name] = jax.lax.psum(dw, REPLICAS)
-    dexperts = {
-        name: products.take_back(dw, name).astype(experts[name].dtype)
-        for name, dw in dexperts.items()
-    }
-    return dx_SxTxD, dexperts, dr_SxE.astype(r_SxE.dtype)
+    dexperts = {name: products.take_back(dw, name) for name, dw in dexperts.items()}
+    return dx_SxTxD, dexperts, dr_SxE
 
 
 def _whole(products: Products, experts: Experts, like: Array, on_mesh: bool, name: str) -> Array:
