@@ -11,8 +11,8 @@ own operations and from the final bundles of the Pallas kernels (lory_jax/planni
 from HBM, and temporaries. The slice only says which TPU: one layer on one device is compiled.
 
 Experts are in float32, [E, D, F], as the model stores them; with --gathered they arrive as they
-leave the all-gather over `fsdp`: in the compute type and laid out, which each device did for its own
-part, so that neither the conversion nor the transposition of whole matrices is in the layer.
+leave the all-gather over `fsdp`: in the compute type and laid out, which each device did for its
+own part, so that neither the conversion nor the transposition of whole matrices is in the layer.
 """
 
 import argparse
@@ -250,7 +250,7 @@ def layer_program(name: str, gathered: bool) -> Callable[..., Any]:
     import dataclasses
 
     from lory_jax.model.merged_ffn import vjp
-    from lory_jax.model.merged_ffn.kernels import kernel_products
+    from lory_jax.model.merged_ffn.kernel_products import kernel_products
 
     # After the gather and before the scatter: laid out, and gradients still in float32.
     products = dataclasses.replace(
@@ -334,7 +334,7 @@ def compile_kernels(args: argparse.Namespace) -> None:
     """Compiles the kernels of one shape alone, in a process whose libtpu writes their bundles."""
     import jax
 
-    from lory_jax.model.merged_ffn.kernels import kernel_products
+    from lory_jax.model.merged_ffn.kernel_products import kernel_products
     from lory_jax.planning.topology import parse_topology
 
     device = parse_topology(args.topology).devices()[0]

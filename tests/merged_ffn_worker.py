@@ -21,7 +21,7 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from lory_jax.model.merged_ffn.blocks import whole_products  # noqa: E402
-from lory_jax.model.merged_ffn.kernels import kernel_products  # noqa: E402
+from lory_jax.model.merged_ffn.kernel_products import kernel_products  # noqa: E402
 from lory_jax.model.merged_ffn.reference import einsum_ffn  # noqa: E402
 from lory_jax.model.merged_ffn.vjp import products_ffn  # noqa: E402
 from lory_jax.parallel import make_mesh  # noqa: E402

@@ -27,6 +27,7 @@ from lory_jax.model.merged_ffn import (
     resolve_merged_ffn,
     swiglu,
 )
+from lory_jax.model.merged_ffn.kernel_products import kernel_products
 from lory_jax.model.merged_ffn.vjp import products_ffn
 
 S, T, D, F, E = 3, 2, 5, 8, 3
@@ -54,7 +55,7 @@ def run_by(implementation, x, expert_major, r):
     """`merged_ffn`; the TPU's kernels are interpreted."""
     experts = from_expert_major(expert_major)
     if implementation == "kernel":
-        return products_ffn(kernels.kernel_products(interpret=True), x, experts, r)
+        return products_ffn(kernel_products(interpret=True), x, experts, r)
     return merged_ffn(x, experts, r, implementation)
 
 
@@ -197,9 +198,7 @@ def worst_error(got, expected):
     """The largest error of any array, on the scale of that array."""
     errors = [
         np.max(np.abs(np.asarray(a, np.float64) - b)) / np.max(np.abs(b))
-        for a, b in zip(
-            jax.tree.leaves(got), jax.tree.leaves(float64(expected)), strict=True
-        )
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(float64(expected)), strict=True)
     ]
     return max(errors)
 
@@ -257,7 +256,12 @@ def test_under_meshes_it_equals_one_device():
 
 @pytest.mark.parametrize(
     ("platform", "D", "chosen"),
-    [("cpu", 1024, "whole"), ("gpu", 1024, "blocks"), ("tpu", 1024, "kernel"), ("tpu", 96, "blocks")],
+    [
+        ("cpu", 1024, "whole"),
+        ("gpu", 1024, "blocks"),
+        ("tpu", 1024, "kernel"),
+        ("tpu", 96, "blocks"),
+    ],
 )
 def test_auto_is_by_platform_and_shape(platform, D, chosen):
     assert resolve_merged_ffn("auto", platform, 256, D, 8, 2) == chosen

@@ -4,11 +4,11 @@ A TensorCore issues one bundle a cycle if nothing stalls. libtpu writes a kernel
 and how many slots of each kind a bundle uses, when asked to (`dump_arguments`). A loop counts its
 bundles times its turns, which its exit test and its counter's increment tell. The outermost loop is
 the grid's; it turns twice more than the grid has steps, for the pipeline to fill and to drain, and
-skips the kernel's body then: it counts once per grid step. Conditional parts count as if they always
-ran, and so do waits for DMA as if there were none.
+skips the kernel's body then: it counts once per grid step. Conditional parts count as if they
+always ran, waits for DMA as if there were none.
 
-Bundles do not show how long the matrix unit is busy, for products can be issued faster than they are
-worked off; nor what DMA takes. `KernelCost.cycles` is the largest of the three.
+Bundles show neither how long the matrix unit is busy, for products can be issued faster than they
+are worked off, nor what DMA takes: a kernel takes at least the largest of the three.
 """
 
 import re
@@ -51,7 +51,9 @@ class KernelCost:
 
 def dump_arguments(directory: Path) -> str:
     """`LIBTPU_INIT_ARGS` that make libtpu write what `read_kernel` reads; set before it loads."""
-    return f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true --xla_jf_emit_annotations=true"
+    return (
+        f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true --xla_jf_emit_annotations=true"
+    )
 
 
 def read_kernel(directory: Path, instruction: str) -> KernelCost:
@@ -71,8 +73,8 @@ def read_kernel(directory: Path, instruction: str) -> KernelCost:
     costs = {files: count(*(path.read_text() for path in files)) for files in found}
     if len({cost.bundles for cost in costs.values()}) != 1:
         raise ValueError(
-            f"{directory}: {len(found)} different kernels are called like {instruction!r}, expected "
-            "one"
+            f"{directory}: {len(found)} different kernels are called like {instruction!r}, "
+            "expected one"
         )
     return next(iter(costs.values()))
 

@@ -33,7 +33,9 @@ def hbm_bytes(module: Module, runs: Executions) -> int:
 def _bytes(instruction: Instruction, computation: Computation, module: Module) -> int:
     if instruction.opcode in _FREE:
         return 0
-    estimate = re.search(r'"cost_estimate":\{[^}]*?"bytes_accessed":"?(\d+)', instruction.attributes)
+    estimate = re.search(
+        r'"cost_estimate":\{[^}]*?"bytes_accessed":"?(\d+)', instruction.attributes
+    )
     if estimate:
         return int(estimate[1])
     called = module.computations.get(instruction.attribute("calls") or "")
@@ -56,7 +58,9 @@ def _off_chip(shape: str) -> int:
 def _part_read(called: Computation, index: int) -> int | None:
     """Bytes of the slices that a fusion takes of a parameter; None if it reads all of it."""
     parameter = next(
-        i for i in called.instructions.values() if i.opcode == "parameter" and i.arguments == str(index)
+        i
+        for i in called.instructions.values()
+        if i.opcode == "parameter" and i.arguments == str(index)
     )
     users = [i for i in called.instructions.values() if parameter.name in i.operands]
     total = 0

@@ -76,7 +76,7 @@ def _products(implementation: str) -> Products:
     if implementation == "blocks":
         return block_products()
     # Pallas is imported where it is used: not every installation of JAX has it.
-    from lory_jax.model.merged_ffn.kernels import kernel_products
+    from lory_jax.model.merged_ffn.kernel_products import kernel_products
 
     return kernel_products()
 

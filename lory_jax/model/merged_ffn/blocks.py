@@ -81,9 +81,7 @@ def _gradients(
         left, right = (h_SxTxb, x_SxTxD) if name == "down" else (x_SxTxD, h_SxTxb)
         dm_SxMxN = jnp.matmul(left.mT, right)
         with jax.named_scope("merge"):
-            dr_SxE += jnp.einsum(
-                "smn,emn->se", dm_SxMxN, block, preferred_element_type=jnp.float32
-            )
+            dr_SxE += jnp.einsum("smn,emn->se", dm_SxMxN, block, preferred_element_type=jnp.float32)
             # In float32 on both sides: the sum over segments is a gradient's.
             dw_ExMxN = jnp.einsum("se,smn->emn", r_SxE, dm_SxMxN.astype(jnp.float32))
             dw = jax.lax.dynamic_update_slice_in_dim(dw, dw_ExMxN, start, axis=F_AXIS[name])

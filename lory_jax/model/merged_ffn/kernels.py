@@ -1,9 +1,9 @@
-"""The products of the merged FFN as Pallas kernels for TPUs: merged weights never leave the chip.
+"""The merged FFN's Pallas kernels for TPUs: merged weights never leave the chip.
 
-A matrix unit wants its contracted dimension full, and merging contracts over experts, of which there
-are few; and it gives what it merged row of D by row of D for all segments, where the product that
-follows needs segment by segment. Both are mended by one block-diagonal matrix: with P rows of D at a
-time, and experts laid out with D outermost,
+A matrix unit wants its contracted dimension full, and merging contracts over experts, of which
+there are few; and it gives what it merged row of D by row of D for all segments, where the product
+that follows needs segment by segment. Both are mended by one block-diagonal matrix: with P rows of
+D at a time, and experts laid out with D outermost,
 
     A[(s, p), (q, e)] = r[s, e] where p = q, else 0          [S * P, P * E]
     A @ w[(q, e), F] = merged[(s, p), F]
@@ -17,8 +17,6 @@ time, E experts, P rows of D in one product.
 """
 
 import dataclasses
-import functools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +25,6 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-
-from lory_jax.model.merged_ffn.vjp import Products
 
 SUBLANES, LANES = 8, 128  # of a register of 32 bits
 ROWS = 2 * SUBLANES  # of D in a tile of bfloat16
@@ -99,6 +95,15 @@ def spread(r_SxE: Array, tiling: Tiling, dtype: Any) -> Array:
     return a_SxPxPE.reshape(S * P, P * E).astype(dtype)
 
 
+def gather_spread(da_SPxPE: Array, tiling: Tiling) -> Array:
+    """The gradient `[S, E]` of the routing weights from that of `spread`'s matrix."""
+    P, G = tiling.rows, tiling.group
+    SP, PE = da_SPxPE.shape
+    if P < SUBLANES:
+        da_SPxPE = da_SPxPE.reshape(SP // (G * P), G // 2, 2, P, PE).swapaxes(1, 2)
+    return jnp.einsum("sppe->se", da_SPxPE.reshape(SP // P, P, P, PE // P))
+
+
 def _join_rows(parts: list[Array], G: int, P: int) -> Array:
     """`[G, 8, b]` of products `[G * P, b]` of the 8 / P parts of 8 rows of D, in float32.
 
@@ -163,7 +168,7 @@ def _merge(a_ref: Any, w_ref: Any, m_ref: Any, P: int) -> None:
     jax.lax.fori_loop(0, D // ROWS, step, None, unroll=UNROLL)
 
 
-def _to_hidden_kernel(a_ref: Any, x_ref: Any, w_ref: Any, h_ref: Any, m_ref: Any, *, P: int):
+def to_hidden_kernel(a_ref: Any, x_ref: Any, w_ref: Any, h_ref: Any, m_ref: Any, *, P: int):
     _merge(a_ref, w_ref, m_ref, P)
 
     def step(g: Array, _: None) -> None:
@@ -172,7 +177,7 @@ def _to_hidden_kernel(a_ref: Any, x_ref: Any, w_ref: Any, h_ref: Any, m_ref: Any
     jax.lax.fori_loop(0, x_ref.shape[0], step, None)
 
 
-def _from_hidden_kernel(a_ref: Any, h_ref: Any, w_ref: Any, y_ref: Any, m_ref: Any, *, P: int):
+def from_hidden_kernel(a_ref: Any, h_ref: Any, w_ref: Any, y_ref: Any, m_ref: Any, *, P: int):
     _merge(a_ref, w_ref, m_ref, P)
     is_first = pl.program_id(1) == 0
 
@@ -183,7 +188,7 @@ def _from_hidden_kernel(a_ref: Any, h_ref: Any, w_ref: Any, y_ref: Any, m_ref: A
     jax.lax.fori_loop(0, h_ref.shape[0], step, None)
 
 
-def _gradients_kernel(
+def gradients_kernel(
     at_ref: Any,
     xt_ref: Any,
     h_ref: Any,
@@ -216,229 +221,3 @@ def _gradients_kernel(
 
     zero = jnp.zeros((G * P, P * E), jnp.float32)
     dr_ref[0, 0] = jax.lax.fori_loop(0, D // SUBLANES, take_apart, zero, unroll=UNROLL)
-
-
-# ---------------------------------------------------------------- the products
-
-
-def kernel_products(interpret: bool = False) -> Products:
-    """The products as kernels for a TPU; `interpret` runs them, slowly, anywhere."""
-    return _INTERPRETED if interpret else _COMPILED
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One call's padded arguments, and its blocks by (group of segments, block of F)."""
-
-    tiling: Tiling
-    r_SxE: Array
-    w_DExF: Array
-    S: int
-    T: int
-    D: int
-    E: int
-    F: int
-    interpret: bool
-
-    @property
-    def groups(self) -> int:
-        return self.S // self.tiling.group
-
-    @property
-    def blocks(self) -> int:
-        return self.F // self.tiling.columns
-
-    def run(
-        self,
-        kernel: Any,
-        grid: tuple[int, int],
-        in_specs: list[Any],
-        out_specs: Any,
-        out_shape: Any,
-        scratch: Any,
-        name: str,
-        *arguments: Array,
-    ) -> Any:
-        rows = self.tiling.rows
-        return pl.pallas_call(
-            functools.partial(kernel, P=rows),
-            grid=grid,
-            in_specs=in_specs,
-            out_specs=out_specs,
-            out_shape=out_shape,
-            scratch_shapes=[scratch],
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
-            ),
-            cost_estimate=self.cost(name),
-            name=name,
-            interpret=self.interpret,
-        )(*arguments)
-
-    def cost(self, name: str) -> pl.CostEstimate:
-        """The work of the matrix unit, and what the blocks make the DMA move."""
-        P, b = self.tiling.rows, self.tiling.columns
-        product = 2 * self.S * self.T * self.D * self.F
-        # Each row of A, or of dM, goes through the matrix unit once per 128 contracted.
-        filled = math.ceil(P * self.E / MATRIX_ROWS) * MATRIX_ROWS
-        merging = 2 * self.S * self.D * self.F * filled * (2 if name == GRADIENTS else 1)
-        size = self.w_DExF.dtype.itemsize
-        activations, hidden = self.S * self.T * self.D, self.S * self.T * self.F
-        experts = self.w_DExF.size
-        moved = {
-            TO_HIDDEN: size * (activations + hidden + self.groups * experts),
-            FROM_HIDDEN: size * (hidden + self.groups * experts) + 4 * activations,
-            GRADIENTS: size * (self.blocks * activations + hidden + experts)
-            + 4 * (experts + self.blocks * self.S * P * P * self.E),
-        }
-        return pl.CostEstimate(
-            flops=product + merging, transcendentals=0, bytes_accessed=moved[name]
-        )
-
-
-TO_HIDDEN, FROM_HIDDEN, GRADIENTS = (
-    "merged_to_hidden",
-    "merged_from_hidden",
-    "merged_gradients",
-)
-
-
-def _prepare(w_DxExF: Array, r_SxE: Array, T: int, interpret: bool) -> _Call:
-    D, E, F = w_DxExF.shape
-    S = r_SxE.shape[0]
-    tiling = tile(S, T, D, E, w_DxExF.dtype.itemsize)
-    w_DxExF = pad(w_DxExF, (ROWS, tiling.experts, tiling.columns))
-    r_SxE = pad(r_SxE, (tiling.group, tiling.experts))
-    D, E, F = w_DxExF.shape
-    T += -T % tiling.tokens
-    return _Call(
-        tiling, r_SxE, w_DxExF.reshape(D * E, F), r_SxE.shape[0], T, D, E, F, interpret
-    )
-
-
-def pad(x: Array, multiples: tuple[int, ...]) -> Array:
-    """Zeros at the end of every axis, up to these multiples; x itself if there are none to add."""
-    widths = [(0, -size % multiple) for size, multiple in zip(x.shape, multiples, strict=True)]
-    return jnp.pad(x, widths) if any(width for _, width in widths) else x
-
-
-def _to_hidden(
-    x_SxTxD: Array, w_DxExF: Array, r_SxE: Array, name: str, *, interpret: bool
-) -> Array:
-    (S, T, _), F = x_SxTxD.shape, w_DxExF.shape[2]
-    call = _prepare(w_DxExF, r_SxE, T, interpret)
-    G, P, b = call.tiling.group, call.tiling.rows, call.tiling.columns
-    x_SxTxD = pad(x_SxTxD, (G, call.tiling.tokens, ROWS))
-    h_SxTxF = call.run(
-        _to_hidden_kernel,
-        (call.groups, call.blocks),
-        [
-            pl.BlockSpec((G * P, P * call.E), lambda g, f: (g, 0)),
-            pl.BlockSpec((G, call.T, call.D), lambda g, f: (g, 0, 0)),
-            pl.BlockSpec((call.D * call.E, b), lambda g, f: (0, f)),
-        ],
-        pl.BlockSpec((G, call.T, b), lambda g, f: (g, 0, f)),
-        jax.ShapeDtypeStruct((call.S, call.T, call.F), x_SxTxD.dtype),
-        pltpu.VMEM((G, call.D, b), x_SxTxD.dtype),
-        TO_HIDDEN,
-        spread(call.r_SxE, call.tiling, x_SxTxD.dtype),
-        x_SxTxD,
-        call.w_DExF,
-    )
-    return h_SxTxF[:S, :T, :F]
-
-
-def _from_hidden(
-    h_SxTxF: Array, w_DxExF: Array, r_SxE: Array, name: str, *, interpret: bool
-) -> Array:
-    (S, T, _), D = h_SxTxF.shape, w_DxExF.shape[0]
-    call = _prepare(w_DxExF, r_SxE, T, interpret)
-    G, P, b = call.tiling.group, call.tiling.rows, call.tiling.columns
-    h_SxTxF = pad(h_SxTxF, (G, call.tiling.tokens, b))
-    y_SxTxD = call.run(
-        _from_hidden_kernel,
-        (call.groups, call.blocks),
-        [
-            pl.BlockSpec((G * P, P * call.E), lambda g, f: (g, 0)),
-            pl.BlockSpec((G, call.T, b), lambda g, f: (g, 0, f)),
-            pl.BlockSpec((call.D * call.E, b), lambda g, f: (0, f)),
-        ],
-        pl.BlockSpec((G, call.T, call.D), lambda g, f: (g, 0, 0)),
-        jax.ShapeDtypeStruct((call.S, call.T, call.D), jnp.float32),
-        pltpu.VMEM((G, call.D, b), h_SxTxF.dtype),
-        FROM_HIDDEN,
-        spread(call.r_SxE, call.tiling, h_SxTxF.dtype),
-        h_SxTxF,
-        call.w_DExF,
-    )
-    return y_SxTxD[:S, :T, :D]
-
-
-def _gradients(
-    x_SxTxD: Array, h_SxTxF: Array, w_DxExF: Array, r_SxE: Array, name: str, *, interpret: bool
-) -> tuple[Array, Array]:
-    (D, E, F), S = w_DxExF.shape, r_SxE.shape[0]
-    call = _prepare(w_DxExF, r_SxE, x_SxTxD.shape[1], interpret)
-    G, P, b = call.tiling.group, call.tiling.rows, call.tiling.columns
-    xt_SxDxT = pad(x_SxTxD, (G, call.tiling.tokens, ROWS)).mT
-    h_SxTxF = pad(h_SxTxF, (G, call.tiling.tokens, b))
-    a_SPxPE = spread(call.r_SxE, call.tiling, x_SxTxD.dtype)
-    at_NxPExGP = a_SPxPE.reshape(call.groups, G * P, P * call.E).mT
-    dw_DExF, dr = call.run(
-        _gradients_kernel,
-        (call.blocks, call.groups),
-        [
-            pl.BlockSpec((1, P * call.E, G * P), lambda f, g: (g, 0, 0)),
-            pl.BlockSpec((G, call.D, call.T), lambda f, g: (g, 0, 0)),
-            pl.BlockSpec((G, call.T, b), lambda f, g: (g, 0, f)),
-            pl.BlockSpec((call.D * call.E, b), lambda f, g: (0, f)),
-        ],
-        [
-            pl.BlockSpec((call.D * call.E, b), lambda f, g: (0, f)),
-            pl.BlockSpec((1, 1, G * P, P * call.E), lambda f, g: (f, g, 0, 0)),
-        ],
-        [
-            jax.ShapeDtypeStruct((call.D * call.E, call.F), jnp.float32),
-            jax.ShapeDtypeStruct((call.blocks, call.groups, G * P, P * call.E), jnp.float32),
-        ],
-        pltpu.VMEM((G, call.D, b), jnp.float32),
-        GRADIENTS,
-        at_NxPExGP,
-        xt_SxDxT,
-        h_SxTxF,
-        call.w_DExF,
-    )
-    dr_SxE = gather_spread(jnp.sum(dr, axis=0).reshape(call.S * P, P * call.E), call.tiling)
-    return dw_DExF.reshape(call.D, call.E, call.F)[:D, :E, :F], dr_SxE[:S, :E]
-
-
-def gather_spread(da_SPxPE: Array, tiling: Tiling) -> Array:
-    """The gradient `[S, E]` of the routing weights from that of `spread`'s matrix."""
-    P, G = tiling.rows, tiling.group
-    SP, PE = da_SPxPE.shape
-    if P < SUBLANES:
-        da_SPxPE = da_SPxPE.reshape(SP // (G * P), G // 2, 2, P, PE).swapaxes(1, 2)
-    return jnp.einsum("sppe->se", da_SPxPE.reshape(SP // P, P, P, PE // P))
-
-
-def _lay_out(w: Array, name: str) -> Array:
-    """`[D, E, F]`."""
-    return w.transpose((2, 0, 1) if name == "down" else (1, 0, 2))
-
-
-def _take_back(w_DxExF: Array, name: str) -> Array:
-    return w_DxExF.transpose((1, 2, 0) if name == "down" else (1, 0, 2))
-
-
-def _products(interpret: bool) -> Products:
-    return Products(
-        lay_out=_lay_out,
-        take_back=_take_back,
-        d_axis=lambda name: 0,
-        to_hidden=functools.partial(_to_hidden, interpret=interpret),
-        from_hidden=functools.partial(_from_hidden, interpret=interpret),
-        gradients=functools.partial(_gradients, interpret=interpret),
-    )
-
-
-_COMPILED, _INTERPRETED = _products(False), _products(True)

@@ -73,9 +73,7 @@ def products_ffn(products: Products, x_SxTxD: Array, experts: Experts, r_SxE: Ar
     return _fwd(products, x_SxTxD, experts, r_SxE)[0]
 
 
-def _fwd(
-    products: Products, x_SxTxD: Array, experts: Experts, r_SxE: Array
-) -> tuple[Array, Saved]:
+def _fwd(products: Products, x_SxTxD: Array, experts: Experts, r_SxE: Array) -> tuple[Array, Saved]:
     run = _on_mesh(forward, products, (SEGMENTS, EXPERTS, SEGMENTS), (SEGMENTS, HIDDEN, HIDDEN))
     y_SxTxD, gate_SxTxF, up_SxTxF = run(x_SxTxD, experts, r_SxE)
     return y_SxTxD, (x_SxTxD, experts, r_SxE, gate_SxTxF, up_SxTxF)
