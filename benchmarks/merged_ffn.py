@@ -53,14 +53,21 @@ def main() -> None:
         compile_kernels(args)
         return
     segments = args.segments or ("16,64,128" if args.topology else "32")
-    rows = []
+    # Compiling takes long: what FILE already holds of it is not done again.
+    rows = json.loads(args.json.read_text()) if args.topology and _exists(args.json) else []
     for E in map(int, args.experts.split(",")):
         for S in map(int, segments.split(",")):
             shape = {"S": S, "T": args.T, "D": args.D, "F": args.F, "E": E}
-            measure = compile_layer if args.topology else time_layer
-            rows += measure(args, shape)
-            if args.json:
-                write(args.json, json.dumps(rows, indent=1) + "\n")
+            if args.topology:
+                compile_layers(args, shape, rows)
+            else:
+                rows += time_layers(args, shape)
+    if args.json:
+        write(args.json, json.dumps(rows, indent=1) + "\n")
+
+
+def _exists(path: Path | None) -> bool:
+    return path is not None and path.exists()
 
 
 def write(path: Path, text: str) -> None:
@@ -129,7 +136,7 @@ def flops(shape: dict[str, int], implementation: str) -> int:
 # ---------------------------------------------------------------- by the clock
 
 
-def time_layer(args: argparse.Namespace, shape: dict[str, int]) -> list[dict[str, Any]]:
+def time_layers(args: argparse.Namespace, shape: dict[str, int]) -> list[dict[str, Any]]:
     import jax
     import jax.numpy as jnp
 
@@ -190,22 +197,31 @@ def time_layer(args: argparse.Namespace, shape: dict[str, int]) -> list[dict[str
 # ---------------------------------------------------------------- by the TPU's compiler
 
 
-def compile_layer(args: argparse.Namespace, shape: dict[str, int]) -> list[dict[str, Any]]:
+def compile_layers(
+    args: argparse.Namespace, shape: dict[str, int], rows: list[dict[str, Any]]
+) -> None:
+    """Adds to `rows` what they lack of this shape; the dense layer comes first."""
     from lory_jax.planning.topology import parse_topology
 
     topology = parse_topology(args.topology)
-    names = ["dense", *(args.implementations or "einsum,whole,blocks,kernel").split(",")]
-    rows: list[dict[str, Any]] = []
-    for name in names:
-        row: dict[str, Any] = {"implementation": name, **shape, "dtype": args.dtype or "bfloat16"}
-        row |= {"topology": args.topology, "gathered": args.gathered}
-        row |= compiled_figures(args, shape, name, topology)
-        if rows:
-            row["over_dense"] = row["cycles"] / rows[0]["cycles"]
-            row["bytes_over_dense"] = row["hbm_GB"] / rows[0]["hbm_GB"]
-        report(row)
-        rows.append(row)
-    return rows
+    dense: dict[str, Any] = {}
+    for name in ["dense", *(args.implementations or "einsum,whole,blocks,kernel").split(",")]:
+        # E and where experts come from are nothing to the dense layer.
+        case: dict[str, Any] = {"implementation": name, **shape}
+        case |= {"dtype": args.dtype or "bfloat16", "topology": args.topology}
+        case["gathered"] = args.gathered and name != "dense"
+        case["E"] = shape["E"] if name != "dense" else 1
+        row = next((row for row in rows if case.items() <= row.items()), None)
+        if row is None:
+            row = case | compiled_figures(args, shape, name, topology)
+            if dense:
+                row["over_dense"] = row["cycles"] / dense["cycles"]
+                row["bytes_over_dense"] = row["hbm_GB"] / dense["hbm_GB"]
+            rows.append(row)
+            report(row)
+            if args.json:
+                write(args.json, json.dumps(rows, indent=1) + "\n")
+        dense = dense or row
 
 
 def compiled_figures(
@@ -254,7 +270,7 @@ def layer_program(name: str, gathered: bool) -> Callable[..., Any]:
 
     # After the gather and before the scatter: laid out, and gradients still in float32.
     products = dataclasses.replace(
-        kernel_products(), lay_out=lambda w, _: w, take_back=lambda w, _: w
+        kernel_products(), lay_out=lambda w, _: w, take_back=lambda w, *_: w
     )
 
     def both(dy: Any, x: Any, experts: Any, r: Any) -> Any:
@@ -277,7 +293,7 @@ def described(
 
     x, experts, r = shapes(shape, name)
     if gathered and name == "kernel":
-        experts = {matrix: (shape["D"], shape["E"], shape["F"]) for matrix in experts}
+        experts = {matrix: (shape["D"] * shape["E"], shape["F"]) for matrix in experts}
     weights = dtype if gathered and name != "dense" else "float32"
     matrices = {matrix: describe(size, weights) for matrix, size in experts.items()}
     return describe(x, dtype), describe(x, dtype), matrices, describe(r, "float32")
@@ -345,7 +361,7 @@ def compile_kernels(args: argparse.Namespace) -> None:
         return jax.ShapeDtypeStruct(size, kind, sharding=sharding)
 
     x, h = describe(args.dtype, S, T, D), describe(args.dtype, S, T, F)
-    w, r = describe(args.dtype, D, E, F), describe("float32", S, E)
+    w, r = describe(args.dtype, D * E, F), describe("float32", S, E)
     products = kernel_products()
     jax.jit(lambda x, w, r: products.to_hidden(x, w, r, "gate")).lower(x, w, r).compile()
     jax.jit(lambda h, w, r: products.from_hidden(h, w, r, "gate")).lower(h, w, r).compile()

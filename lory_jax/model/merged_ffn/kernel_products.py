@@ -107,15 +107,18 @@ class _Call:
         )
 
 
-def _prepare(w_DxExF: Array, r_SxE: Array, T: int, interpret: bool) -> _Call:
-    D, E, F = w_DxExF.shape
-    S = r_SxE.shape[0]
-    tiling = tile(S, T, D, E, w_DxExF.dtype.itemsize)
-    w_DxExF = pad(w_DxExF, (ROWS, tiling.experts, tiling.columns))
+def _prepare(w_DExF: Array, r_SxE: Array, T: int, interpret: bool) -> _Call:
+    S, E = r_SxE.shape
+    D = w_DExF.shape[0] // E
+    tiling = tile(S, T, D, E, w_DExF.dtype.itemsize)
     r_SxE = pad(r_SxE, (tiling.group, tiling.experts))
-    D, E, F = w_DxExF.shape
+    if D % ROWS or E % tiling.experts:
+        w_DxExF = pad(w_DExF.reshape(D, E, -1), (ROWS, tiling.experts, 1))
+        D, E, _ = w_DxExF.shape
+        w_DExF = w_DxExF.reshape(D * E, -1)
+    w_DExF = pad(w_DExF, (1, tiling.columns))
     T += -T % tiling.tokens
-    return _Call(tiling, r_SxE, w_DxExF.reshape(D * E, F), r_SxE.shape[0], T, D, E, F, interpret)
+    return _Call(tiling, r_SxE, w_DExF, r_SxE.shape[0], T, D, E, w_DExF.shape[1], interpret)
 
 
 def pad(x: Array, multiples: tuple[int, ...]) -> Array:
@@ -124,11 +127,9 @@ def pad(x: Array, multiples: tuple[int, ...]) -> Array:
     return jnp.pad(x, widths) if any(width for _, width in widths) else x
 
 
-def _to_hidden(
-    x_SxTxD: Array, w_DxExF: Array, r_SxE: Array, name: str, *, interpret: bool
-) -> Array:
-    (S, T, _), F = x_SxTxD.shape, w_DxExF.shape[2]
-    call = _prepare(w_DxExF, r_SxE, T, interpret)
+def _to_hidden(x_SxTxD: Array, w_DExF: Array, r_SxE: Array, name: str, *, interpret: bool) -> Array:
+    (S, T, _), F = x_SxTxD.shape, w_DExF.shape[1]
+    call = _prepare(w_DExF, r_SxE, T, interpret)
     G, P, b = call.tiling.group, call.tiling.rows, call.tiling.columns
     x_SxTxD = pad(x_SxTxD, (G, call.tiling.tokens, ROWS))
     h_SxTxF = call.run(
@@ -151,10 +152,10 @@ def _to_hidden(
 
 
 def _from_hidden(
-    h_SxTxF: Array, w_DxExF: Array, r_SxE: Array, name: str, *, interpret: bool
+    h_SxTxF: Array, w_DExF: Array, r_SxE: Array, name: str, *, interpret: bool
 ) -> Array:
-    (S, T, _), D = h_SxTxF.shape, w_DxExF.shape[0]
-    call = _prepare(w_DxExF, r_SxE, T, interpret)
+    (S, T, _), D = h_SxTxF.shape, w_DExF.shape[0] // r_SxE.shape[1]
+    call = _prepare(w_DExF, r_SxE, T, interpret)
     G, P, b = call.tiling.group, call.tiling.rows, call.tiling.columns
     h_SxTxF = pad(h_SxTxF, (G, call.tiling.tokens, b))
     y_SxTxD = call.run(
@@ -177,10 +178,10 @@ def _from_hidden(
 
 
 def _gradients(
-    x_SxTxD: Array, h_SxTxF: Array, w_DxExF: Array, r_SxE: Array, name: str, *, interpret: bool
+    x_SxTxD: Array, h_SxTxF: Array, w_DExF: Array, r_SxE: Array, name: str, *, interpret: bool
 ) -> tuple[Array, Array]:
-    (D, E, F), S = w_DxExF.shape, r_SxE.shape[0]
-    call = _prepare(w_DxExF, r_SxE, x_SxTxD.shape[1], interpret)
+    (S, T, D), E, F = x_SxTxD.shape, r_SxE.shape[1], w_DExF.shape[1]
+    call = _prepare(w_DExF, r_SxE, T, interpret)
     G, P, b = call.tiling.group, call.tiling.rows, call.tiling.columns
     xt_SxDxT = pad(x_SxTxD, (G, call.tiling.tokens, ROWS)).mT
     h_SxTxF = pad(h_SxTxF, (G, call.tiling.tokens, b))
@@ -211,15 +212,19 @@ def _gradients(
         call.w_DExF,
     )
     dr_SxE = gather_spread(jnp.sum(dr, axis=0).reshape(call.S * P, P * call.E), call.tiling)
-    return dw_DExF.reshape(call.D, call.E, call.F)[:D, :E, :F], dr_SxE[:S, :E]
+    if (call.D, call.E) != (D, E):
+        dw_DExF = dw_DExF.reshape(call.D, call.E, call.F)[:D, :E].reshape(D * E, call.F)
+    return dw_DExF[:, :F], dr_SxE[:S, :E]
 
 
 def _lay_out(w: Array, name: str) -> Array:
-    """`[D, E, F]`."""
-    return w.transpose((2, 0, 1) if name == "down" else (1, 0, 2))
+    """`[D * E, F]`, D outermost."""
+    w_DxExF = w.transpose((2, 0, 1) if name == "down" else (1, 0, 2))
+    return w_DxExF.reshape(-1, w_DxExF.shape[2])
 
 
-def _take_back(w_DxExF: Array, name: str) -> Array:
+def _take_back(w_DExF: Array, name: str, E: int) -> Array:
+    w_DxExF = w_DExF.reshape(-1, E, w_DExF.shape[1])
     return w_DxExF.transpose((1, 2, 0) if name == "down" else (1, 0, 2))
 
 

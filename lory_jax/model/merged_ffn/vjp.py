@@ -38,7 +38,7 @@ class Products:
 
     Attributes:
       lay_out: `(w [E, D, F] or [E, F, D], name)` to the layout of the products below; a linear map.
-      take_back: its inverse.
+      take_back: its inverse, given E.
       d_axis: `name` to the axis of D in that layout.
       to_hidden: `(x [S, T, D], w, r [S, E], name)` to `[S, T, F]` in x's type.
       from_hidden: `(h [S, T, F], w, r, name)` to float32 `[S, T, D]`.
@@ -46,7 +46,7 @@ class Products:
     """
 
     lay_out: Callable[[Array, str], Array]
-    take_back: Callable[[Array, str], Array]
+    take_back: Callable[[Array, str, int], Array]
     d_axis: Callable[[str], int]
     to_hidden: Callable[[Array, Array, Array, str], Array]
     from_hidden: Callable[[Array, Array, Array, str], Array]
@@ -171,7 +171,7 @@ def backward(
             axis = products.d_axis(name)
             dw = jax.lax.psum_scatter(dw, FSDP, scatter_dimension=axis, tiled=True)
             dexperts[name] = jax.lax.psum(dw, REPLICAS)
-    dexperts = {name: products.take_back(dw, name) for name, dw in dexperts.items()}
+    dexperts = {name: products.take_back(dw, name, r_SxE.shape[1]) for name, dw in dexperts.items()}
     return dx_SxTxD, dexperts, dr_SxE
 
 
