@@ -251,6 +251,21 @@ def test_under_meshes_it_equals_one_device():
         assert case["error"] < VALUES, case
 
 
+def test_remat_computes_gate_and_up_again_and_nothing_else():
+    S, T, D, F, E = 4, 64, 64, 128, 4
+    x, experts, r, dy = random_inputs(S, T, D, F, E)
+
+    def flops(wrap):
+        run = wrap(lambda *a: merged_ffn(*a, "whole"))
+        gradient = jax.grad(lambda *a: jnp.vdot(run(*a), dy), argnums=(0, 1, 2))
+        return jax.jit(gradient).lower(x, experts, r).compile().cost_analysis()["flops"]
+
+    again = flops(jax.checkpoint) - flops(lambda f: f)
+    gate_and_up = 2 * 2 * S * T * D * F + 2 * 2 * S * E * D * F
+    # Beside them: activation functions.
+    assert 0.9 * gate_and_up < again < 1.1 * gate_and_up
+
+
 # ---------------------------------------------------------------- which one
 
 
