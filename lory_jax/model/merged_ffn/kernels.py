@@ -30,7 +30,6 @@ SUBLANES, LANES = 8, 128  # of a register of 32 bits
 ROWS = 2 * SUBLANES  # of D in a tile of bfloat16
 UNROLL = 4  # steps of a loop, so that one's products run while the other's results are taken
 
-
 VMEM_BYTES = 96 * 2**20  # that blocks may take; a v5e has 128 MiB
 VMEM_LIMIT = 112 * 2**20  # with what the compiler adds
 MATRIX_ROWS = 128  # of the matrix unit, which P * E should fill and not exceed
@@ -63,11 +62,16 @@ def smallest_tiling(E: int) -> Tiling:
 
 
 def tile(S: int, T: int, D: int, E: int, itemsize: int) -> Tiling:
-    """The tiling for one device's segments: the largest group that fits `VMEM_BYTES`."""
+    """The tiling for one device's segments: the largest group that fits `VMEM_BYTES`.
+
+    There are two groups at least, for chips whose two cores share them, and padding adds no more
+    than a quarter to S.
+    """
     tiling = smallest_tiling(E)
-    while tiling.group < min(S, MAX_GROUP):
+    while tiling.group < MAX_GROUP:
         larger = dataclasses.replace(tiling, group=2 * tiling.group)
-        if vmem_bytes(larger, T, D, E, itemsize) > VMEM_BYTES:
+        is_too_large = vmem_bytes(larger, T, D, E, itemsize) > VMEM_BYTES
+        if is_too_large or 2 * larger.group > S or -S % larger.group > S / 4:
             break
         tiling = larger
     return tiling
