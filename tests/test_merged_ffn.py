@@ -203,8 +203,7 @@ def worst_error(got, expected):
     return max(errors)
 
 
-@pytest.mark.parametrize("implementation", ["whole", "kernel"])
-@settings(max_examples=4, deadline=None, derandomize=True)
+@settings(max_examples=2, deadline=None, derandomize=True)
 @example(S=1, T=4, D=24, F=130, E=1)  # one segment, one expert, F of one block and a bit
 @example(S=3, T=5, D=16, F=20, E=3)
 @example(S=2, T=3, D=16, F=129, E=128)
@@ -216,10 +215,12 @@ def worst_error(got, expected):
     F=st.integers(1, 140),
     E=st.integers(1, 33),
 )
-def test_equals_the_reference_for_any_shape(implementation, S, T, D, F, E):
+def test_every_implementation_equals_the_reference_for_any_shape(S, T, D, F, E):
     arrays = random_inputs(S, T, D, F, E)
     expected = value_and_gradients("einsum", *arrays)
-    assert worst_error(value_and_gradients(implementation, *arrays), expected) < VALUES
+    for implementation in ("whole", "kernel"):
+        error = worst_error(value_and_gradients(implementation, *arrays), expected)
+        assert error < VALUES, implementation
 
 
 @pytest.mark.parametrize("implementation", ["whole", "kernel"])
