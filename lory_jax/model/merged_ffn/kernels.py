@@ -150,7 +150,7 @@ def _dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
     )
 
 
-def _rows_of(w_ref: Any, start: Array | int, P: int, per_row: int) -> Any:
+def _rows_of(start: Array | int, P: int, per_row: int) -> Any:
     """The slice of experts' rows that belongs to P rows of D from `start` on."""
     return pl.ds(pl.multiple_of(start * per_row, P * per_row), P * per_row)
 
@@ -164,7 +164,7 @@ def _merge(a_ref: Any, w_ref: Any, m_ref: Any, P: int) -> None:
         tiles = []
         for tile in range(ROWS // SUBLANES):
             starts = [i * ROWS + tile * SUBLANES + p for p in range(0, SUBLANES, P)]
-            parts = [_dot(a_ref[...], w_ref[_rows_of(w_ref, d, P, E), :]) for d in starts]
+            parts = [_dot(a_ref[...], w_ref[_rows_of(d, P, E), :]) for d in starts]
             tiles.append(_join_rows(parts, G, P))
         m_Gx16xb = jnp.concatenate(tiles, axis=1).astype(m_ref.dtype)
         m_ref[:, pl.ds(pl.multiple_of(i * ROWS, ROWS), ROWS), :] = m_Gx16xb
@@ -172,7 +172,7 @@ def _merge(a_ref: Any, w_ref: Any, m_ref: Any, P: int) -> None:
     jax.lax.fori_loop(0, D // ROWS, step, None, unroll=UNROLL)
 
 
-def to_hidden_kernel(a_ref: Any, x_ref: Any, w_ref: Any, h_ref: Any, m_ref: Any, *, P: int):
+def to_hidden_kernel(a_ref: Any, x_ref: Any, w_ref: Any, h_ref: Any, m_ref: Any, *, P: int) -> None:
     _merge(a_ref, w_ref, m_ref, P)
 
     def step(g: Array, _: None) -> None:
@@ -181,7 +181,9 @@ def to_hidden_kernel(a_ref: Any, x_ref: Any, w_ref: Any, h_ref: Any, m_ref: Any,
     jax.lax.fori_loop(0, x_ref.shape[0], step, None)
 
 
-def from_hidden_kernel(a_ref: Any, h_ref: Any, w_ref: Any, y_ref: Any, m_ref: Any, *, P: int):
+def from_hidden_kernel(
+    a_ref: Any, h_ref: Any, w_ref: Any, y_ref: Any, m_ref: Any, *, P: int
+) -> None:
     _merge(a_ref, w_ref, m_ref, P)
     is_first = pl.program_id(1) == 0
 
@@ -202,7 +204,7 @@ def gradients_kernel(
     dm_ref: Any,
     *,
     P: int,
-):
+) -> None:
     G, D, _ = dm_ref.shape
     E = w_ref.shape[0] // D
     is_first = pl.program_id(1) == 0
@@ -216,7 +218,7 @@ def gradients_kernel(
         start = pl.multiple_of(i * SUBLANES, SUBLANES)
         parts = _split_rows(dm_ref[:, pl.ds(start, SUBLANES), :], P)
         for k, part in enumerate(parts):
-            here = _rows_of(w_ref, start + k * P, P, E)
+            here = _rows_of(start + k * P, P, E)
             part = part.astype(w_ref.dtype)
             dw = _dot(at_ref[0], part)
             dw_ref[here, :] = jnp.where(is_first, 0.0, dw_ref[here, :]) + dw
