@@ -298,12 +298,16 @@ def test_a_kernel_that_cannot_run_is_refused(platform, T, D, message):
 
 
 @pytest.mark.parametrize("E", [1, 8, 16, 17, 32, 128])
-@pytest.mark.parametrize("S", [1, 16, 128])
-def test_tilings_fit_the_chip_in_whole_tiles(S, E):
-    tiling = kernels.tile(S, 256, 1024, E, 2)
-    assert kernels.vmem_bytes(tiling, 256, 1024, E, 2) <= kernels.VMEM_BYTES
-    assert tiling.group * tiling.rows % kernels.ROWS == 0
-    assert tiling.rows * tiling.experts % kernels.ROWS == 0
+@pytest.mark.parametrize("S", [1, 16, 17, 128])
+@pytest.mark.parametrize("F", [2816, 700])
+def test_tilings_fit_the_chip_in_whole_tiles(S, E, F):
+    for name in (kernels.TO_HIDDEN, kernels.FROM_HIDDEN, kernels.GRADIENTS):
+        tiling = kernels.tile(name, S, 256, 1024, F, E, 2)
+        assert kernels.vmem_bytes(name, tiling, 256, 1024, E, 2) <= kernels.VMEM_BYTES
+        assert tiling.group * tiling.rows % kernels.ROWS == 0
+        assert tiling.rows * tiling.experts % kernels.ROWS == 0
+        assert S == 1 or -S % tiling.group <= S / 4
+        assert -F % tiling.columns < kernels.LANES
 
 
 @pytest.mark.parametrize("E", [8, 20])

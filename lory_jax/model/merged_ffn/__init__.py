@@ -113,11 +113,14 @@ def resolve_merged_ffn(choice: str, platform: str, T: int, D: int, E: int, items
 
 def kernel_obstacle(T: int, D: int, E: int, itemsize: int) -> str:
     """Why the TPU kernels cannot run these shapes; "" if they can."""
-    from lory_jax.model.merged_ffn.kernels import LANES, VMEM_BYTES, smallest_tiling, vmem_bytes
+    from lory_jax.model.merged_ffn import kernels
 
-    if D % LANES:
-        return f"which needs config.model.embed_dim in multiples of {LANES}, with {D}"
-    if vmem_bytes(smallest_tiling(E), T, D, E, itemsize) > VMEM_BYTES:
+    if D % kernels.LANES:
+        return f"which needs config.model.embed_dim in multiples of {kernels.LANES}, with {D}"
+    smallest = kernels.smallest_tiling(E)
+    names = (kernels.TO_HIDDEN, kernels.FROM_HIDDEN, kernels.GRADIENTS)
+    needed = max(kernels.vmem_bytes(name, smallest, T, D, E, itemsize) for name in names)
+    if needed > kernels.VMEM_BYTES:
         return f"which cannot hold segments of {T} x {D} and blocks of {E} experts on the chip"
     return ""
 

@@ -16,8 +16,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lory_jax.model.merged_ffn.kernels import (
+    FROM_HIDDEN,
+    GRADIENTS,
     MATRIX_ROWS,
     ROWS,
+    TO_HIDDEN,
     VMEM_LIMIT,
     Tiling,
     from_hidden_kernel,
@@ -28,8 +31,6 @@ from lory_jax.model.merged_ffn.kernels import (
     to_hidden_kernel,
 )
 from lory_jax.model.merged_ffn.vjp import Products
-
-TO_HIDDEN, FROM_HIDDEN, GRADIENTS = "merged_to_hidden", "merged_from_hidden", "merged_gradients"
 
 
 def kernel_products(interpret: bool = False) -> Products:
@@ -107,10 +108,10 @@ class _Call:
         )
 
 
-def _prepare(w_DExF: Array, r_SxE: Array, T: int, interpret: bool) -> _Call:
+def _prepare(kernel: str, w_DExF: Array, r_SxE: Array, T: int, interpret: bool) -> _Call:
     S, E = r_SxE.shape
     D = w_DExF.shape[0] // E
-    tiling = tile(S, T, D, E, w_DExF.dtype.itemsize)
+    tiling = tile(kernel, S, T, D, w_DExF.shape[1], E, w_DExF.dtype.itemsize)
     r_SxE = pad(r_SxE, (tiling.group, tiling.experts))
     if D % ROWS or E % tiling.experts:
         w_DxExF = pad(w_DExF.reshape(D, E, -1), (ROWS, tiling.experts, 1))
@@ -129,7 +130,7 @@ def pad(x: Array, multiples: tuple[int, ...]) -> Array:
 
 def _to_hidden(x_SxTxD: Array, w_DExF: Array, r_SxE: Array, name: str, *, interpret: bool) -> Array:
     (S, T, _), F = x_SxTxD.shape, w_DExF.shape[1]
-    call = _prepare(w_DExF, r_SxE, T, interpret)
+    call = _prepare(TO_HIDDEN, w_DExF, r_SxE, T, interpret)
     G, P, b = call.tiling.group, call.tiling.rows, call.tiling.columns
     x_SxTxD = pad(x_SxTxD, (G, call.tiling.tokens, ROWS))
     h_SxTxF = call.run(
@@ -155,7 +156,7 @@ def _from_hidden(
     h_SxTxF: Array, w_DExF: Array, r_SxE: Array, name: str, *, interpret: bool
 ) -> Array:
     (S, T, _), D = h_SxTxF.shape, w_DExF.shape[0] // r_SxE.shape[1]
-    call = _prepare(w_DExF, r_SxE, T, interpret)
+    call = _prepare(FROM_HIDDEN, w_DExF, r_SxE, T, interpret)
     G, P, b = call.tiling.group, call.tiling.rows, call.tiling.columns
     h_SxTxF = pad(h_SxTxF, (G, call.tiling.tokens, b))
     y_SxTxD = call.run(
@@ -181,7 +182,7 @@ def _gradients(
     x_SxTxD: Array, h_SxTxF: Array, w_DExF: Array, r_SxE: Array, name: str, *, interpret: bool
 ) -> tuple[Array, Array]:
     (S, T, D), E, F = x_SxTxD.shape, r_SxE.shape[1], w_DExF.shape[1]
-    call = _prepare(w_DExF, r_SxE, T, interpret)
+    call = _prepare(GRADIENTS, w_DExF, r_SxE, T, interpret)
     G, P, b = call.tiling.group, call.tiling.rows, call.tiling.columns
     xt_SxDxT = pad(x_SxTxD, (G, call.tiling.tokens, ROWS)).mT
     h_SxTxF = pad(h_SxTxF, (G, call.tiling.tokens, b))

@@ -35,6 +35,8 @@ VMEM_LIMIT = 112 * 2**20  # with what the compiler adds
 MATRIX_ROWS = 128  # of the matrix unit, which P * E should fill and not exceed
 MAX_GROUP = 32
 
+TO_HIDDEN, FROM_HIDDEN, GRADIENTS = "merged_to_hidden", "merged_from_hidden", "merged_gradients"
+
 
 @dataclass(frozen=True)
 class Tiling:
@@ -55,37 +57,49 @@ class Tiling:
     tokens: int = ROWS
 
 
-def smallest_tiling(E: int) -> Tiling:
+def smallest_tiling(E: int, columns: int = LANES) -> Tiling:
     """As few segments as whole tiles of `spread`'s matrix allow."""
     P = SUBLANES if SUBLANES * E <= MATRIX_ROWS else SUBLANES // 2
-    return Tiling(group=ROWS // P, rows=P, experts=ROWS // P)
+    return Tiling(group=ROWS // P, rows=P, experts=ROWS // P, columns=columns)
 
 
-def tile(S: int, T: int, D: int, E: int, itemsize: int) -> Tiling:
-    """The tiling for one device's segments: the largest group that fits `VMEM_BYTES`.
+def tile(kernel: str, S: int, T: int, D: int, F: int, E: int, itemsize: int) -> Tiling:
+    """The tiling of a kernel for one device's segments: the largest group that fits `VMEM_BYTES`.
 
     There are two groups at least, for chips whose two cores share them, and padding adds no more
-    than a quarter to S.
+    than a quarter to S. The gradients read x once per block of F, so their blocks are twice as wide
+    if that costs no more than half of the group.
     """
-    tiling = smallest_tiling(E)
-    while tiling.group < MAX_GROUP:
-        larger = dataclasses.replace(tiling, group=2 * tiling.group)
-        is_too_large = vmem_bytes(larger, T, D, E, itemsize) > VMEM_BYTES
-        if is_too_large or 2 * larger.group > S or -S % larger.group > S / 4:
-            break
-        tiling = larger
-    return tiling
+
+    def largest_group(tiling: Tiling) -> Tiling:
+        while tiling.group < MAX_GROUP:
+            larger = dataclasses.replace(tiling, group=2 * tiling.group)
+            is_too_large = vmem_bytes(kernel, larger, T, D, E, itemsize) > VMEM_BYTES
+            if is_too_large or 2 * larger.group > S or -S % larger.group > S / 4:
+                break
+            tiling = larger
+        return tiling
+
+    narrow = largest_group(smallest_tiling(E))
+    wide = largest_group(smallest_tiling(E, 2 * LANES))
+    fits = vmem_bytes(kernel, wide, T, D, E, itemsize) <= VMEM_BYTES
+    is_even = -(-F // LANES) % 2 == 0
+    if kernel == GRADIENTS and fits and is_even and 2 * wide.group >= narrow.group:
+        return wide
+    return narrow
 
 
-def vmem_bytes(tiling: Tiling, T: int, D: int, E: int, itemsize: int) -> int:
-    """What the hungriest of the kernels takes; blocks in transit count twice."""
+def vmem_bytes(kernel: str, tiling: Tiling, T: int, D: int, E: int, itemsize: int) -> int:
+    """What a kernel's blocks take; those in transit count twice."""
     G, b = tiling.group, tiling.columns
     activations, hidden, merged = G * T * D, G * T * b, G * D * b
     experts, spread = D * E * b, G * tiling.rows * max(LANES, tiling.rows * E)
     shared = 2 * itemsize * (hidden + experts + spread)
-    from_hidden = shared + 2 * 4 * activations + itemsize * merged
-    gradients = shared + 2 * itemsize * activations + 4 * (2 * experts + 2 * spread + merged)
-    return max(from_hidden, gradients)
+    if kernel == TO_HIDDEN:
+        return shared + itemsize * (2 * activations + merged)
+    if kernel == FROM_HIDDEN:
+        return shared + 2 * 4 * activations + itemsize * merged
+    return shared + 2 * itemsize * activations + 4 * (2 * experts + 2 * spread + merged)
 
 
 def spread(r_SxE: Array, tiling: Tiling, dtype: Any) -> Array:
