@@ -332,9 +332,9 @@ def test_spreading_merges_as_the_plain_sum_and_its_gradient_is_its_transpose(E):
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v5e-1", "v5p-8", "v6e-1"])
 def test_the_kernels_compile_for_tpus(topology, tmp_path):
-    script = Path(__file__).parent.parent / "benchmarks" / "merged_ffn.py"
+    root = Path(__file__).parent.parent
+    script = root / "benchmarks" / "merged_ffn.py"
     sizes = ["--segments=4", "--experts=20", "--T=256", "--D=1024", "--F=256", "--dtype=bfloat16"]
     command = [sys.executable, script, f"--topology={topology}", f"--dump_kernels={tmp_path}"]
-    subprocess.run(
-        [*command, *sizes], check=True, timeout=600, env=verb_environment() | {"PYTHONPATH": "."}
-    )
+    environment = verb_environment() | {"PYTHONPATH": str(root)}
+    subprocess.run([*command, *sizes], check=True, timeout=600, env=environment)
