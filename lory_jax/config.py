@@ -98,6 +98,14 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "attention": _choice(
             "auto is cudnn on GPUs, splash on TPUs, else xla", "auto", "xla", "cudnn", "splash"
         ),
+        "merged_ffn": _choice(
+            "auto is kernel on TPUs if it fits, whole on CPUs, else blocks",
+            "auto",
+            "einsum",
+            "whole",
+            "blocks",
+            "kernel",
+        ),
         "attention_sharding": _choice(
             "over `tensor`: sequences, or heads (more devices than sequences)", "batch", "heads"
         ),

@@ -332,6 +332,7 @@ def announce(model: ModelConfig, config: ConfigDict, mesh: Mesh, batches: Traini
         f"{config.train.steps:,} steps of {tokens:,} tokens, {epochs:.2f} epochs of "
         f"{batches.num_instances:,} instances\n"
         f"mesh {dict(mesh.shape)} of {device}, attention by {model.attention}"
+        + (f", merged FFN by {model.merged_ffn}" if model.num_experts else "")
         + ("" if peak_flops(device) else " (peak unknown: no MFU)"),
         flush=True,
     )

@@ -1,15 +1,34 @@
 """Merging in parameter space against loops: the contract of `merged_ffn`."""
 
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from models import assert_close, assert_trees_close, float64
 from reference import central_differences
+from tiny import verb_environment
 
-from lory_jax.model import merged_ffn as module
-from lory_jax.model.merged_ffn import from_expert_major, merge_experts, merged_ffn, swiglu
+from lory_jax.errors import ConfigError
+from lory_jax.model.merged_ffn import (
+    blocks,
+    from_expert_major,
+    kernels,
+    merge_experts,
+    merged_ffn,
+    resolve_merged_ffn,
+    swiglu,
+)
+from lory_jax.model.merged_ffn.kernel_products import kernel_products
+from lory_jax.model.merged_ffn.vjp import products_ffn
 
 S, T, D, F, E = 3, 2, 5, 8, 3
 VALUES, GRADIENTS = 1e-5, 1e-4
@@ -32,18 +51,22 @@ def loops(x, experts, r):
     return np.array([reference.merged_ffn(x[s], experts, r[s]) for s in range(len(x))])
 
 
-@pytest.fixture(params=["einsum", "one block", "blocks and a rest", "whole blocks"])
+def run_by(implementation, x, expert_major, r):
+    """`merged_ffn`; the TPU's kernels are interpreted."""
+    experts = from_expert_major(expert_major)
+    if implementation == "kernel":
+        return products_ffn(kernel_products(interpret=True), x, experts, r)
+    return merged_ffn(x, experts, r, implementation)
+
+
+@pytest.fixture(params=["einsum", "whole", "kernel", "blocks and a rest", "whole blocks"])
 def run(request, monkeypatch):
     """`merged_ffn` of expert-major weights, by every implementation and way of blocking F = 8."""
-    implementation = "einsum" if request.param == "einsum" else "blocks"
     columns = {"blocks and a rest": 3, "whole blocks": 2}.get(request.param)
     if columns:
-        monkeypatch.setattr(module, "block_size", lambda *shape: columns)
-
-    def run(x, expert_major, r):
-        return merged_ffn(x, from_expert_major(expert_major), r, implementation)
-
-    return run
+        monkeypatch.setattr(blocks, "block_size", lambda *shape: columns)
+    implementation = "blocks" if columns else request.param
+    return lambda x, expert_major, r: run_by(implementation, x, expert_major, r)
 
 
 def test_equals_loops_in_value_and_every_gradient(run):
@@ -71,16 +94,16 @@ def test_equals_loops_in_value_and_every_gradient(run):
 
 def test_blocks_fit_their_memory_and_cover_f():
     for S, D, F, itemsize in ((64, 1024, 2816, 2), (4096, 4096, 11_008, 2), (1, 8, 100, 4)):
-        size = module.block_size(S, D, F, itemsize)
-        assert size == F or size % module.BLOCK_MULTIPLE == 0
-        fits = 3 * S * D * size * itemsize <= module.MERGED_BYTES
-        assert fits or size == module.BLOCK_MULTIPLE
-    assert module.block_size(1, 8, 100, 4) == 100
+        size = blocks.block_size(S, D, F, itemsize)
+        assert size == F or size % blocks.BLOCK_MULTIPLE == 0
+        fits = S * D * size * itemsize <= blocks.MERGED_BYTES
+        assert fits or size == blocks.BLOCK_MULTIPLE
+    assert blocks.block_size(1, 8, 100, 4) == 100
 
 
 def test_an_unknown_implementation_is_refused():
     x, experts, r = inputs()
-    with pytest.raises(ValueError, match="takes blocks or einsum"):
+    with pytest.raises(ValueError, match="takes auto, einsum, whole, blocks, kernel"):
         merged_ffn(x, experts, r, "magic")
 
 
@@ -147,3 +170,171 @@ def test_output_and_gradients_have_the_types_of_their_inputs(dtype):
             x.astype(jnp.float32), from_expert_major(experts), r
         )
         assert_trees_close(got[1:], exact[1:], 0.03)
+
+
+# ---------------------------------------------------------------- every implementation, any shape
+
+
+def value_and_gradients(implementation, x, experts, r, dy):
+    def both(x, experts, r, dy):
+        y, pull = jax.vjp(lambda *a: run_by(implementation, *a), x, experts, r)
+        return {"y": y, **dict(zip(("x", "experts", "r"), pull(dy.astype(y.dtype)), strict=True))}
+
+    return jax.jit(both)(x, experts, r, dy)
+
+
+def random_inputs(S, T, D, F, E, seed=0):
+    rng = np.random.default_rng(seed)
+    sizes = {"gate": (E, D, F), "up": (E, D, F), "down": (E, F, D)}
+    experts = {
+        name: (rng.normal(size=size) / size[1] ** 0.5).astype(np.float32)
+        for name, size in sizes.items()
+    }
+    x, dy = rng.normal(size=(2, S, T, D)).astype(np.float32)
+    return x, experts, np.asarray(jax.nn.softmax(rng.normal(size=(S, E)))).astype(np.float32), dy
+
+
+def worst_error(got, expected):
+    """The largest error of any array, on the scale of that array."""
+    errors = [
+        np.max(np.abs(np.asarray(a, np.float64) - b)) / np.max(np.abs(b))
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(float64(expected)), strict=True)
+    ]
+    return max(errors)
+
+
+@settings(max_examples=2, deadline=None, derandomize=True)
+@example(S=1, T=4, D=24, F=130, E=1)  # one segment, one expert, F of one block and a bit
+@example(S=3, T=5, D=16, F=20, E=3)
+@example(S=2, T=3, D=16, F=129, E=128)
+@example(S=9, T=2, D=16, F=16, E=20)  # halves of registers change places; groups of 9 padded
+@given(
+    S=st.integers(1, 9),
+    T=st.integers(1, 9),
+    D=st.integers(1, 40),
+    F=st.integers(1, 140),
+    E=st.integers(1, 33),
+)
+def test_every_implementation_equals_the_reference_for_any_shape(S, T, D, F, E):
+    arrays = random_inputs(S, T, D, F, E)
+    expected = value_and_gradients("einsum", *arrays)
+    for implementation in ("whole", "kernel"):
+        error = worst_error(value_and_gradients(implementation, *arrays), expected)
+        assert error < VALUES, implementation
+
+
+@pytest.mark.parametrize("implementation", ["whole", "kernel"])
+def test_bfloat16_is_as_exact_as_the_plain_einsum(implementation):
+    x, experts, r, dy = random_inputs(S=4, T=16, D=32, F=64, E=8)
+    x, dy = (np.asarray(jnp.asarray(a, jnp.bfloat16), np.float32) for a in (x, dy))
+    with jax.enable_x64(True):
+        exact = value_and_gradients("einsum", *float64((x, experts, r, dy)))
+        exact = jax.tree.map(np.asarray, exact)
+    half = jnp.asarray(x, jnp.bfloat16), experts, r, jnp.asarray(dy, jnp.bfloat16)
+    plain, got = (value_and_gradients(i, *half) for i in ("einsum", implementation))
+    for name in exact:
+        assert worst_error(got[name], exact[name]) < 1.5 * worst_error(plain[name], exact[name])
+
+
+def test_under_meshes_it_equals_one_device():
+    worker = Path(__file__).parent / "merged_ffn_worker.py"
+    result = subprocess.run(
+        [sys.executable, worker],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=verb_environment() | {"PYTHONPATH": str(worker.parent.parent)},
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert {tuple(case["mesh"]) for case in report} == {(2, 2, 2), (1, 1, 8)}
+    for case in report:
+        assert case["error"] < VALUES, case
+
+
+def test_remat_computes_gate_and_up_again_and_nothing_else():
+    S, T, D, F, E = 4, 64, 64, 128, 4
+    x, experts, r, dy = random_inputs(S, T, D, F, E)
+
+    def flops(wrap):
+        run = wrap(lambda *a: merged_ffn(*a, "whole"))
+        gradient = jax.grad(lambda *a: jnp.vdot(run(*a), dy), argnums=(0, 1, 2))
+        return jax.jit(gradient).lower(x, experts, r).compile().cost_analysis()["flops"]
+
+    again = flops(jax.checkpoint) - flops(lambda f: f)
+    gate_and_up = 2 * 2 * S * T * D * F + 2 * 2 * S * E * D * F
+    # Beside them: activation functions.
+    assert 0.9 * gate_and_up < again < 1.1 * gate_and_up
+
+
+# ---------------------------------------------------------------- which one
+
+
+@pytest.mark.parametrize(
+    ("platform", "D", "chosen"),
+    [
+        ("cpu", 1024, "whole"),
+        ("gpu", 1024, "blocks"),
+        ("tpu", 1024, "kernel"),
+        ("tpu", 96, "blocks"),
+    ],
+)
+def test_auto_is_by_platform_and_shape(platform, D, chosen):
+    assert resolve_merged_ffn("auto", platform, 256, D, 8, 2) == chosen
+
+
+@pytest.mark.parametrize(
+    ("platform", "T", "D", "message"),
+    [
+        ("cpu", 256, 1024, "needs a tpu, on a cpu"),
+        ("tpu", 256, 96, "multiples of 128, with 96"),
+        ("tpu", 65_536, 1024, "cannot hold segments of 65536 x 1024"),
+    ],
+)
+def test_a_kernel_that_cannot_run_is_refused(platform, T, D, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve_merged_ffn("kernel", platform, T, D, 8, 2)
+    assert resolve_merged_ffn("einsum", platform, T, D, 8, 2) == "einsum"
+
+
+@pytest.mark.parametrize("E", [1, 8, 16, 17, 32, 128])
+@pytest.mark.parametrize("S", [1, 16, 17, 128])
+@pytest.mark.parametrize("F", [2816, 700])
+def test_tilings_fit_the_chip_in_whole_tiles(S, E, F):
+    for name in (kernels.TO_HIDDEN, kernels.FROM_HIDDEN, kernels.GRADIENTS):
+        tiling = kernels.tile(name, S, 256, 1024, F, E, 2)
+        assert kernels.vmem_bytes(name, tiling, 256, 1024, E, 2) <= kernels.VMEM_BYTES
+        assert tiling.group * tiling.rows % kernels.ROWS == 0
+        assert tiling.rows * tiling.experts % kernels.ROWS == 0
+        assert S == 1 or -S % tiling.group <= S / 4
+        assert -F % tiling.columns < kernels.LANES
+
+
+@pytest.mark.parametrize("E", [8, 20])
+def test_spreading_merges_as_the_plain_sum_and_its_gradient_is_its_transpose(E):
+    S, D, F = 4, 8, 6
+    rng = np.random.default_rng(0)
+    w_DxExF, r_SxE = rng.normal(size=(D, E, F)), rng.normal(size=(S, E))
+    tiling = kernels.smallest_tiling(E)
+    a = kernels.spread(jnp.asarray(r_SxE), tiling, jnp.float32)
+    P = tiling.rows
+    parts = [a @ w_DxExF[d : d + P].reshape(P * E, F) for d in range(0, D, P)]
+    merged = kernels._join_rows(parts, S, P)  # S is one group
+    assert_close(merged, np.einsum("se,def->sdf", r_SxE, w_DxExF), VALUES)
+    for part, again in zip(parts, kernels._split_rows(merged, P), strict=True):
+        np.testing.assert_array_equal(part, again)
+    da = rng.normal(size=a.shape).astype(np.float32)
+    _, pull = jax.vjp(lambda r: kernels.spread(r, tiling, jnp.float32), jnp.asarray(r_SxE))
+    assert_close(kernels.gather_spread(jnp.asarray(da), tiling), pull(jnp.asarray(da))[0], VALUES)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e-1", "v5p-8", "v6e-1"])
+def test_the_kernels_compile_for_tpus(topology, tmp_path):
+    root = Path(__file__).parent.parent
+    script = root / "benchmarks" / "merged_ffn.py"
+    sizes = ["--segments=4", "--experts=20", "--T=256", "--D=1024", "--F=256", "--dtype=bfloat16"]
+    command = [sys.executable, script, f"--topology={topology}", f"--dump_kernels={tmp_path}"]
+    environment = verb_environment() | {"PYTHONPATH": str(root)}
+    subprocess.run([*command, *sizes], check=True, timeout=600, env=environment)

@@ -27,7 +27,7 @@ from lory_jax.model.attention import (
     causal_attention,
     resolve_attention,
 )
-from lory_jax.model.merged_ffn import merged_ffn, swiglu
+from lory_jax.model.merged_ffn import merged_ffn, resolve_merged_ffn, swiglu
 from lory_jax.model.parameters import Initializer
 from lory_jax.model.routing import Routed, Routing
 from lory_jax.parallel import constrain
@@ -69,13 +69,14 @@ class ModelConfig:
     compute_dtype: str = "float32"
     remat: str = "none"
     attention: str = "xla"
+    merged_ffn: str = "blocks"
     attention_sharding: str = "batch"
     scan_layers: bool = True
     top_k_experts: int = 0
 
     @classmethod
     def for_platform(cls, fields: Mapping[str, Any], platform: str) -> "ModelConfig":
-        """`config.model` with `attention` resolved for where the program will run (cpu, gpu, tpu).
+        """`config.model` with what is "auto" resolved for where it will run (cpu, gpu or tpu).
 
         Raises:
           ConfigError: the platform cannot run the implementation asked for.
@@ -84,7 +85,18 @@ class ModelConfig:
         # As many heads of keys as of queries, said in one way: equal models have equal configs.
         grouped = fields.get("num_kv_heads", 0)
         num_kv_heads = 0 if grouped == fields["num_heads"] else grouped
-        return cls(**{**fields, "attention": attention, "num_kv_heads": num_kv_heads})
+        ffn = fields["merged_ffn"]
+        if fields["num_experts"]:
+            ffn = resolve_merged_ffn(
+                ffn,
+                platform,
+                fields["segment_length"],
+                fields["embed_dim"],
+                fields["num_experts"],
+                jnp.dtype(fields["compute_dtype"]).itemsize,
+            )
+        resolved = {"attention": attention, "merged_ffn": ffn, "num_kv_heads": num_kv_heads}
+        return cls(**{**fields, **resolved})
 
     @property
     def kv_heads(self) -> int:
@@ -197,8 +209,13 @@ class MergedFFN(nnx.Module):
         N, E = r_BxNxE.shape[1:]
         T = L if routing.kind == "prompt" else self.config.segment_length
         x_BxNTxD = jnp.pad(x_BxLxD, ((0, 0), (0, N * T - L), (0, 0)))
+        # One FFN for all L tokens of a row: little merging, and more than the kernels hold at once.
+        implementation = "blocks" if routing.kind == "prompt" else self.config.merged_ffn
         y_SxTxD = merged_ffn(
-            x_BxNTxD.reshape(B * N, T, D), self.experts(), r_BxNxE.reshape(B * N, E)
+            x_BxNTxD.reshape(B * N, T, D),
+            self.experts(),
+            r_BxNxE.reshape(B * N, E),
+            implementation,
         )
         return y_SxTxD.reshape(B, N * T, D)[:, :L], Routed(r_BxNxE)
 

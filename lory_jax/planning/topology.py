@@ -31,6 +31,8 @@ class Device:
         products come within 2 to 15 % of it: 126,900, 256,300, 455,700 and 444,800 FLOP a cycle.
       ici_bandwidth: bytes per second that all its links to other chips take in together: half of
         the vendor's bidirectional bandwidth per chip.
+      hbm_bandwidth: bytes per second between HBM and the device, the vendor's peak.
+      cores: TensorCores of one device; a v5p's two share a kernel's grid.
     """
 
     generation: str
@@ -39,14 +41,16 @@ class Device:
     clock: float
     flops_per_cycle: int
     ici_bandwidth: float
+    hbm_bandwidth: float
+    cores: int = 1
 
 
 DEVICES = {
-    "v5e": Device("v5e", 1, int(15.75 * GIB), 1.5e9, 131_072, 200e9),
-    "v5p": Device("v5p", 2, int(95.73 * GIB), 1.75e9, 262_144, 600e9),
-    "v6e": Device("v6e", 1, int(31.24 * GIB), 1.75e9, 524_288, 400e9),
+    "v5e": Device("v5e", 1, int(15.75 * GIB), 1.5e9, 131_072, 200e9, 819e9),
+    "v5p": Device("v5p", 2, int(95.73 * GIB), 1.75e9, 262_144, 600e9, 2765e9, 2),
+    "v6e": Device("v6e", 1, int(31.24 * GIB), 1.75e9, 524_288, 400e9, 1640e9),
     # JAX sees each of a TPU7x chip's two TensorCores as a device.
-    "tpu7x": Device("tpu7x", 2, int(94.74 * GIB), 2.2e9, 524_288, 300e9),
+    "tpu7x": Device("tpu7x", 2, int(94.74 * GIB), 2.2e9, 524_288, 300e9, 3690e9),
 }
 
 # Shapes in chips that the cloud offers, by their number of chips.

@@ -143,8 +143,9 @@ def read_config(workdir: Path) -> dict[str, Any]:
 def model_config(workdir: Path) -> ModelConfig:
     """The `config.model` of a run."""
     try:
-        # How attention is computed is up to the machine that reads.
-        fields = read_config(workdir)["model"] | {"attention": "auto"}
+        # How attention and the merged FFN are computed is up to the machine that reads.
+        computed = {"attention": "auto", "merged_ffn": "auto"}
+        fields = read_config(workdir)["model"] | computed
         return ModelConfig.for_platform(fields, jax.default_backend())
     except (KeyError, TypeError) as error:
         raise InputError(f"{workdir / CONFIG}: no usable section model ({error})") from None

@@ -1,0 +1,372 @@
+"""The merged FFN over the dense FFN of the same active shape, implementation by implementation.
+
+    python benchmarks/merged_ffn.py                        times it here
+    python benchmarks/merged_ffn.py --topology=v5e-1       asks the TPU compiler; needs libtpu
+
+Here: forward, and forward and backward, the implementations taking turns; the median of the ratios
+to the dense FFN of the same turn, and the quartiles.
+
+With --topology: cycles of forward and backward on one device, from the compiler's estimates for its
+own operations and from the final bundles of the Pallas kernels (lory_jax/planning), bytes to and
+from HBM, and temporaries. The slice only says which TPU: one layer on one device is compiled.
+
+Experts are in float32, [E, D, F], as the model stores them; with --gathered they arrive as they
+leave the all-gather over `fsdp`: in the compute type and laid out, which each device did for its
+own part, so that neither the conversion nor the transposition of whole matrices is in the layer.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--topology", help="a TPU slice, such as v5e-1, v5p-8 or v6e-1")
+    parser.add_argument("--implementations", help="default: all that run there")
+    parser.add_argument("--experts", default="8,32")
+    parser.add_argument("--segments", help="per device (default: 32 here, 16,64,128 on TPUs)")
+    parser.add_argument("--T", type=int, default=256, help="tokens per segment")
+    parser.add_argument("--D", type=int, default=1024)
+    parser.add_argument("--F", type=int, default=2816, help="per device, F / tensor")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on CPUs")
+    parser.add_argument("--gathered", action="store_true", help="experts as after the all-gather")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
+    parser.add_argument("--dump_kernels", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.topology:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    if args.dump_kernels:
+        compile_kernels(args)
+        return
+    segments = args.segments or ("16,64,128" if args.topology else "32")
+    # Compiling takes long: what FILE already holds of it is not done again.
+    rows = json.loads(args.json.read_text()) if args.topology and _exists(args.json) else []
+    for E in map(int, args.experts.split(",")):
+        for S in map(int, segments.split(",")):
+            shape = {"S": S, "T": args.T, "D": args.D, "F": args.F, "E": E}
+            if args.topology:
+                compile_layers(args, shape, rows)
+            else:
+                rows += time_layers(args, shape)
+    if args.json:
+        write(args.json, json.dumps(rows, indent=1) + "\n")
+
+
+def _exists(path: Path | None) -> bool:
+    return path is not None and path.exists()
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def report(row: dict[str, Any]) -> None:
+    shape = " ".join(f"{name}={row[name]}" for name in ("E", "S", "T", "D", "F"))
+    figures = "  ".join(
+        f"{name} {value:,.3f}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in row.items()
+        if name not in ("E", "S", "T", "D", "F", "implementation", "kernels")
+    )
+    print(f"{row['implementation']:<7} {shape}  {figures}", flush=True)
+
+
+# ---------------------------------------------------------------- the layer
+
+
+def layer(implementation: str) -> Callable[..., Any]:
+    """`(x, experts, r)` to y; the dense FFN takes no r, and matrices instead of experts."""
+    from lory_jax.model.merged_ffn import merged_ffn, swiglu
+
+    def dense(x: Any, matrices: Any, r: Any) -> Any:
+        import jax
+
+        with jax.named_scope("dense_ffn"):
+            weights = [matrices[name].astype(x.dtype) for name in ("gate", "up", "down")]
+            return swiglu(x, *weights)
+
+    if implementation == "dense":
+        return dense
+    return lambda x, experts, r: merged_ffn(x, experts, r, implementation)
+
+
+def shapes(shape: dict[str, int], implementation: str) -> tuple[Any, ...]:
+    """Shapes of x, experts and r."""
+    S, T, D, F, E = (shape[name] for name in "STDFE")
+    experts = {"gate": (E, D, F), "up": (E, D, F), "down": (E, F, D)}
+    if implementation == "dense":
+        experts = {name: matrix[1:] for name, matrix in experts.items()}
+    return (S, T, D), experts, (S, E)
+
+
+def backward(run: Callable[..., Any], given: tuple[int, ...]) -> Callable[..., Any]:
+    """`(dy, x, experts, r)` to y and the gradients."""
+    import jax
+
+    def both(dy: Any, *inputs: Any) -> Any:
+        y, pull = jax.vjp(run, *inputs)
+        return y, tuple(pull(dy)[i] for i in given)
+
+    return both
+
+
+def flops(shape: dict[str, int], implementation: str) -> int:
+    """Of forward and backward: the products, and the merging where there is any."""
+    S, T, D, F, E = (shape[name] for name in "STDFE")
+    dense = 3 * 6 * S * T * D * F
+    return dense if implementation == "dense" else dense + 3 * 6 * S * E * D * F
+
+
+# ---------------------------------------------------------------- by the clock
+
+
+def time_layers(args: argparse.Namespace, shape: dict[str, int]) -> list[dict[str, Any]]:
+    import jax
+    import jax.numpy as jnp
+
+    backend = jax.default_backend()
+    dtype = args.dtype or ("float32" if backend == "cpu" else "bfloat16")
+    default = "einsum,whole,blocks" + (",kernel" if backend == "tpu" else "")
+    names = ["dense", *(args.implementations or default).split(",")]
+    programs = {}
+    for name in names:
+        x, experts, r = shapes(shape, name)
+        keys = jax.random.split(jax.random.key(0), 6)
+        arrays = (
+            jax.random.normal(keys[0], x, dtype),
+            {
+                matrix: jax.random.normal(key, size) / size[-2] ** 0.5
+                for key, (matrix, size) in zip(keys[1:4], experts.items(), strict=True)
+            },
+            jax.nn.softmax(jax.random.normal(keys[4], r)),
+        )
+        dy = jax.random.normal(keys[5], x, dtype)
+        run = layer(name)
+        given = (0, 1) if name == "dense" else (0, 1, 2)
+        both = jax.jit(backward(run, given)).lower(dy, *arrays).compile()
+        programs[name] = (jax.jit(run), both, dy, arrays)
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    for turn in range(args.rounds + 1):
+        for name, (forward, both, dy, arrays) in programs.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(forward(*arrays))
+            middle = time.perf_counter()
+            jax.block_until_ready(both(dy, *arrays))
+            if turn:  # the first compiles and warms up
+                seconds[name].append((middle - begin, time.perf_counter() - middle))
+    rows = []
+    for name in names:
+        ratios = [
+            [mine[k] / its[k] for mine, its in zip(seconds[name], seconds["dense"], strict=True)]
+            for k in (0, 1)
+        ]
+        total = statistics.median(both for _, both in seconds[name])
+        row: dict[str, Any] = {"implementation": name, **shape, "dtype": jnp.dtype(dtype).name}
+        row |= {"device": jax.devices()[0].device_kind, "rounds": args.rounds}
+        row["forward_over_dense"] = statistics.median(ratios[0])
+        row["over_dense"] = statistics.median(ratios[1])
+        row["quartiles"] = [round(q, 3) for q in statistics.quantiles(ratios[1])]
+        row["fastest_over_dense"] = min(both for _, both in seconds[name]) / min(
+            both for _, both in seconds["dense"]
+        )
+        row["seconds"] = total
+        row["gflops_per_second"] = flops(shape, name) / total / 1e9
+        memory = programs[name][1].memory_analysis()
+        row["temporaries_MB"] = memory.temp_size_in_bytes / 1e6
+        report(row)
+        rows.append(row)
+    return rows
+
+
+# ---------------------------------------------------------------- by the TPU's compiler
+
+
+def compile_layers(
+    args: argparse.Namespace, shape: dict[str, int], rows: list[dict[str, Any]]
+) -> None:
+    """Adds to `rows` what they lack of this shape; the dense layer comes first."""
+    from lory_jax.planning.topology import parse_topology
+
+    topology = parse_topology(args.topology)
+    dense: dict[str, Any] = {}
+    for name in ["dense", *(args.implementations or "einsum,whole,blocks,kernel").split(",")]:
+        # E and where experts come from are nothing to the dense layer.
+        case: dict[str, Any] = {"implementation": name, **shape}
+        case |= {"dtype": args.dtype or "bfloat16", "topology": args.topology}
+        case["gathered"] = args.gathered and name != "dense"
+        case["E"] = shape["E"] if name != "dense" else 1
+        row = next((row for row in rows if case.items() <= row.items()), None)
+        if row is None:
+            row = case | compiled_figures(args, shape, name, topology)
+            if dense:
+                row["over_dense"] = row["cycles"] / dense["cycles"]
+                row["bytes_over_dense"] = row["hbm_GB"] / dense["hbm_GB"]
+            rows.append(row)
+            report(row)
+            if args.json:
+                write(args.json, json.dumps(rows, indent=1) + "\n")
+        dense = dense or row
+
+
+def compiled_figures(
+    args: argparse.Namespace, shape: dict[str, int], name: str, topology: Any
+) -> dict[str, Any]:
+    import jax
+
+    from lory_jax.planning.cycles import count_cycles
+    from lory_jax.planning.hlo import executions, parse
+    from lory_jax.planning.traffic import hbm_bytes
+
+    dtype = args.dtype or "bfloat16"
+    begin = time.monotonic()
+    compiled = jax.jit(layer_program(name, args.gathered)).lower(
+        *described(shape, name, dtype, args.gathered, topology.devices()[0])
+    )
+    compiled = compiled.compile()
+    seconds = time.monotonic() - begin
+    module = parse(compiled.as_text())
+    runs = executions(module)
+    cycles = count_cycles(module, runs, topology.device.flops_per_cycle)
+    assert not runs.unknown_loops and not cycles.uncounted
+    xla = cycles.total - sum(cycles.kernels.values())
+    kernels = {}
+    if cycles.kernels:
+        kernels = kernel_costs(args, shape, module, topology.device)
+    return {
+        "cycles": xla + sum(k["cycles"] * k["calls"] for k in kernels.values()),
+        "xla_cycles": xla,
+        "hbm_GB": hbm_bytes(module, runs) / 1e9,
+        "temporaries_MB": compiled.memory_analysis().temp_size_in_bytes / 1e6,
+        "compile_seconds": round(seconds, 1),
+        "kernels": kernels,
+    }
+
+
+def layer_program(name: str, gathered: bool) -> Callable[..., Any]:
+    """Forward and backward of one layer, with experts as stored or as gathered."""
+    given = (0, 1) if name == "dense" else (0, 1, 2)
+    if not (gathered and name == "kernel"):
+        return backward(layer(name), given)
+    import dataclasses
+
+    from lory_jax.model.merged_ffn import vjp
+    from lory_jax.model.merged_ffn.kernel_products import kernel_products
+
+    # After the gather and before the scatter: laid out, and gradients still in float32.
+    products = dataclasses.replace(
+        kernel_products(), lay_out=lambda w, _: w, take_back=lambda w, *_: w
+    )
+
+    def both(dy: Any, x: Any, experts: Any, r: Any) -> Any:
+        y, gate, up = vjp.forward(products, x, experts, r, on_mesh=False)
+        return y, vjp.backward(products, x, experts, r, gate, up, dy, on_mesh=False)
+
+    return both
+
+
+def described(
+    shape: dict[str, int], name: str, dtype: str, gathered: bool, device: Any
+) -> tuple[Any, ...]:
+    """Shapes and types of dy, x, experts and r, on a device that is not there."""
+    import jax
+
+    sharding = jax.sharding.SingleDeviceSharding(device)
+
+    def describe(size: tuple[int, ...], kind: str) -> Any:
+        return jax.ShapeDtypeStruct(size, kind, sharding=sharding)
+
+    x, experts, r = shapes(shape, name)
+    if gathered and name == "kernel":
+        experts = {matrix: (shape["D"] * shape["E"], shape["F"]) for matrix in experts}
+    weights = dtype if gathered and name != "dense" else "float32"
+    matrices = {matrix: describe(size, weights) for matrix, size in experts.items()}
+    return describe(x, dtype), describe(x, dtype), matrices, describe(r, "float32")
+
+
+def kernel_costs(
+    args: argparse.Namespace, shape: dict[str, int], module: Any, device: Any
+) -> dict[str, Any]:
+    """Per kernel: calls, and the cycles of one by bundles, by the matrix unit and by DMA."""
+    import re
+
+    from lory_jax.planning.bundles import base_name, dump_arguments, read_kernel
+
+    costs: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        flags = [f"--{name}={value}" for name, value in shape.items() if name in "TDF"]
+        flags += [f"--segments={shape['S']}", f"--experts={shape['E']}"]
+        command = [sys.executable, __file__, f"--topology={args.topology}", *flags]
+        command += [f"--dtype={args.dtype or 'bfloat16'}", f"--dump_kernels={directory}"]
+        environment = os.environ | {"LIBTPU_INIT_ARGS": dump_arguments(Path(directory))}
+        environment["PYTHONPATH"] = str(ROOT)
+        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+        for computation in module.computations.values():
+            for instruction in computation.instructions.values():
+                if 'custom_call_target="tpu_custom_call"' not in instruction.attributes:
+                    continue
+                name = base_name(instruction.name)
+                if name in costs:
+                    costs[name]["calls"] += 1
+                    continue
+                read = read_kernel(Path(directory), instruction.name)
+                found = re.search(r'"cost_estimate":\{(.*?)\}', instruction.attributes)
+                assert found is not None
+                work, moved = (
+                    int(re.findall(rf'"{field}":"?(\d+)', found[1])[0])
+                    for field in ("flops", "bytes_accessed")
+                )
+                # The cores of a chip share the outermost dimension of the grid.
+                by = {
+                    "bundles": read.bundles / device.cores,
+                    "matrix_unit": work / device.flops_per_cycle,
+                    "dma": moved / device.hbm_bandwidth * device.clock,
+                }
+                costs[name] = {"calls": 1, "cycles": max(by.values()), **by}
+                costs[name]["bound_by"] = max(by, key=lambda key: by[key])
+                costs[name]["busiest_slot"] = read.limiting_slot
+                costs[name]["busy"] = {
+                    kind: round(share, 2) for kind, share in read.busy.items() if share > 0.01
+                }
+    return costs
+
+
+def compile_kernels(args: argparse.Namespace) -> None:
+    """Compiles the kernels of one shape alone, in a process whose libtpu writes their bundles."""
+    import jax
+
+    from lory_jax.model.merged_ffn.kernel_products import kernel_products
+    from lory_jax.planning.topology import parse_topology
+
+    device = parse_topology(args.topology).devices()[0]
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    S, E, T, D, F = int(args.segments), int(args.experts), args.T, args.D, args.F
+
+    def describe(kind: str, *size: int) -> Any:
+        return jax.ShapeDtypeStruct(size, kind, sharding=sharding)
+
+    x, h = describe(args.dtype, S, T, D), describe(args.dtype, S, T, F)
+    w, r = describe(args.dtype, D * E, F), describe("float32", S, E)
+    products = kernel_products()
+    jax.jit(lambda x, w, r: products.to_hidden(x, w, r, "gate")).lower(x, w, r).compile()
+    jax.jit(lambda h, w, r: products.from_hidden(h, w, r, "gate")).lower(h, w, r).compile()
+    jax.jit(lambda *a: products.gradients(*a, "gate")).lower(x, h, w, r).compile()
+
+
+if __name__ == "__main__":
+    main()

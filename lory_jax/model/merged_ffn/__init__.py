@@ -1,0 +1,130 @@
+"""The expert FFNs, merged in parameter space once per segment (paper, section 2.2).
+
+Experts are a dict `{"gate": [E, D, F], "up": [E, D, F], "down": [E, F, D]}`, the layout in which
+the model stores them. `merged_ffn` is the one entry; it picks an implementation:
+
+    "einsum"  the plain reference: merges everything, then applies it; JAX makes the gradients
+    "whole"   a hand-derived gradient that keeps no merged weights; one merged matrix at a time
+    "blocks"  the same, blocks of F at a time, where a whole merged matrix takes too much memory
+    "kernel"  the same by Pallas kernels for TPUs, whose merged weights never leave the chip
+
+docs/performance.md says what each costs where. Letters: S segments (B * N), T tokens per segment,
+D model, F FFN, E experts.
+"""
+
+import jax
+from jax import Array
+
+from lory_jax.errors import ConfigError
+from lory_jax.model.merged_ffn.blocks import block_products, whole_products
+from lory_jax.model.merged_ffn.reference import (
+    Experts,
+    einsum_ffn,
+    merge,
+    merge_experts,
+    swiglu,
+)
+from lory_jax.model.merged_ffn.vjp import Products, products_ffn
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "from_expert_major",
+    "merge",
+    "merge_experts",
+    "merged_ffn",
+    "resolve_merged_ffn",
+    "swiglu",
+]
+
+IMPLEMENTATIONS = ("auto", "einsum", "whole", "blocks", "kernel")
+
+
+def merged_ffn(
+    x_SxTxD: Array, experts: Experts, r_SxE: Array, implementation: str = "auto"
+) -> Array:
+    """Merges the experts with `r_SxE` and applies each segment's FFN to its tokens.
+
+    Args:
+      x_SxTxD: hidden states of S segments, in the compute type.
+      experts: `{"gate": [E, D, F], "up": [E, D, F], "down": [E, F, D]}`.
+      r_SxE: routing weights.
+      implementation: one of `IMPLEMENTATIONS`; "auto" is for JAX's default backend.
+
+    Returns:
+      `[S, T, D]` in the type of `x_SxTxD`; differentiable in all three.
+
+    Raises:
+      ConfigError: the backend cannot run the implementation with these shapes.
+    """
+    experts = {name: experts[name] for name in ("gate", "up", "down")}
+    if implementation == "auto":
+        (E, D, _), (_, T, _) = experts["gate"].shape, x_SxTxD.shape
+        itemsize = x_SxTxD.dtype.itemsize
+        implementation = resolve_merged_ffn("auto", jax.default_backend(), T, D, E, itemsize)
+    if implementation == "einsum":
+        return einsum_ffn(x_SxTxD, experts, r_SxE)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation: got {implementation!r}, takes {', '.join(IMPLEMENTATIONS)}"
+        )
+    return products_ffn(_products(implementation), x_SxTxD, experts, r_SxE)
+
+
+def _products(implementation: str) -> Products:
+    if implementation == "whole":
+        return whole_products()
+    if implementation == "blocks":
+        return block_products()
+    # Pallas is imported where it is used: not every installation of JAX has it.
+    from lory_jax.model.merged_ffn.kernel_products import kernel_products
+
+    return kernel_products()
+
+
+def resolve_merged_ffn(choice: str, platform: str, T: int, D: int, E: int, itemsize: int) -> str:
+    """The implementation that `config.model.merged_ffn` stands for on a platform.
+
+    Args:
+      choice: one of `IMPLEMENTATIONS`.
+      platform: "cpu", "gpu" or "tpu", where the program will run.
+      T: tokens per segment.
+      D: model width.
+      E: experts.
+      itemsize: bytes of the compute type.
+
+    Raises:
+      ConfigError: the platform cannot run what is asked for.
+    """
+    if choice == "auto":
+        if platform == "tpu" and not kernel_obstacle(T, D, E, itemsize):
+            return "kernel"
+        return "whole" if platform == "cpu" else "blocks"
+    if choice == "kernel":
+        obstacle = kernel_obstacle(T, D, E, itemsize)
+        if platform != "tpu":
+            obstacle = f"which needs a tpu, on a {platform}"
+        if obstacle:
+            raise ConfigError(
+                f"config.model.merged_ffn: got kernel, {obstacle}; takes auto, einsum, whole or "
+                "blocks there"
+            )
+    return choice
+
+
+def kernel_obstacle(T: int, D: int, E: int, itemsize: int) -> str:
+    """Why the TPU kernels cannot run these shapes; "" if they can."""
+    from lory_jax.model.merged_ffn import kernels
+
+    if D % kernels.LANES:
+        return f"which needs config.model.embed_dim in multiples of {kernels.LANES}, with {D}"
+    smallest = kernels.smallest_tiling(E)
+    names = (kernels.TO_HIDDEN, kernels.FROM_HIDDEN, kernels.GRADIENTS)
+    needed = max(kernels.vmem_bytes(name, smallest, T, D, E, itemsize) for name in names)
+    if needed > kernels.VMEM_BYTES:
+        return f"which cannot hold segments of {T} x {D} and blocks of {E} experts on the chip"
+    return ""
+
+
+def from_expert_major(experts: Experts) -> dict[str, Array]:
+    """Lays out `{"gate": [E, D, F], "up": [E, D, F], "down": [E, F, D]}` as the model stores it."""
+    return {name: experts[name] for name in ("gate", "up", "down")}
