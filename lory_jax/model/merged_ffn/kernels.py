@@ -164,7 +164,7 @@ def _dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
     )
 
 
-def _rows_of(start: Array | int, P: int, per_row: int) -> Any:
+def _rows_of(start: Any, P: int, per_row: int) -> Any:
     """The slice of experts' rows that belongs to P rows of D from `start` on."""
     return pl.ds(pl.multiple_of(start * per_row, P * per_row), P * per_row)
 
