@@ -121,7 +121,7 @@ def test_a_wrong_value_names_the_field_what_it_got_and_what_it_takes(name, text)
     ("overrides", "words"),
     [
         ([("model.segment_length", "513")], ["config.model.segment_length", "513", "512"]),
-        ([("model.num_heads", "3")], ["config.model.num_heads", "3", "embed_dim"]),
+        ([("model.num_heads", "3")], ["config.model.num_heads", "3", "config.model.embed_dim"]),
         ([("model.num_heads", "128")], ["config.model.num_heads", "even head width"]),
         (
             [("model.routing", "top2"), ("model.num_experts", "1")],

@@ -50,7 +50,8 @@ def layer(segment_length, kind, first_segment):
     )
 
     def apply(h, params, prompts):
-        return merge_params(graph, params)(h, Routing(kind, prompts))
+        y, routed = merge_params(graph, params)(h, Routing(kind, prompts))
+        return y, routed.weights_BxNxE
 
     return apply, params
 
