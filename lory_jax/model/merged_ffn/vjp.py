@@ -10,7 +10,7 @@ matrix merged for segment s:
 `Products` holds one implementation of them. No product hands merged weights or their gradients out,
 so each is free in how much of them it holds. What the backward pass keeps is x, the experts, the
 routing weights, and the two hidden activations: what a dense FFN keeps. Under rematerialisation
-they are computed again, as a dense FFN's are, and the product with down is not.
+the two are computed again, as a dense FFN's are.
 
 Under a mesh all this runs inside `shard_map` and moves what must move itself: experts are gathered
 over `fsdp`, one matrix at a time, activations travel over `tensor`, expert parameters and their
