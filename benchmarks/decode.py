@@ -30,7 +30,8 @@ from lory_jax.data.tokenizer import train_tokenizer
 from lory_jax.inference.decode import decode
 from lory_jax.inference.decoder import make_decoder
 from lory_jax.interop.hf import write_directory
-from lory_jax.model.transformer import ModelConfig, init_params
+from lory_jax.model.config import ModelConfig
+from lory_jax.model.transformer import init_params
 
 PROMPT, NEW = 32, 24  # tokens
 LORY = ModelConfig(

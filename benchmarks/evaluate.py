@@ -31,7 +31,8 @@ from lory_jax.api import Model
 from lory_jax.data.tokenizer import train_tokenizer
 from lory_jax.evaluation.harness import LoryLM
 from lory_jax.interop.hf import write_directory
-from lory_jax.model.transformer import ModelConfig, init_params
+from lory_jax.model.config import ModelConfig
+from lory_jax.model.transformer import init_params
 
 WORDS = [a + b for a in ("ka", "lo", "mi", "ru", "te", "so") for b in ("na", "ri", "sta", "vel")]
 ANSWERS = 4

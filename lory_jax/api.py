@@ -20,7 +20,9 @@ from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.errors import InputError
 from lory_jax.inference.decode import ROUTINGS, decode, mesh_of
 from lory_jax.inference.sampling import check_settings, position_keys, sample
-from lory_jax.model.transformer import ModelConfig, Params, Routing, build, merge_params
+from lory_jax.model.config import ModelConfig
+from lory_jax.model.routing import Routing
+from lory_jax.model.transformer import Params, build, merge_params
 from lory_jax.parallel import make_mesh, start_process
 from lory_jax.training.workdir import load_params
 

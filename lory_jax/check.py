@@ -26,8 +26,8 @@ from lory_jax.config import base_config
 from lory_jax.errors import InputError
 from lory_jax.flops import flops_per_token, parameter_counts, peak_flops
 from lory_jax.model.attention import attend, causal_attention
+from lory_jax.model.config import ModelConfig
 from lory_jax.model.merged_ffn import merged_ffn
-from lory_jax.model.transformer import ModelConfig
 from lory_jax.parallel import make_mesh, place_batch, replicated, start_process
 from lory_jax.storage import storage_path
 from lory_jax.training.checkpoint import Checkpoints, leaf_sums

@@ -23,7 +23,7 @@ from lory_jax.errors import InputError
 from lory_jax.evaluate import MEASURES
 from lory_jax.evaluation.sets import held_out_sets
 from lory_jax.flops import flops_per_token, parameter_counts
-from lory_jax.model.transformer import ModelConfig
+from lory_jax.model.config import ModelConfig
 from lory_jax.report.comparison import comparison_page, percent
 from lory_jax.training.workdir import (
     data_directory,

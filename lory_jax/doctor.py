@@ -15,7 +15,7 @@ from lory_jax import cli
 from lory_jax.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, read_manifest, verify_files
 from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.errors import InputError
-from lory_jax.model.transformer import ModelConfig
+from lory_jax.model.config import ModelConfig
 from lory_jax.parallel import make_mesh, start_process
 from lory_jax.storage import is_remote, storage_path
 from lory_jax.training.checkpoint import UNFINISHED, Checkpoints, Meta

@@ -30,7 +30,7 @@ from lory_jax.data.pipeline import Lookahead, TrainingBatches, evaluation_sets
 from lory_jax.errors import InputError
 from lory_jax.evaluation.perplexity import token_losses
 from lory_jax.flops import flops_per_token, parameter_counts, peak_flops
-from lory_jax.model.transformer import ModelConfig
+from lory_jax.model.config import ModelConfig
 from lory_jax.parallel import check_batch, make_mesh, place_batch, start_process
 from lory_jax.storage import is_remote
 from lory_jax.training.checkpoint import Checkpoints, Meta, reason

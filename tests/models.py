@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lory_jax.model.transformer import ModelConfig, Routing, build, init_params, merge_params
+from lory_jax.model.config import ModelConfig
+from lory_jax.model.routing import Routing
+from lory_jax.model.transformer import build, init_params, merge_params
 
 VOCAB = 37
 

@@ -10,7 +10,8 @@ import lory_jax
 from lory_jax.api import Model
 from lory_jax.data.tokenizer import train_tokenizer
 from lory_jax.errors import InputError
-from lory_jax.model.transformer import ModelConfig, init_params
+from lory_jax.model.config import ModelConfig
+from lory_jax.model.transformer import init_params
 from lory_jax.parallel import make_mesh
 from lory_jax.training.step import make_loss_step
 

@@ -9,7 +9,7 @@ import pytest
 from tiny import ROOT, assert_one_line_error, verb, verb_command, verb_environment
 
 from lory_jax import check
-from lory_jax.model.transformer import ModelConfig
+from lory_jax.model.config import ModelConfig
 from lory_jax.parallel import make_mesh
 
 PARTS = ("attention (xla)", "merged FFN (blocks)", "loss (chunks)", "training", "save and restore")

@@ -17,7 +17,7 @@ from lory_jax.config import (
     validate,
 )
 from lory_jax.errors import ConfigError
-from lory_jax.model.transformer import ModelConfig
+from lory_jax.model.config import ModelConfig
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "configs").glob("*.py"))

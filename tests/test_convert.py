@@ -25,7 +25,7 @@ import lory_jax
 from lory_jax import convert, evaluate
 from lory_jax.config import load_config
 from lory_jax.errors import ConfigError, InputError
-from lory_jax.model.transformer import ModelConfig
+from lory_jax.model.config import ModelConfig
 from lory_jax.training.checkpoint import Checkpoints
 from lory_jax.training.workdir import EXPERTS, open_workdir
 

@@ -7,13 +7,9 @@ import pytest
 
 from lory_jax.errors import InputError
 from lory_jax.inference.decode import decode, make_decoder
-from lory_jax.model.transformer import (
-    ModelConfig,
-    Routing,
-    build,
-    init_params,
-    merge_params,
-)
+from lory_jax.model.config import ModelConfig
+from lory_jax.model.routing import Routing
+from lory_jax.model.transformer import build, init_params, merge_params
 
 T = 8
 CONFIG = ModelConfig(

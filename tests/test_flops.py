@@ -10,7 +10,8 @@ from models import tiny_config
 
 from lory_jax.flops import baselines, flops_per_token, parameter_counts, peak_flops
 from lory_jax.model.baselines import SPARSE
-from lory_jax.model.transformer import ModelConfig, init_params
+from lory_jax.model.config import ModelConfig
+from lory_jax.model.transformer import init_params
 
 GROUPED_AND_TIED = {"num_heads": 4, "num_kv_heads": 2, "tie_embeddings": True}
 

@@ -20,7 +20,8 @@ from lory_jax.data.tokenizer import train_tokenizer
 from lory_jax.errors import ConfigError, InputError
 from lory_jax.evaluation.harness import LoryLM
 from lory_jax.interop.hf import write_directory
-from lory_jax.model.transformer import ModelConfig, build
+from lory_jax.model.config import ModelConfig
+from lory_jax.model.transformer import build
 from lory_jax.parallel import make_mesh, shardings
 
 L = 48

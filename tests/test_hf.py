@@ -19,7 +19,7 @@ from lory_jax.errors import InputError
 from lory_jax.interop.hf import read_directory, write_directory
 from lory_jax.interop.llama import tensors
 from lory_jax.interop.merge import domain_routing, merged_params, text_routing
-from lory_jax.model.transformer import ModelConfig
+from lory_jax.model.config import ModelConfig
 from lory_jax.parallel import make_mesh
 
 TEXT = "def read(self, size):\n    return self.buffer[:size]  # naïve € "

@@ -10,7 +10,7 @@ import pytest
 from lory_jax import plan
 from lory_jax.errors import ConfigError, InputError
 from lory_jax.flops import baselines, flops_per_token, parameter_counts
-from lory_jax.model.transformer import ModelConfig
+from lory_jax.model.config import ModelConfig
 from lory_jax.planning import topology
 from lory_jax.planning.estimate import default_mesh
 from lory_jax.planning.program import memory_needed

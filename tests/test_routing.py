@@ -11,9 +11,10 @@ from models import assert_close, float64, tiny_config
 from reference import central_differences, lory_layer, routing_weights
 
 from lory_jax.model import routing
+from lory_jax.model.ffn import MergedFFN
 from lory_jax.model.parameters import Initializer
-from lory_jax.model.routing import keep_top_k
-from lory_jax.model.transformer import MergedFFN, Routing, merge_params
+from lory_jax.model.routing import Routing, keep_top_k
+from lory_jax.model.transformer import merge_params
 
 B, D, F, E = 3, 6, 5, 3
 VALUES = 2e-5  # relative to the largest entry: float32 against float64

@@ -20,7 +20,7 @@ from lory_jax.errors import ConfigError, InputError
 from lory_jax.evaluation import run_tasks
 from lory_jax.evaluation.harness import LoryLM
 from lory_jax.evaluation.tasks import data, documents
-from lory_jax.model.transformer import ModelConfig
+from lory_jax.model.config import ModelConfig
 
 SHOTS = {
     **dict.fromkeys(("piqa", "social_iqa", "boolq", "hellaswag", "winogrande"), 0),

@@ -14,7 +14,9 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from lory_jax.model.transformer import ModelConfig, Params, Routing, build, merge_params
+from lory_jax.model.config import ModelConfig
+from lory_jax.model.routing import Routing
+from lory_jax.model.transformer import Params, build, merge_params
 from lory_jax.parallel import make_mesh, place_batch, replicated
 from lory_jax.progress import progress
 

@@ -15,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from lory_jax.errors import InputError
 from lory_jax.inference.decoder import ROUTINGS, make_decoder
-from lory_jax.model.transformer import ModelConfig, Params
+from lory_jax.model.config import ModelConfig
+from lory_jax.model.transformer import Params
 
 __all__ = ["ROUTINGS", "decode"]
 

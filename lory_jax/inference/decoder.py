@@ -38,20 +38,11 @@ from jax.typing import ArrayLike
 
 from lory_jax.errors import InputError
 from lory_jax.model.attention import attend, causal_attention
+from lory_jax.model.config import ModelConfig
+from lory_jax.model.ffn import DenseFFN, MergedFFN, SparseFFN
 from lory_jax.model.merged_ffn import merge_experts, swiglu
-from lory_jax.model.routing import keep_top_k, route
-from lory_jax.model.transformer import (
-    DenseFFN,
-    MergedFFN,
-    ModelConfig,
-    Params,
-    Routing,
-    SparseFFN,
-    Transformer,
-    build,
-    merge_params,
-    rms_norm,
-)
+from lory_jax.model.routing import Routing, keep_top_k, route
+from lory_jax.model.transformer import Params, Transformer, build, merge_params, rms_norm
 from lory_jax.parallel import partition_spec
 
 ROUTINGS = ("prompt", "segment")

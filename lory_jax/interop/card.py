@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lory_jax.model.transformer import ModelConfig
+from lory_jax.model.config import ModelConfig
 
 LONGEST_QUOTE = 400  # characters of a prompt that the card shows
 

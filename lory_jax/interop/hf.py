@@ -38,7 +38,8 @@ from lory_jax.interop.shards import (
     write_object,
     write_shards,
 )
-from lory_jax.model.transformer import ModelConfig, Params, build
+from lory_jax.model.config import ModelConfig
+from lory_jax.model.transformer import Params, build
 from lory_jax.parallel import shardings
 from lory_jax.progress import progress
 

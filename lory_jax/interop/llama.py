@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lory_jax.errors import InputError
-from lory_jax.model.transformer import ModelConfig
+from lory_jax.model.config import ModelConfig
 
 ARCHITECTURE = "LlamaForCausalLM"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

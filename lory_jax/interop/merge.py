@@ -15,9 +15,10 @@ from jax import Array
 from jax.sharding import Mesh
 
 from lory_jax.errors import InputError
+from lory_jax.model.config import ModelConfig
 from lory_jax.model.merged_ffn import merge
-from lory_jax.model.routing import keep_top_k
-from lory_jax.model.transformer import ModelConfig, Params, Routing, build, merge_params
+from lory_jax.model.routing import Routing, keep_top_k
+from lory_jax.model.transformer import Params, build, merge_params
 from lory_jax.parallel import shardings
 from lory_jax.progress import progress
 from lory_jax.training.upcycle import FFN_MATRICES

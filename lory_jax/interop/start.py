@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from lory_jax.config import base_config, validate
 from lory_jax.data.manifest import TOKENIZER_NAME
 from lory_jax.interop.hf import LlamaDirectory, check_absent, temporary_sibling
-from lory_jax.model.transformer import ModelConfig, Params, build, init_params
+from lory_jax.model.config import ModelConfig
+from lory_jax.model.transformer import Params, build, init_params
 from lory_jax.parallel import shardings
 from lory_jax.training.checkpoint import Checkpoints
 from lory_jax.training.start import ARCHITECTURE

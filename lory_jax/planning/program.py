@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from lory_jax.errors import InputError
-from lory_jax.model.transformer import ModelConfig
+from lory_jax.model.config import ModelConfig
 from lory_jax.parallel import check_batch, partition_spec
 from lory_jax.planning.topology import PIP
 from lory_jax.training.optimizer import learning_rate, make_optimizer

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.errors import ConfigError
-from lory_jax.model.transformer import ModelConfig
+from lory_jax.model.config import ModelConfig
 from lory_jax.training.state import State, new_state, state_shardings
 from lory_jax.training.workdir import (
     DENSE,

@@ -14,7 +14,8 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from lory_jax.model.transformer import ModelConfig, build, init_params
+from lory_jax.model.config import ModelConfig
+from lory_jax.model.transformer import build, init_params
 from lory_jax.parallel import check_parameters, replicated, shardings
 
 State = dict[str, Any]

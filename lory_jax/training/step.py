@@ -13,8 +13,9 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from lory_jax.model.routing import Routed
-from lory_jax.model.transformer import ModelConfig, Params, Routing, build, merge_params
+from lory_jax.model.config import ModelConfig
+from lory_jax.model.routing import Routed, Routing
+from lory_jax.model.transformer import Params, build, merge_params
 from lory_jax.parallel import replicated
 from lory_jax.training.loss import mean_loss, token_losses
 from lory_jax.training.optimizer import clip_by_norm

@@ -21,7 +21,8 @@ from jax import Array
 from jax.sharding import Mesh
 
 from lory_jax.model.baselines import EXPERT_CHOICE
-from lory_jax.model.transformer import ModelConfig, Params, init_params
+from lory_jax.model.config import ModelConfig
+from lory_jax.model.transformer import Params, init_params
 from lory_jax.training.state import State, never_active, state_shardings
 
 FFN_MATRICES = ("gate", "up", "down")

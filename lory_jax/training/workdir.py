@@ -31,7 +31,8 @@ from lory_jax.data.manifest import (
 )
 from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.errors import InputError
-from lory_jax.model.transformer import ModelConfig, Params, build, init_params
+from lory_jax.model.config import ModelConfig
+from lory_jax.model.transformer import Params, build, init_params
 from lory_jax.parallel import shardings
 from lory_jax.storage import is_remote, storage_path, write_atomically
 from lory_jax.training.checkpoint import Checkpoints, Meta

@@ -1,0 +1,117 @@
+"""The settings of a model, as its modules take them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from lory_jax.model import baselines
+from lory_jax.model.attention import Rope, resolve_attention
+from lory_jax.model.merged_ffn import resolve_merged_ffn
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The fields of `config.model`; `lory_jax.config.SCHEMA` says what each means.
+
+    `top_k_experts` is no field of a recipe: training merges all experts. Of a trained model, only
+    the k largest routing weights are kept, renormalised; 0 keeps all.
+    """
+
+    vocab_size: int
+    num_layers: int
+    embed_dim: int
+    num_heads: int
+    mlp_dim: int
+    num_experts: int
+    sequence_length: int
+    segment_length: int
+    routing: str = "causal"
+    first_segment_routing: str = "self"
+    capacity_factor: float = 1.0
+    routing_group: int = 0
+    load_balancing_weight: float = 0.01
+    router_init_scale: float = 0.23
+    num_kv_heads: int = 0
+    tie_embeddings: bool = False
+    rope_theta: float = 10_000.0
+    rope_scaling: str = "none"
+    rope_factor: float = 1.0
+    rope_low_frequency_factor: float = 1.0
+    rope_high_frequency_factor: float = 4.0
+    rope_original_length: int = 8192
+    norm_epsilon: float = 1e-5
+    compute_dtype: str = "float32"
+    remat: str = "none"
+    attention: str = "xla"
+    merged_ffn: str = "blocks"
+    attention_sharding: str = "batch"
+    scan_layers: bool = True
+    top_k_experts: int = 0
+
+    @classmethod
+    def for_platform(cls, fields: Mapping[str, Any], platform: str) -> "ModelConfig":
+        """`config.model` with what is "auto" resolved for where it will run (cpu, gpu or tpu).
+
+        Raises:
+          ConfigError: the platform cannot run the implementation asked for.
+        """
+        attention = resolve_attention(fields["attention"], platform, fields["compute_dtype"])
+        # As many heads of keys as of queries, said in one way: equal models have equal configs.
+        grouped = fields.get("num_kv_heads", 0)
+        num_kv_heads = 0 if grouped == fields["num_heads"] else grouped
+        ffn = fields["merged_ffn"]
+        if fields["num_experts"]:
+            ffn = resolve_merged_ffn(
+                ffn,
+                platform,
+                fields["segment_length"],
+                fields["embed_dim"],
+                fields["num_experts"],
+                jnp.dtype(fields["compute_dtype"]).itemsize,
+            )
+        resolved = {"attention": attention, "merged_ffn": ffn, "num_kv_heads": num_kv_heads}
+        return cls(**{**fields, **resolved})
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values G."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def rope(self) -> Rope:
+        """The settings of the rotary embedding."""
+        return Rope(
+            self.rope_theta,
+            self.rope_scaling,
+            self.rope_factor,
+            self.rope_low_frequency_factor,
+            self.rope_high_frequency_factor,
+            self.rope_original_length,
+        )
+
+    @property
+    def batch_axis(self) -> str:
+        """The logical axis of the batch outside the FFN and the head."""
+        return "batch" if self.attention_sharding == "batch" else "moe_batch"
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether experts are chosen (see baselines.py) rather than merged."""
+        return self.num_experts > 0 and self.routing in baselines.SPARSE
+
+    @property
+    def routes_tokens(self) -> bool:
+        """Whether every token is routed by itself, rather than with its segment or prompt."""
+        return self.is_sparse and self.routing != "expert_choice_segment"
+
+    @property
+    def choices(self) -> int:
+        """Experts per token: what it chooses, or what expert choice gives it on average."""
+        return baselines.TOKEN_CHOICE.get(self.routing) or max(1, round(self.capacity_factor))
+
+    @property
+    def measured_routing(self) -> str | None:
+        """What losses are measured with: None is training's own, which leaks where it is sparse."""
+        return "segment" if self.is_sparse else None
