@@ -8,4 +8,5 @@ setup requirements-dev.txt
 "$PY" -m ruff check .
 "$PY" -m ruff format --check .
 "$PY" -m mypy
-"$PY" -m pytest "$@"
+# Two processes, each with whole files: fixtures are made once.
+"$PY" -m pytest -n 2 --dist loadfile "$@"
