@@ -18,6 +18,7 @@ VERBS = (
     "compare",
     "plan",
     "check",
+    "doctor",
 )
 
 

@@ -24,6 +24,7 @@ from lory_jax.model.config import ModelConfig
 from lory_jax.model.routing import Routing
 from lory_jax.model.transformer import Params, build, merge_params
 from lory_jax.parallel import make_mesh, start_process
+from lory_jax.storage import storage_path
 from lory_jax.training.workdir import load_params
 
 
@@ -314,7 +315,7 @@ def load(workdir: str | Path) -> Model:
       InputError: `workdir` holds no run, or none of its checkpoints can be read.
     """
     start_process()
-    workdir = Path(workdir)
+    workdir = storage_path(workdir)
     config, params, step = load_params(workdir, make_mesh(data=1, fsdp=0, tensor=1))
     return Model(config, params, Tokenizer.load(workdir / TOKENIZER_NAME), step)
 

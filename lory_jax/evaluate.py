@@ -33,6 +33,7 @@ from lory_jax.evaluation.sets import held_out_sets
 from lory_jax.parallel import start_process
 from lory_jax.progress import duration
 from lory_jax.report import plots
+from lory_jax.storage import storage_path
 from lory_jax.training.workdir import data_directory, write_atomically
 
 MEASURES = ("perplexity", "perplexity_all_positions", "bits_per_byte")
@@ -42,7 +43,7 @@ NO_SPLIT = "none"
 def main(argv: list[str]) -> None:
     parser = cli.Parser("evaluate", __doc__)
     add = parser.add_argument
-    add("--workdir", type=Path, help="a run of the verb train")
+    add("--workdir", type=storage_path, help="a run of the verb train")
     add("--out", type=Path, metavar="F.json", help="file to write (default: W/evaluation.json)")
     add(
         "--routing",
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> None:
         help="positions >= T, with the first T tokens as the prompt (default: as the model was "
         "trained: segment, or prompt after prefix routing), and tasks (default: prompt)",
     )
-    add("--data", type=Path, metavar="DIR", help="where the prepared data are now")
+    add("--data", type=storage_path, metavar="DIR", help="where the prepared data are now")
     add(
         "--split",
         choices=("test", "validation", NO_SPLIT),

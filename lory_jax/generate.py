@@ -8,11 +8,11 @@ Interactively, every line is a prompt of its own, until the end of the input.
 """
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from lory_jax import api, cli
 from lory_jax.errors import InputError
+from lory_jax.storage import storage_path
 
 SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "routing", "stop")
 
@@ -20,7 +20,7 @@ SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "routing"
 def main(argv: list[str]) -> None:
     parser = cli.Parser("generate", __doc__)
     add = parser.add_argument
-    add("--workdir", required=True, type=Path, help="a run of the verb train")
+    add("--workdir", required=True, type=storage_path, help="a run of the verb train")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", help="text to continue; may be given again")
     source.add_argument("--interactive", action="store_true", help="read prompts, line by line")

@@ -32,7 +32,7 @@ from lory_jax.evaluation.perplexity import token_losses
 from lory_jax.flops import flops_per_token, parameter_counts, peak_flops
 from lory_jax.model.config import ModelConfig
 from lory_jax.parallel import check_batch, make_mesh, place_batch, start_process
-from lory_jax.storage import is_remote
+from lory_jax.storage import is_remote, storage_path
 from lory_jax.training.checkpoint import Checkpoints, Meta, reason
 from lory_jax.training.goodput import Goodput
 from lory_jax.training.metrics import MetricsLog
@@ -71,11 +71,13 @@ class Phase:
 def main(argv: list[str]) -> None:
     parser = cli.Parser("train", __doc__)
     parser.add_config_flag()
-    parser.add_argument("--data", required=True, type=Path, help="directory written by prepare")
-    parser.add_argument("--workdir", required=True, type=Path, help="where the run is kept")
+    parser.add_argument(
+        "--data", required=True, type=storage_path, help="directory written by prepare"
+    )
+    parser.add_argument("--workdir", required=True, type=storage_path, help="where the run is kept")
     parser.add_argument(
         "--init_from",
-        type=Path,
+        type=storage_path,
         metavar="W0",
         help="start from the newest parameters of this work directory (another run's, or made by "
         "convert from-hf), with fresh moments at step 0",

@@ -12,7 +12,7 @@ from lory_jax import check
 from lory_jax.model.config import ModelConfig
 from lory_jax.parallel import make_mesh
 
-PARTS = ("attention (xla)", "merged FFN (blocks)", "loss (chunks)", "training", "save and restore")
+PARTS = ("attention (xla)", "merged FFN (whole)", "loss (chunks)", "training", "save and restore")
 
 
 @pytest.mark.parametrize("devices", [1, 4])

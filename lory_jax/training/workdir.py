@@ -108,12 +108,15 @@ def check_same_run(
     workdir: Path, config: dict[str, Any], dataset: dict[str, str], change_steps: bool
 ) -> list[str]:
     """Which changeable fields differ from those of a run; `InputError` if anything else does."""
-    found = _with_defaults(read_config(workdir))
+    found = read_config(workdir)
     changed: list[str] = []
     wrong: list[str] = []
     for section in sorted(found.keys() | config.keys()):
         changeable = CHANGEABLE.get(section, set())
-        for line in differences(found.get(section, {}), config.get(section, {})):
+        # A field that is younger than the run had its default.
+        fields, wanted = SCHEMA.get(section, {}), config.get(section, {})
+        before = {name: fields[name].default for name in wanted if name in fields}
+        for line in differences(before | found.get(section, {}), wanted):
             field = line.partition(":")[0]
             may = changeable is None or field in changeable
             may |= change_steps and (section, field) == ("train", "steps")
@@ -126,14 +129,6 @@ def check_same_run(
     if wrong:
         raise InputError(f"{workdir}: holds a run of another config ({'; '.join(wrong)})")
     return changed
-
-
-def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """A config with the fields that came after its run was begun, which had their defaults then."""
-    return {
-        section: {name: field.default for name, field in SCHEMA.get(section, {}).items()} | values
-        for section, values in config.items()
-    }
 
 
 def read_config(workdir: Path) -> dict[str, Any]:
