@@ -102,6 +102,10 @@ def main(argv: list[str]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         train(args.config, args.data, args.workdir, args.init_from, profile, args.change_steps)
+    except (InputError, SystemExit) as end:
+        if not Checkpoints.has_failed_saves:
+            raise
+        _leave(end)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
@@ -112,6 +116,17 @@ def main(argv: list[str]) -> None:
             flush=True,
         )
         os._exit(PEER_IS_GONE)
+    if Checkpoints.has_failed_saves:
+        _leave(SystemExit(0))
+
+
+def _leave(end: InputError | SystemExit) -> None:
+    """Ends the process at once, without waiting for threads of saves that failed."""
+    if isinstance(end, InputError):
+        print(f"error: {end}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(end.status if isinstance(end, InputError) else int(end.code or 0))
 
 
 def train(

@@ -117,8 +117,9 @@ def memory_needed(message: str) -> int:
     Raises:
       InputError: the message is another one.
     """
+    is_hbm = "memory space vmem" not in message  # a kernel that does not fit the chip is no size
     patterns = (r"Used ([\d.]+)([KMGT]?)i?B? of", r"\(([\d.]+)([KMGT])\) exceeds available HBM")
     for pattern in patterns:
-        if found := re.search(pattern, message):
+        if is_hbm and (found := re.search(pattern, message)):
             return int(float(found[1]) * _UNITS[found[2]])
     raise InputError(f"the compiler refused the program: {message.splitlines()[0][:300]}")

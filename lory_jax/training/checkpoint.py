@@ -38,6 +38,9 @@ UNFINISHED = ".orbax-checkpoint-tmp"  # ends the name of a checkpoint until it i
 class Checkpoints:
     """The checkpoints of one run, newest last."""
 
+    # Whether a save failed in this process: Orbax's threads then wait minutes for its files.
+    has_failed_saves = False
+
     def __init__(
         self,
         directory: Path,
@@ -124,6 +127,7 @@ class Checkpoints:
             self._saving = self._failure = None
 
     def _failed(self, error: Exception) -> None:
+        Checkpoints.has_failed_saves = True
         step, self._saving = self._saving or 0, None
         self._failure = (step, reason(error))
         print(

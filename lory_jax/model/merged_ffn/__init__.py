@@ -38,6 +38,8 @@ __all__ = [
 
 IMPLEMENTATIONS = ("auto", "einsum", "whole", "blocks", "kernel")
 
+SMALLEST_VMEM, LARGEST_VMEM = 64 * 2**20, 128 * 2**20  # of TPUs: v5p's; v5e's and v6e's
+
 
 def merged_ffn(
     x_SxTxD: Array, experts: Experts, r_SxE: Array, implementation: str = "auto"
@@ -96,11 +98,12 @@ def resolve_merged_ffn(choice: str, platform: str, T: int, D: int, E: int, items
       ConfigError: the platform cannot run what is asked for.
     """
     if choice == "auto":
-        if platform == "tpu" and not kernel_obstacle(T, D, E, itemsize):
+        # On any TPU: which one it is, is known when the program is traced.
+        if platform == "tpu" and not kernel_obstacle(T, D, E, itemsize, SMALLEST_VMEM):
             return "kernel"
         return "whole" if platform == "cpu" else "blocks"
     if choice == "kernel":
-        obstacle = kernel_obstacle(T, D, E, itemsize)
+        obstacle = kernel_obstacle(T, D, E, itemsize, LARGEST_VMEM)
         if platform != "tpu":
             obstacle = f"which needs a tpu, on a {platform}"
         if obstacle:
@@ -111,8 +114,8 @@ def resolve_merged_ffn(choice: str, platform: str, T: int, D: int, E: int, items
     return choice
 
 
-def kernel_obstacle(T: int, D: int, E: int, itemsize: int) -> str:
-    """Why the TPU kernels cannot run these shapes; "" if they can."""
+def kernel_obstacle(T: int, D: int, E: int, itemsize: int, capacity: int) -> str:
+    """Why kernels cannot run these shapes on a TPU with so much on-chip memory; "" if they can."""
     from lory_jax.model.merged_ffn import kernels
 
     if D % kernels.LANES:
@@ -120,7 +123,7 @@ def kernel_obstacle(T: int, D: int, E: int, itemsize: int) -> str:
     smallest = kernels.smallest_tiling(E)
     names = (kernels.TO_HIDDEN, kernels.FROM_HIDDEN, kernels.GRADIENTS)
     needed = max(kernels.vmem_bytes(name, smallest, T, D, E, itemsize) for name in names)
-    if needed > kernels.VMEM_BYTES:
+    if needed > kernels.vmem_budget(capacity):
         return f"which cannot hold segments of {T} x {D} and blocks of {E} experts on the chip"
     return ""
 

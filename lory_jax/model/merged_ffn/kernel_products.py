@@ -21,7 +21,6 @@ from lory_jax.model.merged_ffn.kernels import (
     MATRIX_ROWS,
     ROWS,
     TO_HIDDEN,
-    VMEM_LIMIT,
     Tiling,
     from_hidden_kernel,
     gather_spread,
@@ -29,6 +28,9 @@ from lory_jax.model.merged_ffn.kernels import (
     spread,
     tile,
     to_hidden_kernel,
+    vmem_budget,
+    vmem_capacity,
+    vmem_limit,
 )
 from lory_jax.model.merged_ffn.vjp import Products
 
@@ -80,7 +82,8 @@ class _Call:
             out_shape=out_shape,
             scratch_shapes=[scratch],
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+                dimension_semantics=("parallel", "arbitrary"),
+                vmem_limit_bytes=vmem_limit(vmem_capacity()),
             ),
             cost_estimate=self.cost(name),
             name=name,
@@ -111,7 +114,8 @@ class _Call:
 def _prepare(kernel: str, w_DExF: Array, r_SxE: Array, T: int, interpret: bool) -> _Call:
     S, E = r_SxE.shape
     D = w_DExF.shape[0] // E
-    tiling = tile(kernel, S, T, D, w_DExF.shape[1], E, w_DExF.dtype.itemsize)
+    budget = vmem_budget(vmem_capacity())
+    tiling = tile(kernel, S, T, D, w_DExF.shape[1], E, w_DExF.dtype.itemsize, budget)
     r_SxE = pad(r_SxE, (tiling.group, tiling.experts))
     if D % ROWS or E % tiling.experts:
         w_DxExF = pad(w_DExF.reshape(D, E, -1), (ROWS, tiling.experts, 1))

@@ -30,8 +30,7 @@ SUBLANES, LANES = 8, 128  # of a register of 32 bits
 ROWS = 2 * SUBLANES  # of D in a tile of bfloat16
 UNROLL = 4  # steps of a loop, so that one's products run while the other's results are taken
 
-VMEM_BYTES = 96 * 2**20  # that blocks may take; a v5e has 128 MiB
-VMEM_LIMIT = 112 * 2**20  # with what the compiler adds
+MIB = 2**20
 MATRIX_ROWS = 128  # of the matrix unit, which P * E should fill and not exceed
 MAX_GROUP = 32
 
@@ -63,8 +62,26 @@ def smallest_tiling(E: int, columns: int = LANES) -> Tiling:
     return Tiling(group=ROWS // P, rows=P, experts=ROWS // P, columns=columns)
 
 
-def tile(kernel: str, S: int, T: int, D: int, F: int, E: int, itemsize: int) -> Tiling:
-    """The tiling of a kernel for one device's segments: the largest group that fits `VMEM_BYTES`.
+def vmem_capacity() -> int:
+    """On-chip memory of the TPU that a program is traced for; without a TPU, a v5e's."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    is_tpu = device.platform == "tpu" if device else jax.default_backend() == "tpu"
+    return pltpu.get_tpu_info().vmem_capacity_bytes if is_tpu else 128 * MIB
+
+
+def vmem_budget(capacity: int) -> int:
+    """What blocks may take."""
+    return min(capacity * 7 // 8, 96 * MIB)
+
+
+def vmem_limit(capacity: int) -> int:
+    """What the compiler may take, with what it adds to the blocks."""
+    return min(capacity - 2 * MIB, 112 * MIB)
+
+
+def tile(kernel: str, S: int, T: int, D: int, F: int, E: int, itemsize: int, budget: int) -> Tiling:
+    """The tiling of a kernel for one device's segments: the largest group within the budget.
 
     There are two groups at least, for chips whose two cores share them, and padding adds no more
     than a quarter to S. The gradients read x once per block of F, so their blocks are twice as wide
@@ -74,7 +91,7 @@ def tile(kernel: str, S: int, T: int, D: int, F: int, E: int, itemsize: int) -> 
     def largest_group(tiling: Tiling) -> Tiling:
         while tiling.group < MAX_GROUP:
             larger = dataclasses.replace(tiling, group=2 * tiling.group)
-            is_too_large = vmem_bytes(kernel, larger, T, D, E, itemsize) > VMEM_BYTES
+            is_too_large = vmem_bytes(kernel, larger, T, D, E, itemsize) > budget
             if is_too_large or 2 * larger.group > S or -S % larger.group > S / 4:
                 break
             tiling = larger
@@ -82,7 +99,7 @@ def tile(kernel: str, S: int, T: int, D: int, F: int, E: int, itemsize: int) -> 
 
     narrow = largest_group(smallest_tiling(E))
     wide = largest_group(smallest_tiling(E, 2 * LANES))
-    fits = vmem_bytes(kernel, wide, T, D, E, itemsize) <= VMEM_BYTES
+    fits = vmem_bytes(kernel, wide, T, D, E, itemsize) <= budget
     is_even = -(-F // LANES) % 2 == 0
     if kernel == GRADIENTS and fits and is_even and 2 * wide.group >= narrow.group:
         return wide
