@@ -102,6 +102,9 @@ def test_memory_needed_is_read_off_the_compilers_message():
     assert memory_needed("Ran out of memory. Used 17.50G of 15.75G hbm.") == int(17.5 * 2**30)
     with pytest.raises(InputError, match="the compiler refused the program: INTERNAL: no"):
         memory_needed("INTERNAL: no\nmore")
+    # A kernel too large for the chip's own memory is an error, not a program that does not fit.
+    with pytest.raises(InputError, match="memory space vmem"):
+        memory_needed("Ran out of memory in memory space vmem. Used 88.06M of 63.94M vmem.")
 
 
 # ---------------------------------------------------------------- the verb
