@@ -4,7 +4,7 @@
     python benchmarks/merged_ffn.py --topology=v5e-1       asks the TPU compiler; needs libtpu
 
 Here: forward, and forward and backward, the implementations taking turns; the median of the ratios
-to the dense FFN of the same turn, and the quartiles.
+to the dense FFN of the same turn, and the quartiles. With large pages of memory, as in launch/.
 
 With --topology: cycles of forward and backward on one device, from the compiler's estimates for its
 own operations and from the final bundles of the Pallas kernels (lory_jax/planning), bytes to and
@@ -16,10 +16,11 @@ own part, so that neither the conversion nor the transposition of whole matrices
 """
 
 import argparse
+import atexit
 import json
 import os
+import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+DUMP = Path(tempfile.gettempdir()) / f"merged_ffn-{os.getpid()}"  # the compiler's bundles
 
 
 def main() -> None:
@@ -45,13 +46,16 @@ def main() -> None:
     parser.add_argument("--gathered", action="store_true", help="experts as after the all-gather")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
-    parser.add_argument("--dump_kernels", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.topology:
+        from lory_jax.planning.bundles import dump_arguments
+
         os.environ["JAX_PLATFORMS"] = "cpu"
-    if args.dump_kernels:
-        compile_kernels(args)
-        return
+        os.environ["LIBTPU_INIT_ARGS"] = dump_arguments(DUMP)  # read when libtpu is loaded
+        atexit.register(shutil.rmtree, DUMP, ignore_errors=True)
+    elif "GLIBC_TUNABLES" not in os.environ:  # read by glibc when a process starts
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     segments = args.segments or ("16,64,128" if args.topology else "32")
     # Compiling takes long: what FILE already holds of it is not done again.
     rows = json.loads(args.json.read_text()) if args.topology and _exists(args.json) else []
@@ -164,12 +168,9 @@ def time_layers(args: argparse.Namespace, shape: dict[str, int]) -> list[dict[st
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for turn in range(args.rounds + 1):
         for name, (forward, both, dy, arrays) in programs.items():
-            begin = time.perf_counter()
-            jax.block_until_ready(forward(*arrays))
-            middle = time.perf_counter()
-            jax.block_until_ready(both(dy, *arrays))
+            times = seconds_of(forward, *arrays), seconds_of(both, dy, *arrays)
             if turn:  # the first compiles and warms up
-                seconds[name].append((middle - begin, time.perf_counter() - middle))
+                seconds[name].append(times)
     rows = []
     for name in names:
         ratios = [
@@ -192,6 +193,16 @@ def time_layers(args: argparse.Namespace, shape: dict[str, int]) -> list[dict[st
         report(row)
         rows.append(row)
     return rows
+
+
+def seconds_of(program: Callable[..., Any], *arguments: Any) -> float:
+    """Of a call that follows one of its own, as in training: memory is as that one left it."""
+    import jax
+
+    jax.block_until_ready(program(*arguments))
+    begin = time.perf_counter()
+    jax.block_until_ready(program(*arguments))
+    return time.perf_counter() - begin
 
 
 # ---------------------------------------------------------------- by the TPU's compiler
@@ -234,6 +245,7 @@ def compiled_figures(
     from lory_jax.planning.traffic import hbm_bytes
 
     dtype = args.dtype or "bfloat16"
+    shutil.rmtree(DUMP, ignore_errors=True)
     begin = time.monotonic()
     compiled = jax.jit(layer_program(name, args.gathered)).lower(
         *described(shape, name, dtype, args.gathered, topology.devices()[0])
@@ -247,7 +259,7 @@ def compiled_figures(
     xla = cycles.total - sum(cycles.kernels.values())
     kernels = {}
     if cycles.kernels:
-        kernels = kernel_costs(args, shape, module, topology.device)
+        kernels = kernel_costs(module, topology.device)
     return {
         "cycles": xla + sum(k["cycles"] * k["calls"] for k in kernels.values()),
         "xla_cycles": xla,
@@ -268,7 +280,7 @@ def layer_program(name: str, gathered: bool) -> Callable[..., Any]:
     from lory_jax.model.merged_ffn import vjp
     from lory_jax.model.merged_ffn.kernel_products import kernel_products
 
-    # After the gather and before the scatter: laid out, and gradients still in float32.
+    # After the gather and before the scatter, in the layout of the kernels.
     products = dataclasses.replace(
         kernel_products(), lay_out=lambda w, _: w, take_back=lambda w, *_: w
     )
@@ -299,73 +311,42 @@ def described(
     return describe(x, dtype), describe(x, dtype), matrices, describe(r, "float32")
 
 
-def kernel_costs(
-    args: argparse.Namespace, shape: dict[str, int], module: Any, device: Any
-) -> dict[str, Any]:
+def kernel_costs(module: Any, device: Any) -> dict[str, Any]:
     """Per kernel: calls, and the cycles of one by bundles, by the matrix unit and by DMA."""
     import re
 
-    from lory_jax.planning.bundles import base_name, dump_arguments, read_kernel
+    from lory_jax.planning.bundles import base_name, read_kernel
 
     costs: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as directory:
-        flags = [f"--{name}={value}" for name, value in shape.items() if name in "TDF"]
-        flags += [f"--segments={shape['S']}", f"--experts={shape['E']}"]
-        command = [sys.executable, __file__, f"--topology={args.topology}", *flags]
-        command += [f"--dtype={args.dtype or 'bfloat16'}", f"--dump_kernels={directory}"]
-        environment = os.environ | {"LIBTPU_INIT_ARGS": dump_arguments(Path(directory))}
-        environment["PYTHONPATH"] = str(ROOT)
-        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
-        for computation in module.computations.values():
-            for instruction in computation.instructions.values():
-                if 'custom_call_target="tpu_custom_call"' not in instruction.attributes:
-                    continue
-                name = base_name(instruction.name)
-                if name in costs:
-                    costs[name]["calls"] += 1
-                    continue
-                read = read_kernel(Path(directory), instruction.name)
-                found = re.search(r'"cost_estimate":\{(.*?)\}', instruction.attributes)
-                assert found is not None
-                work, moved = (
-                    int(re.findall(rf'"{field}":"?(\d+)', found[1])[0])
-                    for field in ("flops", "bytes_accessed")
-                )
-                # The cores of a chip share the outermost dimension of the grid.
-                by = {
-                    "bundles": read.bundles / device.cores,
-                    "matrix_unit": work / device.flops_per_cycle,
-                    "dma": moved / device.hbm_bandwidth * device.clock,
-                }
-                costs[name] = {"calls": 1, "cycles": max(by.values()), **by}
-                costs[name]["bound_by"] = max(by, key=lambda key: by[key])
-                costs[name]["busiest_slot"] = read.limiting_slot
-                costs[name]["busy"] = {
-                    kind: round(share, 2) for kind, share in read.busy.items() if share > 0.01
-                }
+    for computation in module.computations.values():
+        for instruction in computation.instructions.values():
+            if 'custom_call_target="tpu_custom_call"' not in instruction.attributes:
+                continue
+            name = base_name(instruction.name)
+            if name in costs:
+                costs[name]["calls"] += 1
+                continue
+            read = read_kernel(DUMP, instruction.name)
+            found = re.search(r'"cost_estimate":\{(.*?)\}', instruction.attributes)
+            assert found is not None
+            work, moved = (
+                int(re.findall(rf'"{field}":"?(\d+)', found[1])[0])
+                for field in ("flops", "bytes_accessed")
+            )
+            # The cores of a chip share the outermost dimension of the grid.
+            by = {
+                "bundles": read.bundles / device.cores,
+                "matrix_unit": work / device.flops_per_cycle,
+                "dma": moved / device.hbm_bandwidth * device.clock,
+            }
+            costs[name] = {"calls": 1, "cycles": max(by.values()), **by}
+            costs[name]["bound_by"] = max(by, key=lambda key: by[key])
+            costs[name]["busiest_slot"] = read.limiting_slot
+            costs[name]["busy"] = {
+                kind: round(share, 2) for kind, share in read.busy.items() if share > 0.01
+            }
+
     return costs
-
-
-def compile_kernels(args: argparse.Namespace) -> None:
-    """Compiles the kernels of one shape alone, in a process whose libtpu writes their bundles."""
-    import jax
-
-    from lory_jax.model.merged_ffn.kernel_products import kernel_products
-    from lory_jax.planning.topology import parse_topology
-
-    device = parse_topology(args.topology).devices()[0]
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    S, E, T, D, F = int(args.segments), int(args.experts), args.T, args.D, args.F
-
-    def describe(kind: str, *size: int) -> Any:
-        return jax.ShapeDtypeStruct(size, kind, sharding=sharding)
-
-    x, h = describe(args.dtype, S, T, D), describe(args.dtype, S, T, F)
-    w, r = describe(args.dtype, D * E, F), describe("float32", S, E)
-    products = kernel_products()
-    jax.jit(lambda x, w, r: products.to_hidden(x, w, r, "gate")).lower(x, w, r).compile()
-    jax.jit(lambda h, w, r: products.from_hidden(h, w, r, "gate")).lower(h, w, r).compile()
-    jax.jit(lambda *a: products.gradients(*a, "gate")).lower(x, h, w, r).compile()
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from lory_jax.model.merged_ffn import (
     merged_ffn,
     resolve_merged_ffn,
     swiglu,
+    tiling,
 )
 from lory_jax.model.merged_ffn.kernel_products import kernel_products
 from lory_jax.model.merged_ffn.vjp import products_ffn
@@ -282,36 +283,39 @@ def test_a_kernel_that_cannot_run_is_refused(platform, T, D, message):
     assert resolve_merged_ffn("einsum", platform, T, D, 8, 2) == "einsum"
 
 
-@pytest.mark.parametrize("mib", [64, 128])
+@pytest.mark.parametrize(("mib", "cores"), [(64, 2), (128, 1)])
 @pytest.mark.parametrize("E", [1, 8, 16, 17, 32])
 @pytest.mark.parametrize("S", [1, 16, 17, 128])
 @pytest.mark.parametrize("F", [2816, 700])
-def test_tilings_fit_the_chip_in_whole_tiles(S, E, F, mib):
-    budget = kernels.vmem_budget(mib * 2**20)
-    for name in (kernels.TO_HIDDEN, kernels.FROM_HIDDEN, kernels.GRADIENTS):
-        tiling = kernels.tile(name, S, 256, 1024, F, E, 2, budget)
-        assert kernels.vmem_bytes(name, tiling, 256, 1024, E, 2) <= budget
-        assert tiling.group * tiling.rows % kernels.ROWS == 0
-        assert tiling.rows * tiling.experts % kernels.ROWS == 0
-        assert S == 1 or -S % tiling.group <= S / 4
-        assert -F % tiling.columns < kernels.LANES
+def test_tilings_fit_the_chip_in_whole_tiles(S, E, F, mib, cores):
+    budget = tiling.vmem_budget(mib * 2**20)
+    for call in tiling.CALLS:
+        problem = tiling.Problem(*call, S=S, T=256, D=1024, F=F, E=E, itemsize=2)
+        cut = tiling.tile(problem, budget, cores)
+        assert tiling.vmem_bytes(problem, cut) <= budget
+        assert cut.group * cut.rows % tiling.ROWS == 0
+        assert cut.rows * cut.experts % tiling.ROWS == 0
+        assert 1024 % (cut.parts * tiling.LANES) == 0
+        assert S == 1 or -S % cut.group <= S / 4
+        assert S < 16 or -(-S // cut.group) >= cores
+        assert -F % cut.columns < tiling.LANES
 
 
 def test_spreading_merges_as_the_plain_sum_and_its_gradient_is_its_transpose():
     S, D, F, E = 4, 8, 6, 8  # of more experts, registers are rolled: in kernels only
     rng = np.random.default_rng(0)
     w_DxExF, r_SxE = rng.normal(size=(D, E, F)), rng.normal(size=(S, E))
-    tiling = kernels.smallest_tiling(E)
-    a = kernels.spread(jnp.asarray(r_SxE), tiling, jnp.float32)
-    P = tiling.rows
+    cut = tiling.smallest_tiling(E)
+    a = kernels.spread(jnp.asarray(r_SxE), cut, jnp.float32)
+    P = cut.rows
     parts = [a @ w_DxExF[d : d + P].reshape(P * E, F) for d in range(0, D, P)]
     merged = kernels._join_rows(parts, S, P)  # S is one group
     assert_close(merged, np.einsum("se,def->sdf", r_SxE, w_DxExF), VALUES)
     for part, again in zip(parts, kernels._split_rows(merged, P), strict=True):
         np.testing.assert_array_equal(part, again)
     da = rng.normal(size=a.shape).astype(np.float32)
-    _, pull = jax.vjp(lambda r: kernels.spread(r, tiling, jnp.float32), jnp.asarray(r_SxE))
-    assert_close(kernels.gather_spread(jnp.asarray(da), tiling), pull(jnp.asarray(da))[0], VALUES)
+    _, pull = jax.vjp(lambda r: kernels.spread(r, cut, jnp.float32), jnp.asarray(r_SxE))
+    assert_close(kernels.gather_spread(jnp.asarray(da), cut), pull(jnp.asarray(da))[0], VALUES)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
@@ -320,7 +324,18 @@ def test_spreading_merges_as_the_plain_sum_and_its_gradient_is_its_transpose():
 def test_the_kernels_compile_for_tpus(topology, tmp_path):
     root = Path(__file__).parent.parent
     script = root / "benchmarks" / "merged_ffn.py"
-    sizes = ["--segments=4", "--experts=20", "--T=256", "--D=1024", "--F=256", "--dtype=bfloat16"]
-    command = [sys.executable, script, f"--topology={topology}", f"--dump_kernels={tmp_path}"]
+    sizes = ["--segments=4", "--experts=20", "--T=256", "--D=1024", "--F=256", "--gathered"]
+    command = [sys.executable, script, f"--topology={topology}", "--implementations=kernel"]
     environment = verb_environment() | {"PYTHONPATH": str(root)}
-    subprocess.run([*command, *sizes], check=True, timeout=600, env=environment)
+    rows = tmp_path / "rows.json"
+    subprocess.run([*command, *sizes, f"--json={rows}"], check=True, timeout=600, env=environment)
+    dense, kernel = json.loads(rows.read_text())
+    calls = {name: cost["calls"] for name, cost in kernel["kernels"].items()}
+    assert calls == {
+        "merged_to_hidden": 1,
+        "merged_from_hidden": 1,
+        "merged_to_hidden_backward": 1,
+        "merged_from_hidden_backward": 1,
+        "merged_gradients": 3,
+    }
+    assert kernel["cycles"] > dense["cycles"]

@@ -116,14 +116,16 @@ def resolve_merged_ffn(choice: str, platform: str, T: int, D: int, E: int, items
 
 def kernel_obstacle(T: int, D: int, E: int, itemsize: int, capacity: int) -> str:
     """Why kernels cannot run these shapes on a TPU with so much on-chip memory; "" if they can."""
-    from lory_jax.model.merged_ffn import kernels
+    from lory_jax.model.merged_ffn import tiling
 
-    if D % kernels.LANES:
-        return f"which needs config.model.embed_dim in multiples of {kernels.LANES}, with {D}"
-    smallest = kernels.smallest_tiling(E)
-    names = (kernels.TO_HIDDEN, kernels.FROM_HIDDEN, kernels.GRADIENTS)
-    needed = max(kernels.vmem_bytes(name, smallest, T, D, E, itemsize) for name in names)
-    if needed > kernels.vmem_budget(capacity):
+    if D % tiling.LANES:
+        return f"which needs config.model.embed_dim in multiples of {tiling.LANES}, with {D}"
+    # Whatever S and F are, the least that is held at a time is the same.
+    problems = [
+        tiling.Problem(*call, S=1, T=T, D=D, F=tiling.LANES, E=E, itemsize=itemsize)
+        for call in tiling.CALLS
+    ]
+    if not all(tiling.fits(problem, tiling.vmem_budget(capacity)) for problem in problems):
         return f"which cannot hold segments of {T} x {D} and blocks of {E} experts on the chip"
     return ""
 

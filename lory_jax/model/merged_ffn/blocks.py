@@ -7,7 +7,7 @@ Letters: S segments, T tokens per segment, D model, F FFN, E experts, b one bloc
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from lory_jax.model.merged_ffn.reference import merge
-from lory_jax.model.merged_ffn.vjp import Products
+from lory_jax.model.merged_ffn.vjp import Combine, Products
 
 MERGED_BYTES = 256 * 2**20  # of one merged matrix held at once, per device
+CACHED_BYTES = 2**21  # of merged weights' gradients at a time, on CPUs
 BLOCK_MULTIPLE = 128  # lanes of a TPU register
 
 D_AXIS = {"gate": 1, "up": 1, "down": 2}
@@ -49,7 +50,20 @@ def _one_block(S: int, D: int, F: int, itemsize: int) -> int:
 Size = Callable[[int, int, int, int], int]
 
 
-def _to_hidden(size: Size, x_SxTxD: Array, w: Array, r_SxE: Array, name: str) -> Array:
+def _to_hidden(
+    size: Size,
+    x_SxTxD: Array,
+    weights: Mapping[str, Array],
+    r_SxE: Array,
+    combine: Combine,
+    *given: Array,
+) -> tuple[Array, ...]:
+    products = [_product(size, x_SxTxD, w, r_SxE, name) for name, w in weights.items()]
+    outs = combine(*(h_SxTxF.astype(jnp.float32) for h_SxTxF in (*products, *given)))
+    return tuple(h_SxTxF.astype(x_SxTxD.dtype) for h_SxTxF in outs)
+
+
+def _product(size: Size, x_SxTxD: Array, w: Array, r_SxE: Array, name: str) -> Array:
     def put_block(h_SxTxF: Array, start: Array, block: Array) -> Array:
         h_SxTxb = jnp.matmul(x_SxTxD, _merge_DxF(block, r_SxE, name))
         return jax.lax.dynamic_update_slice_in_dim(h_SxTxF, h_SxTxb, start, axis=2)
@@ -59,7 +73,17 @@ def _to_hidden(size: Size, x_SxTxD: Array, w: Array, r_SxE: Array, name: str) ->
     return _over_blocks(put_block, h_SxTxF, w, size, x_SxTxD, name)
 
 
-def _from_hidden(size: Size, h_SxTxF: Array, w: Array, r_SxE: Array, name: str) -> Array:
+def _from_hidden(
+    size: Size, hidden: Mapping[str, Array], weights: Mapping[str, Array], r_SxE: Array
+) -> Array:
+    first, *others = hidden
+    y_SxTxD = _product_back(size, hidden[first], weights[first], r_SxE, first)
+    for name in others:
+        y_SxTxD += _product_back(size, hidden[name], weights[name], r_SxE, name)
+    return y_SxTxD.astype(hidden[first].dtype)
+
+
+def _product_back(size: Size, h_SxTxF: Array, w: Array, r_SxE: Array, name: str) -> Array:
     def add_block(y_SxTxD: Array, start: Array, block: Array) -> Array:
         b = block.shape[F_AXIS[name]]
         h_SxTxb = jax.lax.dynamic_slice_in_dim(h_SxTxF, start, b, axis=2)
@@ -81,14 +105,37 @@ def _gradients(
         left, right = (h_SxTxb, x_SxTxD) if name == "down" else (x_SxTxD, h_SxTxb)
         dm_SxMxN = jnp.matmul(left.mT, right)
         with jax.named_scope("merge"):
-            dr_SxE += jnp.einsum("smn,emn->se", dm_SxMxN, block, preferred_element_type=jnp.float32)
+            dr_SxE += jax.lax.platform_dependent(
+                dm_SxMxN, block, cpu=_inner_products_by_rows, default=_inner_products
+            )
             # In float32 on both sides: the sum over segments is a gradient's.
             dw_ExMxN = jnp.einsum("se,smn->emn", r_SxE, dm_SxMxN.astype(jnp.float32))
             dw = jax.lax.dynamic_update_slice_in_dim(dw, dw_ExMxN, start, axis=F_AXIS[name])
         return dw, dr_SxE
 
     sums = jnp.zeros(w.shape, jnp.float32), jnp.zeros(r_SxE.shape, jnp.float32)
-    return _over_blocks(add_block, sums, w, size, x_SxTxD, name)
+    dw, dr_SxE = _over_blocks(add_block, sums, w, size, x_SxTxD, name)
+    return dw.astype(w.dtype), dr_SxE
+
+
+def _inner_products(dm_SxMxN: Array, w_ExMxN: Array) -> Array:
+    """The gradient of the routing weights from that of the merged weights."""
+    return jnp.einsum("smn,emn->se", dm_SxMxN, w_ExMxN, preferred_element_type=jnp.float32)
+
+
+def _inner_products_by_rows(dm_SxMxN: Array, w_ExMxN: Array) -> Array:
+    """The same for CPUs, where XLA transposes a copy: a few rows of M at a time stay cached."""
+    (S, M, N), E = dm_SxMxN.shape, w_ExMxN.shape[0]
+    rows = max(1, min(M, CACHED_BYTES // (S * N * dm_SxMxN.dtype.itemsize)))
+    while M % rows:
+        rows -= 1
+
+    def add_rows(i: Array, dr_SxE: Array) -> Array:
+        dm_SxmN = jax.lax.dynamic_slice_in_dim(dm_SxMxN, i * rows, rows, 1).reshape(S, -1)
+        w_ExmN = jax.lax.dynamic_slice_in_dim(w_ExMxN, i * rows, rows, 1).reshape(E, -1)
+        return dr_SxE + jnp.matmul(dm_SxmN, w_ExmN.T, preferred_element_type=jnp.float32)
+
+    return jax.lax.fori_loop(0, M // rows, add_rows, jnp.zeros((S, E), jnp.float32))
 
 
 def _merge_DxF(block: Array, r_SxE: Array, name: str) -> Array:

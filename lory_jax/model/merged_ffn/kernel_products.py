@@ -5,7 +5,7 @@ time, E experts, P rows of D in one product.
 """
 
 import functools
-import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,24 +15,23 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from lory_jax.model.merged_ffn import tiling as tilings
 from lory_jax.model.merged_ffn.kernels import (
-    FROM_HIDDEN,
-    GRADIENTS,
-    MATRIX_ROWS,
-    ROWS,
-    TO_HIDDEN,
-    Tiling,
     from_hidden_kernel,
     gather_spread,
     gradients_kernel,
     spread,
-    tile,
     to_hidden_kernel,
-    vmem_budget,
-    vmem_capacity,
-    vmem_limit,
 )
-from lory_jax.model.merged_ffn.vjp import Products
+from lory_jax.model.merged_ffn.tiling import (
+    FROM_HIDDEN,
+    GRADIENTS,
+    ROWS,
+    TO_HIDDEN,
+    Problem,
+    Tiling,
+)
+from lory_jax.model.merged_ffn.vjp import Combine, Products
 
 
 def kernel_products(interpret: bool = False) -> Products:
@@ -42,88 +41,116 @@ def kernel_products(interpret: bool = False) -> Products:
 
 @dataclass(frozen=True)
 class _Call:
-    """One call's padded arguments, and its blocks by (group of segments, block of F)."""
+    """One call: its padded sizes, and its blocks by (group of segments, block of F, part of D)."""
 
     tiling: Tiling
-    r_SxE: Array
-    w_DExF: Array
-    S: int
-    T: int
-    D: int
-    E: int
-    F: int
+    problem: Problem
+    a_SPxPE: Array  # `spread`'s
+    weights: list[Array]
     interpret: bool
 
     @property
     def groups(self) -> int:
-        return self.S // self.tiling.group
+        return self.problem.S // self.tiling.group
 
     @property
     def blocks(self) -> int:
-        return self.F // self.tiling.columns
+        return self.problem.F // self.tiling.columns
+
+    @property
+    def part(self) -> int:
+        """Size of a part of D."""
+        return self.problem.D // self.tiling.parts
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return (self.groups, self.blocks, self.tiling.parts)
+
+    def spread_block(self) -> pl.BlockSpec:
+        return pl.BlockSpec(
+            (self.tiling.group * self.tiling.rows, self.width), lambda g, f, d: (g, 0)
+        )
+
+    @property
+    def width(self) -> int:
+        return self.tiling.rows * self.problem.E
+
+    def segments_block(self) -> pl.BlockSpec:
+        size = (self.tiling.group, self.problem.T, self.problem.D)
+        return pl.BlockSpec(size, lambda g, f, d: (g, 0, 0))
+
+    def hidden_block(self) -> pl.BlockSpec:
+        size = (self.tiling.group, self.problem.T, self.tiling.columns)
+        return pl.BlockSpec(size, lambda g, f, d: (g, 0, f))
+
+    def experts_block(self) -> pl.BlockSpec:
+        size = (self.part * self.problem.E, self.tiling.columns)
+        return pl.BlockSpec(size, lambda g, f, d: (d, f))
 
     def run(
         self,
         kernel: Any,
-        grid: tuple[int, int],
-        in_specs: list[Any],
-        out_specs: Any,
-        out_shape: Any,
-        scratch: Any,
-        name: str,
+        grid: tuple[int, int, int],
+        in_specs: Sequence[pl.BlockSpec],
+        out_specs: Sequence[pl.BlockSpec],
+        out_shape: Sequence[jax.ShapeDtypeStruct],
+        scratch: Sequence[Any],
+        suffix: str,
         *arguments: Array,
     ) -> Any:
-        rows = self.tiling.rows
+        problem, tiling = self.problem, self.tiling
         return pl.pallas_call(
-            functools.partial(kernel, P=rows),
+            functools.partial(kernel, P=tiling.rows),
             grid=grid,
             in_specs=in_specs,
             out_specs=out_specs,
             out_shape=out_shape,
-            scratch_shapes=[scratch],
+            scratch_shapes=scratch,
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "arbitrary"),
-                vmem_limit_bytes=vmem_limit(vmem_capacity()),
+                dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+                vmem_limit_bytes=tilings.vmem_limit(tilings.vmem_capacity()),
             ),
-            cost_estimate=self.cost(name),
-            name=name,
+            cost_estimate=pl.CostEstimate(
+                flops=tilings.flops(problem, tiling),
+                transcendentals=0,
+                bytes_accessed=tilings.moved_bytes(problem, tiling),
+            ),
+            name=problem.kernel + suffix,
             interpret=self.interpret,
         )(*arguments)
 
-    def cost(self, name: str) -> pl.CostEstimate:
-        """The work of the matrix unit, and what the blocks make the DMA move."""
-        P = self.tiling.rows
-        product = 2 * self.S * self.T * self.D * self.F
-        # Each row of A, or of dM, goes through the matrix unit once per 128 contracted.
-        filled = math.ceil(P * self.E / MATRIX_ROWS) * MATRIX_ROWS
-        merging = 2 * self.S * self.D * self.F * filled * (2 if name == GRADIENTS else 1)
-        size = self.w_DExF.dtype.itemsize
-        activations, hidden = self.S * self.T * self.D, self.S * self.T * self.F
-        experts = self.w_DExF.size
-        moved = {
-            TO_HIDDEN: size * (activations + hidden + self.groups * experts),
-            FROM_HIDDEN: size * (hidden + self.groups * experts) + 4 * activations,
-            GRADIENTS: size * (self.blocks * activations + hidden + experts)
-            + 4 * (experts + self.blocks * self.S * P * P * self.E),
-        }
-        return pl.CostEstimate(
-            flops=product + merging, transcendentals=0, bytes_accessed=moved[name]
-        )
 
-
-def _prepare(kernel: str, w_DExF: Array, r_SxE: Array, T: int, interpret: bool) -> _Call:
+def _prepare(
+    kernel: str, weights: Sequence[Array], r_SxE: Array, T: int, hidden: int, interpret: bool
+) -> _Call:
     S, E = r_SxE.shape
-    D = w_DExF.shape[0] // E
-    budget = vmem_budget(vmem_capacity())
-    tiling = tile(kernel, S, T, D, w_DExF.shape[1], E, w_DExF.dtype.itemsize, budget)
+    DE, F = weights[0].shape
+    dtype = weights[0].dtype
+    problem = Problem(kernel, len(weights), hidden, S, T, DE // E, F, E, dtype.itemsize)
+    budget = tilings.vmem_budget(tilings.vmem_capacity())
+    tiling = tilings.tile(problem, budget, tilings.num_cores())
     r_SxE = pad(r_SxE, (tiling.group, tiling.experts))
-    if D % ROWS or E % tiling.experts:
-        w_DxExF = pad(w_DExF.reshape(D, E, -1), (ROWS, tiling.experts, 1))
-        D, E, _ = w_DxExF.shape
-        w_DExF = w_DxExF.reshape(D * E, -1)
-    w_DExF = pad(w_DExF, (1, tiling.columns))
-    T += -T % tiling.tokens
-    return _Call(tiling, r_SxE, w_DExF, r_SxE.shape[0], T, D, E, w_DExF.shape[1], interpret)
+    padded = [_pad_experts(w, E, tiling) for w in weights]
+    S, E = r_SxE.shape
+    problem = Problem(
+        kernel,
+        len(weights),
+        hidden,
+        S=S,
+        T=T + -T % tiling.tokens,
+        D=padded[0].shape[0] // E,
+        F=padded[0].shape[1],
+        E=E,
+        itemsize=dtype.itemsize,
+    )
+    return _Call(tiling, problem, spread(r_SxE, tiling, dtype), padded, interpret)
+
+
+def _pad_experts(w_DExF: Array, E: int, tiling: Tiling) -> Array:
+    if (w_DExF.shape[0] // E) % ROWS or E % tiling.experts:
+        w_DxExF = pad(w_DExF.reshape(-1, E, w_DExF.shape[1]), (ROWS, tiling.experts, 1))
+        w_DExF = w_DxExF.reshape(-1, w_DExF.shape[1])
+    return pad(w_DExF, (1, tiling.columns))
 
 
 def pad(x: Array, multiples: tuple[int, ...]) -> Array:
@@ -132,52 +159,73 @@ def pad(x: Array, multiples: tuple[int, ...]) -> Array:
     return jnp.pad(x, widths) if any(width for _, width in widths) else x
 
 
-def _to_hidden(x_SxTxD: Array, w_DExF: Array, r_SxE: Array, name: str, *, interpret: bool) -> Array:
-    (S, T, _), F = x_SxTxD.shape, w_DExF.shape[1]
-    call = _prepare(TO_HIDDEN, w_DExF, r_SxE, T, interpret)
-    G, P, b = call.tiling.group, call.tiling.rows, call.tiling.columns
-    x_SxTxD = pad(x_SxTxD, (G, call.tiling.tokens, ROWS))
-    h_SxTxF = call.run(
-        to_hidden_kernel,
-        (call.groups, call.blocks),
+def _to_hidden(
+    x_SxTxD: Array,
+    weights: Mapping[str, Array],
+    r_SxE: Array,
+    combine: Combine,
+    *given: Array,
+    interpret: bool,
+) -> tuple[Array, ...]:
+    (S, T, _), F = x_SxTxD.shape, next(iter(weights.values())).shape[1]
+    h = jax.ShapeDtypeStruct((S, T, F), jnp.float32)
+    outs = len(jax.eval_shape(combine, *[h] * (len(weights) + len(given))))
+    hidden = len(given) + outs
+    call = _prepare(TO_HIDDEN, list(weights.values()), r_SxE, T, hidden, interpret)
+    G, b, padded = call.tiling.group, call.tiling.columns, call.problem
+    out = jax.ShapeDtypeStruct((padded.S, padded.T, padded.F), x_SxTxD.dtype)
+    results = call.run(
+        functools.partial(
+            to_hidden_kernel, weights=len(weights), given=len(given), combine=combine
+        ),
+        call.grid,
         [
-            pl.BlockSpec((G * P, P * call.E), lambda g, f: (g, 0)),
-            pl.BlockSpec((G, call.T, call.D), lambda g, f: (g, 0, 0)),
-            pl.BlockSpec((call.D * call.E, b), lambda g, f: (0, f)),
+            call.spread_block(),
+            call.segments_block(),
+            *[call.experts_block()] * len(weights),
+            *[call.hidden_block()] * len(given),
         ],
-        pl.BlockSpec((G, call.T, b), lambda g, f: (g, 0, f)),
-        jax.ShapeDtypeStruct((call.S, call.T, call.F), x_SxTxD.dtype),
-        pltpu.VMEM((G, call.D, b), x_SxTxD.dtype),
-        TO_HIDDEN,
-        spread(call.r_SxE, call.tiling, x_SxTxD.dtype),
-        x_SxTxD,
-        call.w_DExF,
+        [call.hidden_block()] * outs,
+        [out] * outs,
+        [
+            pltpu.VMEM((G, call.part, b), x_SxTxD.dtype),
+            pltpu.VMEM((len(weights), G, padded.T, b), jnp.float32),
+        ],
+        "_backward" if given else "",
+        call.a_SPxPE,
+        pad(x_SxTxD, (G, call.tiling.tokens, ROWS)),
+        *call.weights,
+        *(pad(h_SxTxF, (G, call.tiling.tokens, b)) for h_SxTxF in given),
     )
-    return h_SxTxF[:S, :T, :F]
+    return tuple(h_SxTxF[:S, :T, :F] for h_SxTxF in results)
 
 
 def _from_hidden(
-    h_SxTxF: Array, w_DExF: Array, r_SxE: Array, name: str, *, interpret: bool
+    hidden: Mapping[str, Array], weights: Mapping[str, Array], r_SxE: Array, *, interpret: bool
 ) -> Array:
-    (S, T, _), D = h_SxTxF.shape, w_DExF.shape[0] // r_SxE.shape[1]
-    call = _prepare(FROM_HIDDEN, w_DExF, r_SxE, T, interpret)
-    G, P, b = call.tiling.group, call.tiling.rows, call.tiling.columns
-    h_SxTxF = pad(h_SxTxF, (G, call.tiling.tokens, b))
-    y_SxTxD = call.run(
-        from_hidden_kernel,
-        (call.groups, call.blocks),
+    first = next(iter(hidden.values()))
+    (S, T, _), D = first.shape, next(iter(weights.values())).shape[0] // r_SxE.shape[1]
+    matrices = [weights[name] for name in hidden]
+    call = _prepare(FROM_HIDDEN, matrices, r_SxE, T, len(hidden), interpret)
+    G, b, padded = call.tiling.group, call.tiling.columns, call.problem
+    (y_SxTxD,) = call.run(
+        functools.partial(from_hidden_kernel, weights=len(hidden)),
+        call.grid,
         [
-            pl.BlockSpec((G * P, P * call.E), lambda g, f: (g, 0)),
-            pl.BlockSpec((G, call.T, b), lambda g, f: (g, 0, f)),
-            pl.BlockSpec((call.D * call.E, b), lambda g, f: (0, f)),
+            call.spread_block(),
+            *[call.hidden_block()] * len(hidden),
+            *[call.experts_block()] * len(hidden),
         ],
-        pl.BlockSpec((G, call.T, call.D), lambda g, f: (g, 0, 0)),
-        jax.ShapeDtypeStruct((call.S, call.T, call.D), jnp.float32),
-        pltpu.VMEM((G, call.D, b), h_SxTxF.dtype),
-        FROM_HIDDEN,
-        spread(call.r_SxE, call.tiling, h_SxTxF.dtype),
-        h_SxTxF,
-        call.w_DExF,
+        [call.segments_block()],
+        [jax.ShapeDtypeStruct((padded.S, padded.T, padded.D), first.dtype)],
+        [
+            pltpu.VMEM((G, call.part, b), first.dtype),
+            pltpu.VMEM((G, padded.T, padded.D), jnp.float32),
+        ],
+        "_backward" if len(hidden) > 1 else "",
+        call.a_SPxPE,
+        *(pad(h_SxTxF, (G, call.tiling.tokens, b)) for h_SxTxF in hidden.values()),
+        *call.weights,
     )
     return y_SxTxD[:S, :T, :D]
 
@@ -186,39 +234,40 @@ def _gradients(
     x_SxTxD: Array, h_SxTxF: Array, w_DExF: Array, r_SxE: Array, name: str, *, interpret: bool
 ) -> tuple[Array, Array]:
     (S, T, D), E, F = x_SxTxD.shape, r_SxE.shape[1], w_DExF.shape[1]
-    call = _prepare(GRADIENTS, w_DExF, r_SxE, T, interpret)
-    G, P, b = call.tiling.group, call.tiling.rows, call.tiling.columns
-    xt_SxDxT = pad(x_SxTxD, (G, call.tiling.tokens, ROWS)).mT
-    h_SxTxF = pad(h_SxTxF, (G, call.tiling.tokens, b))
-    a_SPxPE = spread(call.r_SxE, call.tiling, x_SxTxD.dtype)
-    at_NxPExGP = a_SPxPE.reshape(call.groups, G * P, P * call.E).mT
+    call = _prepare(GRADIENTS, [w_DExF], r_SxE, T, 1, interpret)
+    G, P, b, padded = call.tiling.group, call.tiling.rows, call.tiling.columns, call.problem
+    parts, part, width, DE = call.tiling.parts, call.part, call.width, padded.D * padded.E
     dw_DExF, dr = call.run(
         gradients_kernel,
-        (call.blocks, call.groups),
+        (call.blocks, parts, call.groups),
         [
-            pl.BlockSpec((1, P * call.E, G * P), lambda f, g: (g, 0, 0)),
-            pl.BlockSpec((G, call.D, call.T), lambda f, g: (g, 0, 0)),
-            pl.BlockSpec((G, call.T, b), lambda f, g: (g, 0, f)),
-            pl.BlockSpec((call.D * call.E, b), lambda f, g: (0, f)),
+            pl.BlockSpec((1, width, G * P), lambda f, d, g: (g, 0, 0)),
+            pl.BlockSpec((G, part, padded.T), lambda f, d, g: (g, d, 0)),
+            pl.BlockSpec((G, padded.T, b), lambda f, d, g: (g, 0, f)),
+            pl.BlockSpec((part * padded.E, b), lambda f, d, g: (d, f)),
         ],
         [
-            pl.BlockSpec((call.D * call.E, b), lambda f, g: (0, f)),
-            pl.BlockSpec((1, 1, G * P, P * call.E), lambda f, g: (f, g, 0, 0)),
+            pl.BlockSpec((part * padded.E, b), lambda f, d, g: (d, f)),
+            pl.BlockSpec((1, 1, 1, G * P, width), lambda f, d, g: (f, d, g, 0, 0)),
         ],
         [
-            jax.ShapeDtypeStruct((call.D * call.E, call.F), jnp.float32),
-            jax.ShapeDtypeStruct((call.blocks, call.groups, G * P, P * call.E), jnp.float32),
+            jax.ShapeDtypeStruct((DE, padded.F), w_DExF.dtype),
+            jax.ShapeDtypeStruct((call.blocks, parts, call.groups, G * P, width), jnp.float32),
         ],
-        pltpu.VMEM((G, call.D, b), jnp.float32),
-        GRADIENTS,
-        at_NxPExGP,
-        xt_SxDxT,
-        h_SxTxF,
-        call.w_DExF,
+        [
+            pltpu.VMEM((G, part, b), jnp.float32),
+            pltpu.VMEM((part * padded.E, b), jnp.float32),
+        ],
+        "",
+        call.a_SPxPE.reshape(call.groups, G * P, width).mT,
+        pad(x_SxTxD, (G, call.tiling.tokens, ROWS)).mT,
+        pad(h_SxTxF, (G, call.tiling.tokens, b)),
+        call.weights[0],
     )
-    dr_SxE = gather_spread(jnp.sum(dr, axis=0).reshape(call.S * P, P * call.E), call.tiling)
-    if (call.D, call.E) != (D, E):
-        dw_DExF = dw_DExF.reshape(call.D, call.E, call.F)[:D, :E].reshape(D * E, call.F)
+    dr_SPxPE = jnp.sum(dr, axis=(0, 1)).reshape(padded.S * P, width)
+    dr_SxE = gather_spread(dr_SPxPE, call.tiling)
+    if (padded.D, padded.E) != (D, E):
+        dw_DExF = dw_DExF.reshape(padded.D, padded.E, -1)[:D, :E].reshape(D * E, -1)
     return dw_DExF[:, :F], dr_SxE[:S, :E]
 
 

@@ -16,8 +16,7 @@ Letters: S segments, G of them at a time, T tokens per segment, D model, F FFN, 
 time, E experts, P rows of D in one product.
 """
 
-import dataclasses
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,97 +25,9 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-SUBLANES, LANES = 8, 128  # of a register of 32 bits
-ROWS = 2 * SUBLANES  # of D in a tile of bfloat16
+from lory_jax.model.merged_ffn.tiling import LANES, ROWS, SUBLANES, Tiling
+
 UNROLL = 4  # steps of a loop, so that one's products run while the other's results are taken
-
-MIB = 2**20
-MATRIX_ROWS = 128  # of the matrix unit, which P * E should fill and not exceed
-MAX_GROUP = 32
-
-TO_HIDDEN, FROM_HIDDEN, GRADIENTS = "merged_to_hidden", "merged_from_hidden", "merged_gradients"
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How the kernels cut their work; sizes are padded to multiples of these.
-
-    Attributes:
-      group: segments at a time, G.
-      rows: of D in one product, P: 8 or 4.
-      experts: E is padded to a multiple of it, so that P * E is whole tiles.
-      columns: of F at a time, b.
-      tokens: T is padded to a multiple of it.
-    """
-
-    group: int
-    rows: int
-    experts: int
-    columns: int = LANES
-    tokens: int = ROWS
-
-
-def smallest_tiling(E: int, columns: int = LANES) -> Tiling:
-    """As few segments as whole tiles of `spread`'s matrix allow."""
-    P = SUBLANES if SUBLANES * E <= MATRIX_ROWS else SUBLANES // 2
-    return Tiling(group=ROWS // P, rows=P, experts=ROWS // P, columns=columns)
-
-
-def vmem_capacity() -> int:
-    """On-chip memory of the TPU that a program is traced for; without a TPU, a v5e's."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else mesh.abstract_device
-    is_tpu = device.platform == "tpu" if device else jax.default_backend() == "tpu"
-    return pltpu.get_tpu_info().vmem_capacity_bytes if is_tpu else 128 * MIB
-
-
-def vmem_budget(capacity: int) -> int:
-    """What blocks may take."""
-    return min(capacity * 7 // 8, 96 * MIB)
-
-
-def vmem_limit(capacity: int) -> int:
-    """What the compiler may take, with what it adds to the blocks."""
-    return min(capacity - 2 * MIB, 112 * MIB)
-
-
-def tile(kernel: str, S: int, T: int, D: int, F: int, E: int, itemsize: int, budget: int) -> Tiling:
-    """The tiling of a kernel for one device's segments: the largest group within the budget.
-
-    There are two groups at least, for chips whose two cores share them, and padding adds no more
-    than a quarter to S. The gradients read x once per block of F, so their blocks are twice as wide
-    if that costs no more than half of the group.
-    """
-
-    def largest_group(tiling: Tiling) -> Tiling:
-        while tiling.group < MAX_GROUP:
-            larger = dataclasses.replace(tiling, group=2 * tiling.group)
-            is_too_large = vmem_bytes(kernel, larger, T, D, E, itemsize) > budget
-            if is_too_large or 2 * larger.group > S or -S % larger.group > S / 4:
-                break
-            tiling = larger
-        return tiling
-
-    narrow = largest_group(smallest_tiling(E))
-    wide = largest_group(smallest_tiling(E, 2 * LANES))
-    fits = vmem_bytes(kernel, wide, T, D, E, itemsize) <= budget
-    is_even = -(-F // LANES) % 2 == 0
-    if kernel == GRADIENTS and fits and is_even and 2 * wide.group >= narrow.group:
-        return wide
-    return narrow
-
-
-def vmem_bytes(kernel: str, tiling: Tiling, T: int, D: int, E: int, itemsize: int) -> int:
-    """What a kernel's blocks take; those in transit count twice."""
-    G, b = tiling.group, tiling.columns
-    activations, hidden, merged = G * T * D, G * T * b, G * D * b
-    experts, spread = D * E * b, G * tiling.rows * max(LANES, tiling.rows * E)
-    shared = 2 * itemsize * (hidden + experts + spread)
-    if kernel == TO_HIDDEN:
-        return shared + itemsize * (2 * activations + merged)
-    if kernel == FROM_HIDDEN:
-        return shared + 2 * 4 * activations + itemsize * merged
-    return shared + 2 * itemsize * activations + 4 * (2 * experts + 2 * spread + merged)
 
 
 def spread(r_SxE: Array, tiling: Tiling, dtype: Any) -> Array:
@@ -203,26 +114,76 @@ def _merge(a_ref: Any, w_ref: Any, m_ref: Any, P: int) -> None:
     jax.lax.fori_loop(0, D // ROWS, step, None, unroll=UNROLL)
 
 
-def to_hidden_kernel(a_ref: Any, x_ref: Any, w_ref: Any, h_ref: Any, m_ref: Any, *, P: int) -> None:
-    _merge(a_ref, w_ref, m_ref, P)
-
-    def step(g: Array, _: None) -> None:
-        h_ref[g] = _dot(x_ref[g], m_ref[g]).astype(h_ref.dtype)
-
-    jax.lax.fori_loop(0, x_ref.shape[0], step, None)
+def _add(is_first: Any, sums: Array, value: Array) -> Array:
+    """The sum with one more; before the first, memory holds anything."""
+    return jnp.where(is_first, 0.0, sums) + value
 
 
-def from_hidden_kernel(
-    a_ref: Any, h_ref: Any, w_ref: Any, y_ref: Any, m_ref: Any, *, P: int
+def _split(refs: list[Any], first: int, second: int) -> tuple[list[Any], list[Any], list[Any]]:
+    return refs[:first], refs[first : first + second], refs[first + second :]
+
+
+def _columns(ref: Any, g: Any, part: Any, size: int) -> Any:
+    """An index into `[G, T, D]`: segment g, and this part of D."""
+    if size == ref.shape[2]:
+        return (g,)
+    return (g, slice(None), pl.ds(pl.multiple_of(part * size, LANES), size))
+
+
+def to_hidden_kernel(
+    a_ref: Any,
+    x_ref: Any,
+    *refs: Any,
+    P: int,
+    weights: int,
+    given: int,
+    combine: Callable[..., tuple[Array, ...]],
 ) -> None:
-    _merge(a_ref, w_ref, m_ref, P)
-    is_first = pl.program_id(1) == 0
+    """Products of x with matrices, and what `combine` makes of them and of `given` activations.
 
-    def step(g: Array, _: None) -> None:
-        y_TxD = _dot(h_ref[g], m_ref[g], (1, 1))
-        y_ref[g] = jnp.where(is_first, 0.0, y_ref[g]) + y_TxD
+    The grid: groups of segments, blocks of F, parts of D. `refs`: the matrices, what is given, what
+    comes out, and as scratch a block of merged weights and the sums over parts.
+    """
+    *blocks, m_ref, sums_ref = refs
+    w_refs, given_refs, out_refs = _split(blocks, weights, given)
+    part, size = pl.program_id(2), m_ref.shape[1]
+    is_whole, is_first = size == x_ref.shape[2], part == 0
 
-    jax.lax.fori_loop(0, h_ref.shape[0], step, None)
+    def step(g: Array, k: int) -> None:
+        h_Txb = _dot(x_ref[_columns(x_ref, g, part, size)], m_ref[g])
+        sums_ref[k, g] = h_Txb if is_whole else _add(is_first, sums_ref[k, g], h_Txb)
+        if k == weights - 1:
+            products = [sums_ref[i, g] for i in range(weights)]
+            outs = combine(*products, *(ref[g].astype(jnp.float32) for ref in given_refs))
+            for ref, value in zip(out_refs, outs, strict=True):
+                ref[g] = value.astype(ref.dtype)
+
+    for k, w_ref in enumerate(w_refs):
+        _merge(a_ref, w_ref, m_ref, P)
+        jax.lax.fori_loop(0, x_ref.shape[0], lambda g, _, k=k: step(g, k), None)
+
+
+def from_hidden_kernel(a_ref: Any, *refs: Any, P: int, weights: int) -> None:
+    """The sum of the products of activations, each with its matrix, over blocks of F.
+
+    The grid: groups of segments, blocks of F, parts of D. `refs`: the activations, the matrices,
+    what comes out, and as scratch a block of merged weights and the sums over blocks.
+    """
+    *blocks, y_ref, m_ref, sums_ref = refs
+    h_refs, w_refs, _ = _split(blocks, weights, weights)
+    block, part, size = pl.program_id(1), pl.program_id(2), m_ref.shape[1]
+
+    def step(g: Array, k: int) -> None:
+        here = _columns(y_ref, g, part, size)
+        y_TxD = _dot(h_refs[k][g], m_ref[g], (1, 1))
+        y_TxD = _add((block == 0) & (k == 0), sums_ref[here], y_TxD)
+        sums_ref[here] = y_TxD
+        if k == weights - 1:
+            y_ref[here] = y_TxD.astype(y_ref.dtype)
+
+    for k, w_ref in enumerate(w_refs):
+        _merge(a_ref, w_ref, m_ref, P)
+        jax.lax.fori_loop(0, y_ref.shape[0], lambda g, _, k=k: step(g, k), None)
 
 
 def gradients_kernel(
@@ -233,12 +194,18 @@ def gradients_kernel(
     dw_ref: Any,
     dr_ref: Any,
     dm_ref: Any,
+    sums_ref: Any,
     *,
     P: int,
 ) -> None:
+    """The gradients of one matrix's experts, summed over segments, and of the routing weights.
+
+    The grid: blocks of F, parts of D, groups of segments. Scratch: the gradients of a block of
+    merged weights, and the sums over groups.
+    """
     G, D, _ = dm_ref.shape
     E = w_ref.shape[0] // D
-    is_first = pl.program_id(1) == 0
+    is_first = pl.program_id(2) == 0
 
     def product(g: Array, _: None) -> None:
         dm_ref[g] = _dot(xt_ref[g], h_ref[g])
@@ -251,10 +218,11 @@ def gradients_kernel(
         for k, part in enumerate(parts):
             here = _rows_of(start + k * P, P, E)
             part = part.astype(w_ref.dtype)
-            dw = _dot(at_ref[0], part)
-            dw_ref[here, :] = jnp.where(is_first, 0.0, dw_ref[here, :]) + dw
+            dw = _add(is_first, sums_ref[here, :], _dot(at_ref[0], part))
+            sums_ref[here, :] = dw
+            dw_ref[here, :] = dw.astype(dw_ref.dtype)
             dr += _dot(part, w_ref[here, :], (1, 1))
         return dr
 
     zero = jnp.zeros((G * P, P * E), jnp.float32)
-    dr_ref[0, 0] = jax.lax.fori_loop(0, D // SUBLANES, take_apart, zero, unroll=UNROLL)
+    dr_ref[0, 0, 0] = jax.lax.fori_loop(0, D // SUBLANES, take_apart, zero, unroll=UNROLL)

@@ -7,6 +7,9 @@ matrix merged for segment s:
     from_hidden   [S, T, F] to [S, T, D]: down forward, gate and up backward
     gradients     of its experts and of the routing weights, from both sides' activations
 
+What is done to single elements of `[S, T, F]` is handed to `to_hidden`, so that a kernel can do it
+where its products are.
+
 `Products` holds one implementation of them. No product hands merged weights or their gradients out,
 so each is free in how much of them it holds. What the backward pass keeps is x, the experts, the
 routing weights, and the two hidden activations: what a dense FFN keeps. Under rematerialisation
@@ -20,7 +23,7 @@ Letters: S segments (B * N), T tokens per segment, D model, F FFN, E experts.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,18 +43,23 @@ class Products:
       lay_out: `(w [E, D, F] or [E, F, D], name)` to the layout of the products below; a linear map.
       take_back: its inverse, given E.
       d_axis: `name` to the axis of D in that layout.
-      to_hidden: `(x [S, T, D], w, r [S, E], name)` to `[S, T, F]` in x's type.
-      from_hidden: `(h [S, T, F], w, r, name)` to float32 `[S, T, D]`.
-      gradients: `(x [S, T, D], h [S, T, F], w, r, name)` to the float32 gradients of w and r.
+      to_hidden: `(x [S, T, D], weights, r [S, E], combine, *given [S, T, F])` to what `combine`
+        makes of the products and of `given`, in x's type.
+      from_hidden: `(hidden [S, T, F], weights, r)` to the sum of the products, `[S, T, D]` in the
+        type of the activations; both by the matrix's name.
+      gradients: `(x [S, T, D], h [S, T, F], w, r, name)` to the gradients of w, in its type, and of
+        r, in float32, both summed in float32.
     """
 
     lay_out: Callable[[Array, str], Array]
     take_back: Callable[[Array, str, int], Array]
     d_axis: Callable[[str], int]
-    to_hidden: Callable[[Array, Array, Array, str], Array]
-    from_hidden: Callable[[Array, Array, Array, str], Array]
+    to_hidden: Callable[..., tuple[Array, ...]]
+    from_hidden: Callable[[Mapping[str, Array], Mapping[str, Array], Array], Array]
     gradients: Callable[[Array, Array, Array, Array, str], tuple[Array, Array]]
 
+
+Combine = Callable[..., tuple[Array, ...]]  # of arrays in float32, element by element
 
 # Where the arguments lie under a mesh.
 SEGMENTS = partition_spec(("moe_batch",))
@@ -113,19 +121,25 @@ def forward(
     """The output, and gate and up before the activation function."""
     whole = functools.partial(_whole, products, experts, x_SxTxD, on_mesh)
     with jax.named_scope("expert_ffn"):
-        gate_SxTxF = products.to_hidden(x_SxTxD, whole("gate"), r_SxE, "gate")
-        up_SxTxF = products.to_hidden(x_SxTxD, whole("up"), r_SxE, "up")
-        hidden_SxTxF = _hidden(gate_SxTxF, up_SxTxF)
-        y_SxTxD = products.from_hidden(hidden_SxTxF, whole("down"), r_SxE, "down")
-        y_SxTxD = y_SxTxD.astype(x_SxTxD.dtype)
+        inwards = {name: whole(name) for name in ("gate", "up")}
+        gate_SxTxF, up_SxTxF, hidden_SxTxF = products.to_hidden(x_SxTxD, inwards, r_SxE, _activate)
+        outwards = {"down": whole("down")}
+        y_SxTxD = products.from_hidden({"down": hidden_SxTxF}, outwards, r_SxE)
         if on_mesh:
             y_SxTxD = jax.lax.psum(y_SxTxD, TENSOR)
     return y_SxTxD, gate_SxTxF, up_SxTxF
 
 
-def _hidden(gate_SxTxF: Array, up_SxTxF: Array) -> Array:
-    gate32_SxTxF = gate_SxTxF.astype(jnp.float32)
-    return (jax.nn.silu(gate32_SxTxF) * up_SxTxF).astype(gate_SxTxF.dtype)
+def _activate(gate: Array, up: Array) -> tuple[Array, Array, Array]:
+    return gate, up, jax.nn.silu(gate) * up
+
+
+def _activate_backward(dhidden: Array, gate: Array, up: Array) -> tuple[Array, Array, Array]:
+    """Gradients of gate and up, and the hidden activation again."""
+    sigmoid = jax.nn.sigmoid(gate)
+    act = gate * sigmoid
+    dgate = dhidden * up * (sigmoid + act * (1 - sigmoid))
+    return dgate, dhidden * act, act * up
 
 
 def backward(
@@ -139,22 +153,14 @@ def backward(
     *,
     on_mesh: bool,
 ) -> tuple[Array, dict[str, Array], Array]:
-    """Gradients of x in its type, and of the experts and routing weights in float32."""
-    dtype = x_SxTxD.dtype
+    """Gradients of x and of the experts in x's type, and of the routing weights in float32."""
     weights = {name: _whole(products, experts, x_SxTxD, on_mesh, name) for name in experts}
     with jax.named_scope("expert_ffn"):
-        dhidden_SxTxF = products.to_hidden(dy_SxTxD, weights["down"], r_SxE, "down")
-        # silu and its derivative, in float32
-        gate32_SxTxF = gate_SxTxF.astype(jnp.float32)
-        sigmoid_SxTxF = jax.nn.sigmoid(gate32_SxTxF)
-        act_SxTxF = gate32_SxTxF * sigmoid_SxTxF
-        dact_SxTxF = sigmoid_SxTxF + act_SxTxF * (1 - sigmoid_SxTxF)
-        dup_SxTxF = (dhidden_SxTxF * act_SxTxF).astype(dtype)
-        dgate_SxTxF = (dhidden_SxTxF * up_SxTxF * dact_SxTxF).astype(dtype)
-        dx_SxTxD = products.from_hidden(dgate_SxTxF, weights["gate"], r_SxE, "gate")
-        dx_SxTxD += products.from_hidden(dup_SxTxF, weights["up"], r_SxE, "up")
-        dx_SxTxD = dx_SxTxD.astype(dtype)
-        hidden_SxTxF = (act_SxTxF * up_SxTxF).astype(dtype)
+        dgate_SxTxF, dup_SxTxF, hidden_SxTxF = products.to_hidden(
+            dy_SxTxD, {"down": weights["down"]}, r_SxE, _activate_backward, gate_SxTxF, up_SxTxF
+        )
+        dinwards = {"gate": dgate_SxTxF, "up": dup_SxTxF}
+        dx_SxTxD = products.from_hidden(dinwards, weights, r_SxE)
         sides = {
             "gate": (x_SxTxD, dgate_SxTxF),
             "up": (x_SxTxD, dup_SxTxF),
