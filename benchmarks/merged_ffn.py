@@ -240,6 +240,7 @@ def compiled_figures(
 ) -> dict[str, Any]:
     import jax
 
+    from lory_jax.parallel import make_mesh
     from lory_jax.planning.cycles import count_cycles
     from lory_jax.planning.hlo import executions, parse
     from lory_jax.planning.traffic import hbm_bytes
@@ -247,10 +248,14 @@ def compiled_figures(
     dtype = args.dtype or "bfloat16"
     shutil.rmtree(DUMP, ignore_errors=True)
     begin = time.monotonic()
-    compiled = jax.jit(layer_program(name, args.gathered)).lower(
-        *described(shape, name, dtype, args.gathered, topology.devices()[0])
-    )
-    compiled = compiled.compile()
+    device = topology.devices()[0]
+    # The mesh tells what is traced which TPU it is for.
+    with jax.set_mesh(make_mesh(1, 1, 1, [device])):
+        compiled = (
+            jax.jit(layer_program(name, args.gathered))
+            .lower(*described(shape, name, dtype, args.gathered, device))
+            .compile()
+        )
     seconds = time.monotonic() - begin
     module = parse(compiled.as_text())
     runs = executions(module)

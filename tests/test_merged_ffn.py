@@ -1,5 +1,6 @@
 """Merging in parameter space against loops: the contract of `merged_ffn`."""
 
+import functools
 import importlib.util
 import json
 import subprocess
@@ -30,6 +31,7 @@ from lory_jax.model.merged_ffn import (
 )
 from lory_jax.model.merged_ffn.kernel_products import kernel_products
 from lory_jax.model.merged_ffn.vjp import products_ffn
+from lory_jax.model.transformer import _remat
 
 S, T, D, F, E = 3, 2, 5, 8, 3
 VALUES, GRADIENTS = 1e-5, 1e-4
@@ -251,6 +253,37 @@ def test_under_meshes_it_equals_one_device():
     assert {tuple(case["mesh"]) for case in report} == {(2, 2, 2), (1, 1, 8)}
     for case in report:
         assert case["error"] < VALUES, case
+
+
+# ---------------------------------------------------------------- rematerialisation
+
+
+def products_recomputed(ffn, matrices, remat, operation):
+    """How many more such operations a layer's gradient has than without rematerialisation."""
+    arrays = np.ones((2, 16, 128), np.float32), matrices, np.ones((2, 3), np.float32)
+
+    def operations(remat):
+        def loss(*arrays):
+            return jnp.sum(_remat(ffn, remat)(*arrays) ** 2)
+
+        return str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(*arrays)).count(operation)
+
+    return operations(remat) - operations("none")
+
+
+@pytest.mark.parametrize(("remat", "products"), [("full", 2), ("dots", 0)])
+def test_remat_recomputes_no_more_than_of_a_dense_layer(remat, products):
+    D, F, E = 128, 128, 3
+    dense = {"gate": np.ones((D, F)), "up": np.ones((D, F)), "down": np.ones((F, D))}
+    experts = {name: np.stack([w] * E).astype(np.float32) for name, w in dense.items()}
+    run = lambda x, w, r: swiglu(x, w["gate"], w["up"], w["down"])  # noqa: E731
+    assert products_recomputed(run, dense, remat, "dot_general[") == products
+    run = functools.partial(merged_ffn, implementation="whole")
+    merging = products  # each of gate and up is merged for its product
+    assert products_recomputed(run, experts, remat, "dot_general[") == products + merging
+    run = functools.partial(products_ffn, kernel_products(interpret=True))
+    # One kernel makes gate and up; that of down is not made again.
+    assert products_recomputed(run, experts, remat, "pallas_call[") == products / 2
 
 
 # ---------------------------------------------------------------- which one

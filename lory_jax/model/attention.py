@@ -28,7 +28,7 @@ from lory_jax.parallel import partition_spec
 
 SPLASH_BLOCK = 512  # queries and keys per tile; the smallest that fills a v5e's matrix unit
 SPLASH_MULTIPLE = 128
-SAVED = "attention"  # the checkpoint name of what splash's backward pass needs
+SAVED_ATTENTION = "attention"  # the checkpoint name of what splash's backward pass needs
 
 
 def resolve_attention(choice: str, platform: str, dtype: str) -> str:
@@ -194,7 +194,7 @@ def splash_attention(
             block_sizes=blocks,
             head_shards=1,
             q_seq_shards=1,
-            residual_checkpoint_name=SAVED,
+            residual_checkpoint_name=SAVED_ATTENTION,
             interpret=interpret,
         )
         return jax.vmap(kernel)(query_BxHxLxK, key_BxGxLxK, value_BxGxLxK)

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from lory_jax.model.attention import SAVED, Attention, causal_attention
+from lory_jax.model.attention import SAVED_ATTENTION, Attention, causal_attention
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.ffn import DenseFFN, MergedFFN, SparseFFN
+from lory_jax.model.merged_ffn import SAVED_HIDDEN
 from lory_jax.model.parameters import Initializer
 from lory_jax.model.routing import Routed, Routing
 from lory_jax.parallel import constrain
@@ -166,10 +167,11 @@ def _remat(function: Any, policy: str) -> Any:
     if policy == "none":
         return function
     if policy == "dots":
-        # Merged weights are matrix products too, but with a batch dimension: not kept.
+        # The merged FFN's products, which are hidden in its own gradient, are kept by name.
         policies = jax.checkpoint_policies
         kept = policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SAVED)
+            policies.dots_with_no_batch_dims_saveable,
+            policies.save_only_these_names(SAVED_ATTENTION, SAVED_HIDDEN),
         )
         return jax.checkpoint(function, policy=kept)
     if policy == "full":

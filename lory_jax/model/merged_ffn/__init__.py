@@ -24,10 +24,11 @@ from lory_jax.model.merged_ffn.reference import (
     merge_experts,
     swiglu,
 )
-from lory_jax.model.merged_ffn.vjp import Products, products_ffn
+from lory_jax.model.merged_ffn.vjp import SAVED_HIDDEN, Products, products_ffn
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "SAVED_HIDDEN",
     "from_expert_major",
     "merge",
     "merge_experts",

@@ -99,7 +99,7 @@ class _Call:
         *arguments: Array,
     ) -> Any:
         problem, tiling = self.problem, self.tiling
-        return pl.pallas_call(
+        call = pl.pallas_call(
             functools.partial(kernel, P=tiling.rows),
             grid=grid,
             in_specs=in_specs,
@@ -117,7 +117,9 @@ class _Call:
             ),
             name=problem.kernel + suffix,
             interpret=self.interpret,
-        )(*arguments)
+        )
+        # JAX never drops a kernel of which nothing is used, as under remat, but such a function.
+        return jax.jit(call)(*arguments)
 
 
 def _prepare(

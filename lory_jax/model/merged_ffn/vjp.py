@@ -30,6 +30,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from lory_jax.model.merged_ffn.reference import Experts
 from lory_jax.parallel import RULES, partition_spec
@@ -72,6 +73,8 @@ EXPERTS = {
 (FSDP,), (TENSOR,) = RULES["embed"], RULES["mlp"]
 REPLICAS = "data"
 
+SAVED_HIDDEN = "expert_ffn_hidden"  # gate and up: what remat keeps where it keeps dense products
+
 Saved = tuple[Array, Experts, Array, Array, Array]
 
 
@@ -84,6 +87,8 @@ def products_ffn(products: Products, x_SxTxD: Array, experts: Experts, r_SxE: Ar
 def _fwd(products: Products, x_SxTxD: Array, experts: Experts, r_SxE: Array) -> tuple[Array, Saved]:
     run = _on_mesh(forward, products, (SEGMENTS, EXPERTS, SEGMENTS), (SEGMENTS, HIDDEN, HIDDEN))
     y_SxTxD, gate_SxTxF, up_SxTxF = run(x_SxTxD, experts, r_SxE)
+    gate_SxTxF = checkpoint_name(gate_SxTxF, SAVED_HIDDEN)
+    up_SxTxF = checkpoint_name(up_SxTxF, SAVED_HIDDEN)
     return y_SxTxD, (x_SxTxD, experts, r_SxE, gate_SxTxF, up_SxTxF)
 
 
