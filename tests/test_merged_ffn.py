@@ -321,10 +321,11 @@ def test_a_kernel_that_cannot_run_is_refused(platform, T, D, message):
 @pytest.mark.parametrize("S", [1, 16, 17, 128])
 @pytest.mark.parametrize("F", [2816, 700])
 def test_tilings_fit_the_chip_in_whole_tiles(S, E, F, mib, cores):
-    budget = tiling.vmem_budget(mib * 2**20)
+    chip = tiling.Chip(vmem=mib * 2**20, cores=cores)
+    budget = tiling.vmem_budget(chip.vmem)
     for call in tiling.CALLS:
         problem = tiling.Problem(*call, S=S, T=256, D=1024, F=F, E=E, itemsize=2)
-        cut = tiling.tile(problem, budget, cores)
+        cut = tiling.tile(problem, chip)
         assert tiling.vmem_bytes(problem, cut) <= budget
         assert cut.group * cut.rows % tiling.ROWS == 0
         assert cut.rows * cut.experts % tiling.ROWS == 0

@@ -108,7 +108,7 @@ class _Call:
             scratch_shapes=scratch,
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-                vmem_limit_bytes=tilings.vmem_limit(tilings.vmem_capacity()),
+                vmem_limit_bytes=tilings.vmem_limit(tilings.traced_chip().vmem),
             ),
             cost_estimate=pl.CostEstimate(
                 flops=tilings.flops(problem, tiling),
@@ -129,8 +129,7 @@ def _prepare(
     DE, F = weights[0].shape
     dtype = weights[0].dtype
     problem = Problem(kernel, len(weights), hidden, S, T, DE // E, F, E, dtype.itemsize)
-    budget = tilings.vmem_budget(tilings.vmem_capacity())
-    tiling = tilings.tile(problem, budget, tilings.num_cores())
+    tiling = tilings.tile(problem, tilings.traced_chip())
     r_SxE = pad(r_SxE, (tiling.group, tiling.experts))
     padded = [_pad_experts(w, E, tiling) for w in weights]
     S, E = r_SxE.shape

@@ -16,6 +16,7 @@ ROWS = 2 * SUBLANES  # of D in a tile of bfloat16
 
 MIB = 2**20
 MATRIX_ROWS = 128  # of the matrix unit, which P * E should fill and not exceed
+LOAD_ROWS = 40  # read off the bundles of merging with groups of 16 and of 32
 MAX_GROUP = 32
 MAX_PARTS = 8
 
@@ -80,20 +81,33 @@ def smallest_tiling(E: int) -> Tiling:
     return Tiling(group=ROWS // P, rows=P, experts=ROWS // P)
 
 
-def vmem_capacity() -> int:
-    """On-chip memory of the TPU that a program is traced for; without a TPU, a v5e's."""
-    return pltpu.get_tpu_info().vmem_capacity_bytes if _is_for_tpu() else 128 * MIB
+@dataclass(frozen=True)
+class Chip:
+    """What of a TPU decides tilings.
+
+    Attributes:
+      vmem: bytes of on-chip memory, of one core.
+      cores: that share a kernel's groups.
+      flops_per_byte: work of the matrix unit while HBM moves one byte.
+    """
+
+    vmem: int = 128 * MIB
+    cores: int = 1
+    flops_per_byte: float = 240.0
 
 
-def num_cores() -> int:
-    """Cores that share a kernel's groups, on the TPU that a program is traced for."""
-    return pltpu.get_tpu_info().num_cores if _is_for_tpu() else 1
+V5E = Chip()
 
 
-def _is_for_tpu() -> bool:
+def traced_chip() -> Chip:
+    """The TPU that a program is traced for; without a TPU, a v5e."""
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
-    return device.platform == "tpu" if device else jax.default_backend() == "tpu"
+    if (device.platform if device else jax.default_backend()) != "tpu":
+        return V5E
+    info = pltpu.get_tpu_info()
+    ratio = info.bf16_ops_per_second / info.mem_bw_bytes_per_second
+    return Chip(info.vmem_capacity_bytes, info.num_cores, ratio)
 
 
 def vmem_budget(capacity: int) -> int:
@@ -106,19 +120,26 @@ def vmem_limit(capacity: int) -> int:
     return min(capacity - 2 * MIB, 112 * MIB)
 
 
-def tile(problem: Problem, budget: int, cores: int = 1) -> Tiling:
-    """Of the tilings within the budget, the one that moves least through HBM.
+def tile(problem: Problem, chip: Chip) -> Tiling:
+    """Of the tilings that fit the chip, the fastest.
 
-    Equal ones are decided by the larger group, then by fewer parts of D. There is a group for every
-    core, and padding adds no more than a quarter to S.
+    That is the one whose longer resource, matrix unit or DMA, takes least. There is a group for
+    every core, and padding adds no more than a quarter to S.
 
     Raises:
-      ValueError: none is within the budget.
+      ValueError: none fits.
     """
-    fitting = [t for t in _tilings(problem, cores) if vmem_bytes(problem, t) <= budget]
+    budget = vmem_budget(chip.vmem)
+    fitting = [t for t in _tilings(problem, chip.cores) if vmem_bytes(problem, t) <= budget]
     if not fitting:
         raise ValueError(f"{problem}: no tiling within {budget / MIB:.0f} MiB")
-    return min(fitting, key=lambda t: (moved_bytes(problem, t), -t.group, t.parts))
+
+    def cost(tiling: Tiling) -> tuple[float, float]:
+        matrix_unit = flops(problem, tiling, LOAD_ROWS)
+        dma = moved_bytes(problem, tiling) * chip.flops_per_byte
+        return max(matrix_unit, dma), matrix_unit + dma
+
+    return min(fitting, key=cost)
 
 
 def fits(problem: Problem, budget: int) -> bool:
@@ -181,11 +202,21 @@ def moved_bytes(problem: Problem, tiling: Tiling) -> int:
     return size * (activations + 2 * experts) + 4 * routing
 
 
-def flops(problem: Problem, tiling: Tiling) -> int:
-    """Of the matrix unit, rows that it works off half empty counted whole."""
-    S, D, F = problem.S, problem.D, problem.F
-    product = 2 * S * problem.T * D * F
+def flops(problem: Problem, tiling: Tiling, load_rows: int = 0) -> int:
+    """Of the matrix unit, rows that it works off half empty counted whole.
+
+    Args:
+      problem: the call.
+      tiling: how it is cut.
+      load_rows: what it costs to load a square of it, in rows.
+    """
+    D, E = problem.D, -(-problem.E // tiling.experts) * tiling.experts
+    groups, blocks = math.ceil(problem.S / tiling.group), math.ceil(problem.F / MATRIX_ROWS)
+    spread, contracted = tiling.group * tiling.rows, tiling.rows * E
+    product = problem.S * problem.T * math.ceil(D / MATRIX_ROWS) * blocks
     # Each row of the block-diagonal matrix goes through the unit once per 128 contracted.
-    filled = math.ceil(tiling.rows * problem.E / MATRIX_ROWS) * MATRIX_ROWS
-    merging = 2 * S * D * F * filled * (2 if problem.kernel == GRADIENTS else 1)
-    return problem.weights * (product + merging)
+    steps = groups * math.ceil(D / tiling.rows) * blocks
+    merging = steps * math.ceil(contracted / MATRIX_ROWS) * (spread + load_rows)
+    if problem.kernel == GRADIENTS:
+        merging += steps * math.ceil(spread / MATRIX_ROWS) * (contracted + load_rows)
+    return 2 * MATRIX_ROWS**2 * problem.weights * (product + merging)
