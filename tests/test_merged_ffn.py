@@ -316,12 +316,12 @@ def test_a_kernel_that_cannot_run_is_refused(platform, T, D, message):
     assert resolve_merged_ffn("einsum", platform, T, D, 8, 2) == "einsum"
 
 
-@pytest.mark.parametrize(("mib", "cores"), [(64, 2), (128, 1)])
+@pytest.mark.parametrize(("mib", "cores", "side"), [(64, 2, 128), (128, 1, 128), (128, 1, 256)])
 @pytest.mark.parametrize("E", [1, 8, 16, 17, 32])
 @pytest.mark.parametrize("S", [1, 16, 17, 128])
 @pytest.mark.parametrize("F", [2816, 700])
-def test_tilings_fit_the_chip_in_whole_tiles(S, E, F, mib, cores):
-    chip = tiling.Chip(vmem=mib * 2**20, cores=cores)
+def test_tilings_fit_the_chip_in_whole_tiles(S, E, F, mib, cores, side):
+    chip = tiling.Chip(mib * 2**20, cores, side)
     budget = tiling.vmem_budget(chip.vmem)
     for call in tiling.CALLS:
         problem = tiling.Problem(*call, S=S, T=256, D=1024, F=F, E=E, itemsize=2)
@@ -329,9 +329,10 @@ def test_tilings_fit_the_chip_in_whole_tiles(S, E, F, mib, cores):
         assert tiling.vmem_bytes(problem, cut) <= budget
         assert cut.group * cut.rows % tiling.ROWS == 0
         assert cut.rows * cut.experts % tiling.ROWS == 0
+        assert cut.rows * E <= side or cut.rows == 4
         assert 1024 % (cut.parts * tiling.LANES) == 0
         assert S == 1 or -S % cut.group <= S / 4
-        assert S < 16 or -(-S // cut.group) >= cores
+        assert max(tiling.shared(problem, cut)) >= cores
         assert -F % cut.columns < tiling.LANES
 
 

@@ -7,7 +7,7 @@ time, E experts, P rows of D in one product.
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -63,29 +63,12 @@ class _Call:
         return self.problem.D // self.tiling.parts
 
     @property
-    def grid(self) -> tuple[int, int, int]:
-        return (self.groups, self.blocks, self.tiling.parts)
-
-    def spread_block(self) -> pl.BlockSpec:
-        return pl.BlockSpec(
-            (self.tiling.group * self.tiling.rows, self.width), lambda g, f, d: (g, 0)
-        )
-
-    @property
     def width(self) -> int:
         return self.tiling.rows * self.problem.E
 
-    def segments_block(self) -> pl.BlockSpec:
-        size = (self.tiling.group, self.problem.T, self.problem.D)
-        return pl.BlockSpec(size, lambda g, f, d: (g, 0, 0))
-
-    def hidden_block(self) -> pl.BlockSpec:
-        size = (self.tiling.group, self.problem.T, self.tiling.columns)
-        return pl.BlockSpec(size, lambda g, f, d: (g, 0, f))
-
-    def experts_block(self) -> pl.BlockSpec:
-        size = (self.part * self.problem.E, self.tiling.columns)
-        return pl.BlockSpec(size, lambda g, f, d: (d, f))
+    def spread_block(self) -> pl.BlockSpec:
+        size = (self.tiling.group * self.tiling.rows, self.width)
+        return pl.BlockSpec(size, lambda g, i, j: (g, 0))
 
     def run(
         self,
@@ -107,11 +90,11 @@ class _Call:
             out_shape=out_shape,
             scratch_shapes=scratch,
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+                dimension_semantics=self._semantics(),
                 vmem_limit_bytes=tilings.vmem_limit(tilings.traced_chip().vmem),
             ),
             cost_estimate=pl.CostEstimate(
-                flops=tilings.flops(problem, tiling),
+                flops=tilings.flops(problem, tiling, tilings.traced_chip().side),
                 transcendentals=0,
                 bytes_accessed=tilings.moved_bytes(problem, tiling),
             ),
@@ -120,6 +103,13 @@ class _Call:
         )
         # JAX never drops a kernel of which nothing is used, as under remat, but such a function.
         return jax.jit(call)(*arguments)
+
+    def _semantics(self) -> Sequence[Literal["parallel", "arbitrary"]]:
+        """Cores share the outer dimension of the grid if they can, the next if not."""
+        outer, _ = tilings.shared(self.problem, self.tiling)
+        if outer >= tilings.traced_chip().cores:
+            return ("parallel", "arbitrary", "arbitrary")
+        return ("arbitrary", "parallel", "arbitrary")
 
 
 def _prepare(
@@ -175,18 +165,20 @@ def _to_hidden(
     call = _prepare(TO_HIDDEN, list(weights.values()), r_SxE, T, hidden, interpret)
     G, b, padded = call.tiling.group, call.tiling.columns, call.problem
     out = jax.ShapeDtypeStruct((padded.S, padded.T, padded.F), x_SxTxD.dtype)
+    hidden_block = pl.BlockSpec((G, padded.T, b), lambda g, f, d: (g, 0, f))
+    experts_block = pl.BlockSpec((call.part * padded.E, b), lambda g, f, d: (d, f))
     results = call.run(
         functools.partial(
             to_hidden_kernel, weights=len(weights), given=len(given), combine=combine
         ),
-        call.grid,
+        (call.groups, call.blocks, call.tiling.parts),
         [
             call.spread_block(),
-            call.segments_block(),
-            *[call.experts_block()] * len(weights),
-            *[call.hidden_block()] * len(given),
+            pl.BlockSpec((G, padded.T, padded.D), lambda g, f, d: (g, 0, 0)),
+            *[experts_block] * len(weights),
+            *[hidden_block] * len(given),
         ],
-        [call.hidden_block()] * outs,
+        [hidden_block] * outs,
         [out] * outs,
         [
             pltpu.VMEM((G, call.part, b), x_SxTxD.dtype),
@@ -209,19 +201,21 @@ def _from_hidden(
     matrices = [weights[name] for name in hidden]
     call = _prepare(FROM_HIDDEN, matrices, r_SxE, T, len(hidden), interpret)
     G, b, padded = call.tiling.group, call.tiling.columns, call.problem
+    hidden_block = pl.BlockSpec((G, padded.T, b), lambda g, d, f: (g, 0, f))
+    experts_block = pl.BlockSpec((call.part * padded.E, b), lambda g, d, f: (d, f))
     (y_SxTxD,) = call.run(
         functools.partial(from_hidden_kernel, weights=len(hidden)),
-        call.grid,
+        (call.groups, call.tiling.parts, call.blocks),
         [
             call.spread_block(),
-            *[call.hidden_block()] * len(hidden),
-            *[call.experts_block()] * len(hidden),
+            *[hidden_block] * len(hidden),
+            *[experts_block] * len(hidden),
         ],
-        [call.segments_block()],
+        [pl.BlockSpec((G, padded.T, call.part), lambda g, d, f: (g, 0, d))],
         [jax.ShapeDtypeStruct((padded.S, padded.T, padded.D), first.dtype)],
         [
             pltpu.VMEM((G, call.part, b), first.dtype),
-            pltpu.VMEM((G, padded.T, padded.D), jnp.float32),
+            pltpu.VMEM((G, padded.T, call.part), jnp.float32),
         ],
         "_backward" if len(hidden) > 1 else "",
         call.a_SPxPE,

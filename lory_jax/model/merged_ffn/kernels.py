@@ -123,13 +123,6 @@ def _split(refs: list[Any], first: int, second: int) -> tuple[list[Any], list[An
     return refs[:first], refs[first : first + second], refs[first + second :]
 
 
-def _columns(ref: Any, g: Any, part: Any, size: int) -> Any:
-    """An index into `[G, T, D]`: segment g, and this part of D."""
-    if size == ref.shape[2]:
-        return (g,)
-    return (g, slice(None), pl.ds(pl.multiple_of(part * size, LANES), size))
-
-
 def to_hidden_kernel(
     a_ref: Any,
     x_ref: Any,
@@ -148,9 +141,10 @@ def to_hidden_kernel(
     w_refs, given_refs, out_refs = _split(blocks, weights, given)
     part, size = pl.program_id(2), m_ref.shape[1]
     is_whole, is_first = size == x_ref.shape[2], part == 0
+    here = slice(None) if is_whole else pl.ds(pl.multiple_of(part * size, LANES), size)
 
     def step(g: Array, k: int) -> None:
-        h_Txb = _dot(x_ref[_columns(x_ref, g, part, size)], m_ref[g])
+        h_Txb = _dot(x_ref[g, :, here], m_ref[g])
         sums_ref[k, g] = h_Txb if is_whole else _add(is_first, sums_ref[k, g], h_Txb)
         if k == weights - 1:
             products = [sums_ref[i, g] for i in range(weights)]
@@ -166,20 +160,19 @@ def to_hidden_kernel(
 def from_hidden_kernel(a_ref: Any, *refs: Any, P: int, weights: int) -> None:
     """The sum of the products of activations, each with its matrix, over blocks of F.
 
-    The grid: groups of segments, blocks of F, parts of D. `refs`: the activations, the matrices,
+    The grid: groups of segments, parts of D, blocks of F. `refs`: the activations, the matrices,
     what comes out, and as scratch a block of merged weights and the sums over blocks.
     """
     *blocks, y_ref, m_ref, sums_ref = refs
     h_refs, w_refs, _ = _split(blocks, weights, weights)
-    block, part, size = pl.program_id(1), pl.program_id(2), m_ref.shape[1]
+    block = pl.program_id(2)
 
     def step(g: Array, k: int) -> None:
-        here = _columns(y_ref, g, part, size)
-        y_TxD = _dot(h_refs[k][g], m_ref[g], (1, 1))
-        y_TxD = _add((block == 0) & (k == 0), sums_ref[here], y_TxD)
-        sums_ref[here] = y_TxD
+        y_Txd = _dot(h_refs[k][g], m_ref[g], (1, 1))
+        y_Txd = _add((block == 0) & (k == 0), sums_ref[g], y_Txd)
+        sums_ref[g] = y_Txd
         if k == weights - 1:
-            y_ref[here] = y_TxD.astype(y_ref.dtype)
+            y_ref[g] = y_Txd.astype(y_ref.dtype)
 
     for k, w_ref in enumerate(w_refs):
         _merge(a_ref, w_ref, m_ref, P)

@@ -15,7 +15,6 @@ SUBLANES, LANES = 8, 128  # of a register of 32 bits
 ROWS = 2 * SUBLANES  # of D in a tile of bfloat16
 
 MIB = 2**20
-MATRIX_ROWS = 128  # of the matrix unit, which P * E should fill and not exceed
 LOAD_ROWS = 40  # read off the bundles of merging with groups of 16 and of 32
 MAX_GROUP = 32
 MAX_PARTS = 8
@@ -75,9 +74,12 @@ class Tiling:
     tokens: int = ROWS
 
 
-def smallest_tiling(E: int) -> Tiling:
-    """As few segments as whole tiles of `spread`'s matrix allow."""
-    P = SUBLANES if SUBLANES * E <= MATRIX_ROWS else SUBLANES // 2
+def smallest_tiling(E: int, side: int = 128) -> Tiling:
+    """As few segments as whole tiles of `spread`'s matrix allow.
+
+    P * E are contracted at once: they should fill the matrix unit, of `side` rows, not exceed it.
+    """
+    P = SUBLANES if side >= SUBLANES * E else SUBLANES // 2
     return Tiling(group=ROWS // P, rows=P, experts=ROWS // P)
 
 
@@ -87,12 +89,14 @@ class Chip:
 
     Attributes:
       vmem: bytes of on-chip memory, of one core.
-      cores: that share a kernel's groups.
+      cores: that share a kernel's work.
+      side: of the matrix unit, which takes one row of so many numbers at a time.
       flops_per_byte: work of the matrix unit while HBM moves one byte.
     """
 
     vmem: int = 128 * MIB
     cores: int = 1
+    side: int = 128
     flops_per_byte: float = 240.0
 
 
@@ -107,7 +111,7 @@ def traced_chip() -> Chip:
         return V5E
     info = pltpu.get_tpu_info()
     ratio = info.bf16_ops_per_second / info.mem_bw_bytes_per_second
-    return Chip(info.vmem_capacity_bytes, info.num_cores, ratio)
+    return Chip(info.vmem_capacity_bytes, info.num_cores, info.mxu_column_size, ratio)
 
 
 def vmem_budget(capacity: int) -> int:
@@ -123,19 +127,20 @@ def vmem_limit(capacity: int) -> int:
 def tile(problem: Problem, chip: Chip) -> Tiling:
     """Of the tilings that fit the chip, the fastest.
 
-    That is the one whose longer resource, matrix unit or DMA, takes least. There is a group for
-    every core, and padding adds no more than a quarter to S.
+    That is the one whose longer resource, matrix unit or DMA, takes least. There is work for every
+    core, and padding adds no more than a quarter to S.
 
     Raises:
       ValueError: none fits.
     """
     budget = vmem_budget(chip.vmem)
-    fitting = [t for t in _tilings(problem, chip.cores) if vmem_bytes(problem, t) <= budget]
+    fitting = [t for t in _tilings(problem, chip.side) if vmem_bytes(problem, t) <= budget]
     if not fitting:
         raise ValueError(f"{problem}: no tiling within {budget / MIB:.0f} MiB")
+    fitting = [t for t in fitting if max(shared(problem, t)) >= chip.cores] or fitting
 
     def cost(tiling: Tiling) -> tuple[float, float]:
-        matrix_unit = flops(problem, tiling, LOAD_ROWS)
+        matrix_unit = flops(problem, tiling, chip.side, LOAD_ROWS)
         dma = moved_bytes(problem, tiling) * chip.flops_per_byte
         return max(matrix_unit, dma), matrix_unit + dma
 
@@ -143,24 +148,31 @@ def tile(problem: Problem, chip: Chip) -> Tiling:
 
 
 def fits(problem: Problem, budget: int) -> bool:
-    return any(vmem_bytes(problem, tiling) <= budget for tiling in _tilings(problem, cores=1))
+    return any(vmem_bytes(problem, tiling) <= budget for tiling in _tilings(problem, side=128))
 
 
-def _tilings(problem: Problem, cores: int) -> list[Tiling]:
-    smallest = smallest_tiling(problem.E)
+def shared(problem: Problem, tiling: Tiling) -> tuple[int, int]:
+    """Steps of the outer two dimensions of a kernel's grid; 1 where cores cannot share them."""
+    groups = math.ceil(problem.S / tiling.group)
+    blocks = math.ceil(problem.F / tiling.columns)
+    return {
+        TO_HIDDEN: (groups, blocks),
+        FROM_HIDDEN: (groups, tiling.parts),
+        GRADIENTS: (blocks, tiling.parts),
+    }[problem.kernel]
+
+
+def _tilings(problem: Problem, side: int) -> list[Tiling]:
+    smallest = smallest_tiling(problem.E, side)
     groups = [smallest.group]
     while groups[-1] < MAX_GROUP:
         larger = 2 * groups[-1]
-        if (
-            cores * larger > max(problem.S, cores * groups[0])
-            or -problem.S % larger > problem.S / 4
-        ):
+        if larger > problem.S or -problem.S % larger > problem.S / 4:
             break
         groups.append(larger)
     parts = [p for p in range(1, MAX_PARTS + 1) if p == 1 or problem.D % (p * LANES) == 0]
-    # Only the gradients read something once per block of F that the other kernels hold.
     is_even = -(-problem.F // LANES) % 2 == 0
-    columns = [LANES, 2 * LANES] if problem.kernel == GRADIENTS and is_even else [LANES]
+    columns = [LANES, 2 * LANES] if is_even else [LANES]
     return [
         dataclasses.replace(smallest, group=G, parts=p, columns=b)
         for G in groups
@@ -179,14 +191,14 @@ def vmem_bytes(problem: Problem, tiling: Tiling) -> int:
     hidden = 2 * size * problem.hidden * G * T * b
     experts = 2 * size * problem.weights * part * E * b
     spread = 2 * size * G * tiling.rows * PE
-    shared = hidden + experts + spread
+    held = hidden + experts + spread
     if problem.kernel == TO_HIDDEN:
         sums = 4 * problem.weights * G * T * b
-        return shared + 2 * size * G * T * D + size * G * part * b + sums
+        return held + 2 * size * G * T * D + size * G * part * b + sums
     if problem.kernel == FROM_HIDDEN:
-        return shared + (2 * size + 4) * G * T * D + size * G * part * b
+        return held + (2 * size + 4) * G * T * part + size * G * part * b
     gradients = (2 * size + 4) * part * E * b + 2 * 4 * G * tiling.rows * PE
-    return shared + 2 * size * G * T * part + 4 * G * part * b + gradients
+    return held + 2 * size * G * T * part + 4 * G * part * b + gradients
 
 
 def moved_bytes(problem: Problem, tiling: Tiling) -> int:
@@ -195,28 +207,37 @@ def moved_bytes(problem: Problem, tiling: Tiling) -> int:
     groups, blocks = math.ceil(S / tiling.group), math.ceil(F / tiling.columns)
     experts = problem.weights * D * problem.E * F
     hidden = problem.hidden * S * T * F
-    if problem.kernel != GRADIENTS:
+    if problem.kernel == TO_HIDDEN:
         return size * (S * T * D + hidden + groups * experts)
+    if problem.kernel == FROM_HIDDEN:
+        return size * (S * T * D + tiling.parts * hidden + groups * experts)
     activations = blocks * S * T * D + tiling.parts * hidden
     routing = blocks * tiling.parts * S * tiling.rows**2 * problem.E
     return size * (activations + 2 * experts) + 4 * routing
 
 
-def flops(problem: Problem, tiling: Tiling, load_rows: int = 0) -> int:
+def flops(problem: Problem, tiling: Tiling, side: int, load_rows: int = 0) -> int:
     """Of the matrix unit, rows that it works off half empty counted whole.
 
     Args:
       problem: the call.
       tiling: how it is cut.
-      load_rows: what it costs to load a square of it, in rows.
+      side: of the matrix unit.
+      load_rows: what it costs to load a square of numbers into it, in rows.
     """
-    D, E = problem.D, -(-problem.E // tiling.experts) * tiling.experts
-    groups, blocks = math.ceil(problem.S / tiling.group), math.ceil(problem.F / MATRIX_ROWS)
-    spread, contracted = tiling.group * tiling.rows, tiling.rows * E
-    product = problem.S * problem.T * math.ceil(D / MATRIX_ROWS) * blocks
-    # Each row of the block-diagonal matrix goes through the unit once per 128 contracted.
-    steps = groups * math.ceil(D / tiling.rows) * blocks
-    merging = steps * math.ceil(contracted / MATRIX_ROWS) * (spread + load_rows)
+
+    def rows(count: int, contracted: int, columns: int, loads: int = 0) -> int:
+        return (count + loads) * math.ceil(contracted / side) * math.ceil(columns / side)
+
+    T, D, b = problem.T, problem.D, tiling.columns
+    groups, blocks = math.ceil(problem.S / tiling.group), math.ceil(problem.F / b)
+    spread = tiling.group * tiling.rows
+    experts = tiling.rows * -(-problem.E // tiling.experts) * tiling.experts
     if problem.kernel == GRADIENTS:
-        merging += steps * math.ceil(spread / MATRIX_ROWS) * (contracted + load_rows)
-    return 2 * MATRIX_ROWS**2 * problem.weights * (product + merging)
+        product = rows(D, T, b)
+        merging = rows(experts, spread, b, load_rows) + rows(spread, b, experts, load_rows)
+    else:
+        product = rows(T, D, b)
+        merging = rows(spread, experts, b, load_rows)
+    steps = groups * math.ceil(D / tiling.rows)
+    return 2 * side**2 * problem.weights * blocks * (problem.S * product + steps * merging)
