@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from models import assert_close, assert_trees_close, float64
 from reference import central_differences
-from tiny import verb_environment
+from tiny import run_worker, verb_environment
 
 from lory_jax.errors import ConfigError
 from lory_jax.model.merged_ffn import (
@@ -240,16 +240,7 @@ def test_bfloat16_is_as_exact_as_the_plain_einsum(implementation):
 
 
 def test_under_meshes_it_equals_one_device():
-    worker = Path(__file__).parent / "merged_ffn_worker.py"
-    result = subprocess.run(
-        [sys.executable, worker],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=verb_environment() | {"PYTHONPATH": str(worker.parent.parent)},
-    )
-    assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout)
+    report = run_worker("merged_ffn_worker")
     assert {tuple(case["mesh"]) for case in report} == {(2, 2, 2), (1, 1, 8)}
     for case in report:
         assert case["error"] < VALUES, case

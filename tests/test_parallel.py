@@ -1,9 +1,5 @@
 """The mesh and its rules; training on 8 faked devices equals training on one."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -11,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 from models import tiny_config
-from tiny import verb_environment
+from tiny import run_worker
 
 from lory_jax import parallel
 from lory_jax.errors import ConfigError, InputError
@@ -37,16 +33,7 @@ TOLERANCE = 2e-5  # float32, on the scale of each parameter; sums run in another
 
 @pytest.fixture(scope="module")
 def report():
-    worker = Path(__file__).parent / "parallel_worker.py"
-    result = subprocess.run(
-        [sys.executable, worker],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=verb_environment() | {"PYTHONPATH": str(worker.parent.parent)},
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    return run_worker("parallel_worker")
 
 
 @pytest.mark.parametrize(("model", "mesh"), CASES, ids=str)

@@ -1,28 +1,14 @@
 """A model that lies on 8 faked devices generates what it generates on one."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-from tiny import verb_environment
+from tiny import run_worker
 
 MESHES = ["(1, 8, 1)", "(1, 2, 4)"]
 
 
 @pytest.fixture(scope="module")
 def report():
-    worker = Path(__file__).parent / "decode_worker.py"
-    result = subprocess.run(
-        [sys.executable, worker],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=verb_environment() | {"PYTHONPATH": str(worker.parent.parent)},
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    return run_worker("decode_worker")
 
 
 @pytest.mark.parametrize("mesh", MESHES)

@@ -1,9 +1,11 @@
 """A tiny prepared directory and a tiny recipe for tests that train for real."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -104,6 +106,19 @@ def verb_command(name: str, *arguments: str) -> list[str]:
 
 def verb_environment() -> dict[str, str]:
     return {**os.environ, "JAX_PLATFORMS": "cpu"}
+
+
+def run_worker(name: str) -> Any:
+    """The JSON that a script of tests/ prints, in a process with fake devices of its own."""
+    result = subprocess.run(
+        [sys.executable, ROOT / "tests" / f"{name}.py"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=verb_environment() | {"PYTHONPATH": str(ROOT)},
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
 
 
 def assert_one_line_error(
