@@ -303,6 +303,8 @@ def described(
     """Shapes and types of dy, x, experts and r, on a device that is not there."""
     import jax
 
+    from lory_jax.model.merged_ffn.tiling import LANES
+
     sharding = jax.sharding.SingleDeviceSharding(device)
 
     def describe(size: tuple[int, ...], kind: str) -> Any:
@@ -310,7 +312,8 @@ def described(
 
     x, experts, r = shapes(shape, name)
     if gathered and name == "kernel":
-        experts = {matrix: (shape["D"] * shape["E"], shape["F"]) for matrix in experts}
+        padded = shape["F"] + -shape["F"] % LANES
+        experts = {matrix: (shape["D"] * shape["E"], padded) for matrix in experts}
     weights = dtype if gathered and name != "dense" else "float32"
     matrices = {matrix: describe(size, weights) for matrix, size in experts.items()}
     return describe(x, dtype), describe(x, dtype), matrices, describe(r, "float32")

@@ -171,7 +171,7 @@ def _over_blocks(
 def _products(size: Size) -> Products:
     return Products(
         lay_out=lambda w, name: w,
-        take_back=lambda w, name, E: w,
+        take_back=lambda w, name, shape: w,
         d_axis=D_AXIS.__getitem__,
         to_hidden=functools.partial(_to_hidden, size),
         from_hidden=functools.partial(_from_hidden, size),

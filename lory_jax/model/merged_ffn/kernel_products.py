@@ -4,6 +4,7 @@ Letters: S segments, G of them at a time, T tokens per segment, D model, F FFN, 
 time, E experts, P rows of D in one product.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from lory_jax.model.merged_ffn.kernels import (
 from lory_jax.model.merged_ffn.tiling import (
     FROM_HIDDEN,
     GRADIENTS,
+    LANES,
     ROWS,
     TO_HIDDEN,
     Problem,
@@ -122,18 +124,8 @@ def _prepare(
     tiling = tilings.tile(problem, tilings.traced_chip())
     r_SxE = pad(r_SxE, (tiling.group, tiling.experts))
     padded = [_pad_experts(w, E, tiling) for w in weights]
-    S, E = r_SxE.shape
-    problem = Problem(
-        kernel,
-        len(weights),
-        hidden,
-        S=S,
-        T=T + -T % tiling.tokens,
-        D=padded[0].shape[0] // E,
-        F=padded[0].shape[1],
-        E=E,
-        itemsize=dtype.itemsize,
-    )
+    (S, E), (DE, F) = r_SxE.shape, padded[0].shape
+    problem = dataclasses.replace(problem, S=S, T=T + -T % tiling.tokens, D=DE // E, F=F, E=E)
     return _Call(tiling, problem, spread(r_SxE, tiling, dtype), padded, interpret)
 
 
@@ -267,13 +259,14 @@ def _gradients(
 
 
 def _lay_out(w: Array, name: str) -> Array:
-    """`[D * E, F]`, D outermost."""
+    """`[D * E, F]`, D outermost, F padded: once here rather than in every call."""
     w_DxExF = w.transpose((2, 0, 1) if name == "down" else (1, 0, 2))
-    return w_DxExF.reshape(-1, w_DxExF.shape[2])
+    return pad(w_DxExF.reshape(-1, w_DxExF.shape[2]), (1, LANES))
 
 
-def _take_back(w_DExF: Array, name: str, E: int) -> Array:
-    w_DxExF = w_DExF.reshape(-1, E, w_DExF.shape[1])
+def _take_back(w_DExF: Array, name: str, shape: tuple[int, ...]) -> Array:
+    E, F = shape[0], shape[1 if name == "down" else 2]
+    w_DxExF = w_DExF[:, :F].reshape(-1, E, F)
     return w_DxExF.transpose((1, 2, 0) if name == "down" else (1, 0, 2))
 
 

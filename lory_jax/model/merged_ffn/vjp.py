@@ -41,8 +41,9 @@ class Products:
     """An implementation of the three products, and the layout of the experts that it takes.
 
     Attributes:
-      lay_out: `(w [E, D, F] or [E, F, D], name)` to the layout of the products below; a linear map.
-      take_back: its inverse, given E.
+      lay_out: `(w [E, D, F] or [E, F, D], name)` to the layout of the products below, in which F
+        may be padded with zeros; a linear map.
+      take_back: its inverse, given the shape that it shall have.
       d_axis: `name` to the axis of D in that layout.
       to_hidden: `(x [S, T, D], weights, r [S, E], combine, *given [S, T, F])` to what `combine`
         makes of the products and of `given`, in x's type.
@@ -53,7 +54,7 @@ class Products:
     """
 
     lay_out: Callable[[Array, str], Array]
-    take_back: Callable[[Array, str, int], Array]
+    take_back: Callable[[Array, str, tuple[int, ...]], Array]
     d_axis: Callable[[str], int]
     to_hidden: Callable[..., tuple[Array, ...]]
     from_hidden: Callable[[Mapping[str, Array], Mapping[str, Array], Array], Array]
@@ -182,7 +183,9 @@ def backward(
             axis = products.d_axis(name)
             dw = jax.lax.psum_scatter(dw, FSDP, scatter_dimension=axis, tiled=True)
             dexperts[name] = jax.lax.psum(dw, REPLICAS)
-    dexperts = {name: products.take_back(dw, name, r_SxE.shape[1]) for name, dw in dexperts.items()}
+    dexperts = {
+        name: products.take_back(dw, name, experts[name].shape) for name, dw in dexperts.items()
+    }
     return dx_SxTxD, dexperts, dr_SxE
 
 
