@@ -16,6 +16,7 @@ R = H / G, K head width.
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +142,22 @@ def causal_attention(
     raise ValueError(f"implementation: got {implementation!r}, takes xla, cudnn or splash")
 
 
-def blocked_attention(query: Array, key: Array, value: Array) -> Array:
+class Branches(NamedTuple):
+    """Several continuations of one beginning in one row.
+
+    Attributes:
+      positions_BxL: of each token, counted along its own branch.
+      branch_BxL: which continuation a token is part of, from 1; 0 is the beginning, which all see.
+        A continuation sees itself and the beginning.
+    """
+
+    positions_BxL: Array
+    branch_BxL: Array
+
+
+def blocked_attention(
+    query: Array, key: Array, value: Array, branch_BxL: Array | None = None
+) -> Array:
     """Causal attention of `[B, L, H, K]` over `[B, L, G, K]`, by blocks of queries.
 
     A block attends to the keys up to its own end, so half of the scores of the whole L x L square
@@ -153,8 +169,12 @@ def blocked_attention(query: Array, key: Array, value: Array) -> Array:
     blocks = []
     for start in range(0, L, block):
         end = min(start + block, L)
-        mask_LxM = jnp.arange(end) <= jnp.arange(start, end)[:, None]
-        blocks.append(attend(query[:, :, start:end], key[:, :, :end], value[:, :, :end], mask_LxM))
+        mask = jnp.arange(end) <= jnp.arange(start, end)[:, None]
+        if branch_BxL is not None:
+            mine_Bx1xLx1 = branch_BxL[:, None, start:end, None]
+            its_Bx1x1xM = branch_BxL[:, None, None, :end]
+            mask = mask & ((its_Bx1x1xM == 0) | (its_Bx1x1xM == mine_Bx1xLx1))
+        blocks.append(attend(query[:, :, start:end], key[:, :, :end], value[:, :, :end], mask))
     return jnp.concatenate(blocks, axis=2).swapaxes(1, 2)
 
 

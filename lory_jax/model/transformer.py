@@ -16,7 +16,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from lory_jax.model.attention import SAVED_ATTENTION, Attention, causal_attention
+from lory_jax.model.attention import (
+    SAVED_ATTENTION,
+    Attention,
+    Branches,
+    blocked_attention,
+    causal_attention,
+)
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.ffn import DenseFFN, MergedFFN, SparseFFN
 from lory_jax.model.merged_ffn import SAVED_HIDDEN
@@ -44,12 +50,14 @@ class Block(nnx.Module):
         kind = SparseFFN if config.is_sparse else MergedFFN if config.num_experts else DenseFFN
         self.ffn = kind(init, config, output_scale)
 
-    def __call__(self, x_BxLxD: Array, routing: Routing) -> tuple[Array, Routed | None]:
+    def __call__(
+        self, x_BxLxD: Array, routing: Routing, branches: Branches | None = None
+    ) -> tuple[Array, Routed | None]:
         """Returns `[B, L, D]` and how the layer was routed, None for a dense layer."""
         x_BxLxD = constrain(x_BxLxD, self.config.batch_axis, "length", "activation_embed")
         with jax.named_scope("attention"):
             h_BxLxD = rms_norm(x_BxLxD, self.attention_norm[...], self.config.norm_epsilon)
-            x_BxLxD = x_BxLxD + self.attend(h_BxLxD)
+            x_BxLxD = x_BxLxD + self.attend(h_BxLxD, branches)
         with jax.named_scope("ffn"):
             h_BxLxD = rms_norm(x_BxLxD, self.ffn_norm[...], self.config.norm_epsilon)
             if isinstance(self.ffn, DenseFFN):
@@ -57,9 +65,13 @@ class Block(nnx.Module):
             y_BxLxD, routed = self.ffn(h_BxLxD, routing)
             return x_BxLxD + y_BxLxD, routed
 
-    def attend(self, h_BxLxD: Array) -> Array:
+    def attend(self, h_BxLxD: Array, branches: Branches | None) -> Array:
         """Causal self-attention over the whole sequence, document borders included."""
         config, (B, L, _) = self.config, h_BxLxD.shape
+        if branches is not None:
+            positions_BxL, branch_BxL = branches
+            query, key, value = self.attention.project(h_BxLxD, positions_BxL, config.rope)
+            return self.attention.combine(blocked_attention(query, key, value, branch_BxL))
         positions_BxL = jnp.broadcast_to(jnp.arange(L), (B, L))
         query, key, value = self.attention.project(h_BxLxD, positions_BxL, config.rope)
         return self.attention.combine(
@@ -119,13 +131,17 @@ class Transformer(nnx.Module):
         return self.unembed(x_BxLxD), routed.weights_BxNxE if routed else None
 
     def hidden(
-        self, tokens_BxL: Array, routing: Routing | None = None
+        self,
+        tokens_BxL: Array,
+        routing: Routing | None = None,
+        branches: Branches | None = None,
     ) -> tuple[Array, Routed | None]:
         """A full forward pass up to the head.
 
         Args:
           tokens_BxL: token ids.
           routing: how to route; None is `config.routing`, as in training.
+          branches: where rows hold several continuations of one beginning.
 
         Returns:
           `[B, L, D]` after the final norm, in the compute type, and how every layer was routed
@@ -137,7 +153,7 @@ class Transformer(nnx.Module):
 
         @functools.partial(_remat, policy=self.config.remat)
         def run_layer(x_BxLxD: Array, layer: Params) -> tuple[Array, Routed | None]:
-            return nnx.merge(graph, layer)(x_BxLxD, routing)
+            return nnx.merge(graph, layer)(x_BxLxD, routing, branches)
 
         if self.config.scan_layers:
             x_BxLxD, routed = jax.lax.scan(run_layer, x_BxLxD, layers)
