@@ -1,5 +1,6 @@
 """Merging in parameter space against loops: the contract of `merged_ffn`."""
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -226,6 +227,20 @@ def test_every_implementation_equals_the_reference_for_any_shape(S, T, D, F, E):
         assert error < VALUES, implementation
 
 
+@pytest.mark.parametrize(("E", "columns", "parts"), [(5, 128, 2), (20, 256, 2), (20, 128, 1)])
+def test_kernels_agree_however_their_work_is_cut(E, columns, parts, monkeypatch):
+    """Sums over groups, blocks of F and parts of D, whatever a chip would choose."""
+
+    def cut(problem, chip):
+        smallest = tiling.smallest_tiling(problem.E)
+        return dataclasses.replace(smallest, columns=columns, parts=parts)
+
+    monkeypatch.setattr(tiling, "tile", cut)
+    arrays = random_inputs(S=5, T=3, D=256, F=512, E=E)
+    got = value_and_gradients("kernel", *arrays)
+    assert worst_error(got, value_and_gradients("einsum", *arrays)) < VALUES
+
+
 @pytest.mark.parametrize("implementation", ["whole", "kernel"])
 def test_bfloat16_is_as_exact_as_the_plain_einsum(implementation):
     x, experts, r, dy = random_inputs(S=4, T=16, D=32, F=64, E=8)
@@ -267,14 +282,17 @@ def test_remat_recomputes_no_more_than_of_a_dense_layer(remat, products):
     D, F, E = 128, 128, 3
     dense = {"gate": np.ones((D, F)), "up": np.ones((D, F)), "down": np.ones((F, D))}
     experts = {name: np.stack([w] * E).astype(np.float32) for name, w in dense.items()}
-    run = lambda x, w, r: swiglu(x, w["gate"], w["up"], w["down"])  # noqa: E731
-    assert products_recomputed(run, dense, remat, "dot_general[") == products
-    run = functools.partial(merged_ffn, implementation="whole")
+
+    def dense_ffn(x, w, r):
+        return swiglu(x, w["gate"], w["up"], w["down"])
+
+    assert products_recomputed(dense_ffn, dense, remat, "dot_general[") == products
+    whole = functools.partial(merged_ffn, implementation="whole")
     merging = products  # each of gate and up is merged for its product
-    assert products_recomputed(run, experts, remat, "dot_general[") == products + merging
-    run = functools.partial(products_ffn, kernel_products(interpret=True))
+    assert products_recomputed(whole, experts, remat, "dot_general[") == products + merging
+    kernel = functools.partial(products_ffn, kernel_products(interpret=True))
     # One kernel makes gate and up; that of down is not made again.
-    assert products_recomputed(run, experts, remat, "pallas_call[") == products / 2
+    assert products_recomputed(kernel, experts, remat, "pallas_call[") == products / 2
 
 
 # ---------------------------------------------------------------- which one

@@ -68,12 +68,13 @@ class Block(nnx.Module):
     def attend(self, h_BxLxD: Array, branches: Branches | None) -> Array:
         """Causal self-attention over the whole sequence, document borders included."""
         config, (B, L, _) = self.config, h_BxLxD.shape
-        if branches is not None:
-            positions_BxL, branch_BxL = branches
-            query, key, value = self.attention.project(h_BxLxD, positions_BxL, config.rope)
-            return self.attention.combine(blocked_attention(query, key, value, branch_BxL))
         positions_BxL = jnp.broadcast_to(jnp.arange(L), (B, L))
+        if branches:
+            positions_BxL = branches.positions_BxL
         query, key, value = self.attention.project(h_BxLxD, positions_BxL, config.rope)
+        if branches:
+            heads_BxLxHxK = blocked_attention(query, key, value, branches.branch_BxL)
+            return self.attention.combine(heads_BxLxHxK)
         return self.attention.combine(
             causal_attention(
                 query,
