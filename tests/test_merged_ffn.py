@@ -345,6 +345,67 @@ def test_tilings_fit_the_chip_in_whole_tiles(S, E, F, mib, cores, side):
         assert -F % cut.columns < tiling.LANES
 
 
+def moved_by_walking_the_grid(problem, cut):
+    """Bytes of blocks that change from one step of a kernel's grid to the next."""
+    groups, blocks = problem.S // cut.group, problem.F // cut.columns
+    part, size = problem.D // cut.parts, problem.itemsize
+    activations = size * cut.group * problem.T * part
+    hidden = size * cut.group * problem.T * cut.columns
+    experts = size * part * problem.E * cut.columns
+    g, f, d = range(groups), range(blocks), range(cut.parts)
+    if problem.kernel == tiling.TO_HIDDEN:
+        steps = [(i, j, k) for i in g for j in f for k in d]
+        moving = [(activations * cut.parts, lambda g, f, d: g)]
+    elif problem.kernel == tiling.FROM_HIDDEN:
+        steps = [(i, j, k) for i in g for k in d for j in f]
+        moving = [(activations, lambda g, f, d: (g, d))]
+    else:
+        steps = [(i, j, k) for j in f for k in d for i in g]
+        routing = 4 * cut.group * cut.rows * cut.rows * problem.E
+        moving = [(activations, lambda g, f, d: (g, d)), (routing, lambda *step: step)]
+        moving.append((experts, lambda g, f, d: (f, d)))  # the gradients, beside the experts
+    moving += [(hidden, lambda g, f, d: (g, f))] * problem.hidden
+    moving += [(experts, lambda g, f, d: (f, d))] * problem.weights
+    return sum(
+        bytes_
+        for bytes_, index in moving
+        for before, step in zip([None, *steps], steps, strict=False)
+        if before is None or index(*before) != index(*step)
+    )
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("call", tiling.CALLS, ids=str)
+def test_what_a_call_moves(call, parts):
+    # Two blocks at least of everything, so that what is walked through is fetched again.
+    problem = tiling.Problem(*call, S=12, T=16, D=512, F=384, E=8, itemsize=2)
+    cut = dataclasses.replace(tiling.smallest_tiling(8), group=4, parts=parts)
+    assert tiling.moved_bytes(problem, cut) == moved_by_walking_the_grid(problem, cut)
+
+
+@pytest.mark.parametrize(("E", "P"), [(8, 8), (16, 8), (32, 4)])
+def test_the_matrix_unit_works_off_128_numbers_at_a_time(E, P):
+    S, T, D, F = 64, 256, 1024, 2816
+    cut = dataclasses.replace(tiling.smallest_tiling(E), group=128 // P)
+    assert cut.rows == P
+    for kernel, weights, hidden in tiling.CALLS:
+        problem = tiling.Problem(kernel, weights, hidden, S, T, D, F, E, 2)
+        merging = 2 * 128 if kernel != tiling.GRADIENTS else 2 * (128 + min(128, P * E))
+        by_hand = weights * S * D * F * (2 * T + merging)
+        assert tiling.flops(problem, cut, side=128) == by_hand
+
+
+def test_the_fastest_tiling_is_chosen():
+    v5p = tiling.Chip(vmem=64 * 2**20, cores=2, flops_per_byte=166)
+    problem = tiling.Problem(*tiling.CALLS[-1], S=64, T=256, D=1536, F=4096, E=32, itemsize=2)
+    # Groups of 4 move least, and fill an eighth of the matrix unit.
+    assert tiling.tile(problem, v5p).group == 32
+    problem = dataclasses.replace(problem, D=1024, F=2816)
+    # x is read once per block of F: wide blocks, for which D is cut.
+    chosen = tiling.tile(problem, tiling.V5E)
+    assert (chosen.columns, chosen.parts) == (256, 2)
+
+
 def test_spreading_merges_as_the_plain_sum_and_its_gradient_is_its_transpose():
     S, D, F, E = 4, 8, 6, 8  # of more experts, registers are rolled: in kernels only
     rng = np.random.default_rng(0)
