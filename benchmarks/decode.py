@@ -26,12 +26,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lory_jax.data.tokenizer import train_tokenizer
-from lory_jax.inference.decode import decode
-from lory_jax.inference.decoder import make_decoder
-from lory_jax.interop.hf import write_directory
+from lory_jax.conversion.hf_directory import write_directory
+from lory_jax.generation.loop import decode
+from lory_jax.generation.programs import make_decoder
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.transformer import init_params
+from lory_jax.preparation.tokenizer_training import train_tokenizer
 
 PROMPT, NEW = 32, 24  # tokens
 LORY = ModelConfig(

@@ -28,11 +28,11 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from lory_jax.api import Model
-from lory_jax.data.tokenizer import train_tokenizer
-from lory_jax.evaluation.harness import LoryLM
-from lory_jax.interop.hf import write_directory
+from lory_jax.conversion.hf_directory import write_directory
+from lory_jax.evaluation.harness.model import LoryLM
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.transformer import init_params
+from lory_jax.preparation.tokenizer_training import train_tokenizer
 
 WORDS = [a + b for a in ("ka", "lo", "mi", "ru", "te", "so") for b in ("na", "ri", "sta", "vel")]
 ANSWERS = 4

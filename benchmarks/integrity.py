@@ -18,7 +18,7 @@ import numpy as np
 from lory_jax.config import load_config
 from lory_jax.model.config import ModelConfig
 from lory_jax.parallel import make_mesh, place_batch
-from lory_jax.training.checkpoint import leaf_sums
+from lory_jax.run.checkpoints import leaf_sums
 from lory_jax.training.optimizer import learning_rate, make_optimizer
 from lory_jax.training.state import init_state
 from lory_jax.training.step import make_train_step

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lory_jax.config import load_config
-from lory_jax.flops import flops_per_token, peak_flops
 from lory_jax.model.config import ModelConfig
+from lory_jax.model.flops import flops_per_token, peak_flops
 from lory_jax.parallel import make_mesh, place_batch
 from lory_jax.training.optimizer import make_optimizer
 from lory_jax.training.state import init_state

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from lory_jax import api, cli
+from lory_jax.analysis.texts import telling_texts, text_segments
+from lory_jax.console import progress
 from lory_jax.errors import InputError
-from lory_jax.evaluation.sets import batches_of, held_out_sets
-from lory_jax.evaluation.specialisation import telling_texts, text_segments
-from lory_jax.progress import progress
+from lory_jax.evaluation.held_out import batches_of, held_out_sets
 from lory_jax.report import plots
 from lory_jax.report.analysis import analysis_page, text_page
-from lory_jax.training.workdir import (
+from lory_jax.run.directory import (
     data_directory,
     read_config,
     read_metrics,

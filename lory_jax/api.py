@@ -18,14 +18,14 @@ from jax.typing import ArrayLike
 from lory_jax.data.manifest import TOKENIZER_NAME
 from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.errors import InputError
-from lory_jax.inference.decode import ROUTINGS, decode, mesh_of
-from lory_jax.inference.sampling import check_settings, position_keys, sample
+from lory_jax.generation.loop import ROUTINGS, decode, mesh_of
+from lory_jax.generation.sampling import check_settings, position_keys, sample
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.routing import Routing
 from lory_jax.model.transformer import Params, build, merge_params
 from lory_jax.parallel import make_mesh, start_process
+from lory_jax.run.directory import load_params
 from lory_jax.storage import storage_path
-from lory_jax.training.workdir import load_params
 
 
 class Model:
@@ -66,7 +66,7 @@ class Model:
           InputError: the model is dense, or `text` is no valid text.
         """
         # Imported here: exporting needs what generation does not.
-        from lory_jax.interop.merge import merged_params, text_routing
+        from lory_jax.generation.merge import merged_params, text_routing
 
         if not self.config.num_experts or self.config.is_sparse:
             raise InputError(

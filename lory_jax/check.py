@@ -24,18 +24,18 @@ from jax.sharding import Mesh
 from lory_jax import cli
 from lory_jax.config import base_config
 from lory_jax.errors import InputError
-from lory_jax.flops import flops_per_token, parameter_counts, peak_flops
 from lory_jax.model.attention import attend, causal_attention
 from lory_jax.model.config import ModelConfig
+from lory_jax.model.flops import flops_per_token, parameter_counts, peak_flops
 from lory_jax.model.merged_ffn import merged_ffn
 from lory_jax.parallel import make_mesh, place_batch, replicated, start_process
+from lory_jax.run.checkpoints import Checkpoints, leaf_sums
+from lory_jax.run.directory import EXPERTS
 from lory_jax.storage import storage_path
-from lory_jax.training.checkpoint import Checkpoints, leaf_sums
 from lory_jax.training.loss import mean_loss
 from lory_jax.training.optimizer import make_optimizer
 from lory_jax.training.state import State, abstract_state, init_state
 from lory_jax.training.step import make_train_step
-from lory_jax.training.workdir import EXPERTS
 
 STEPS = 20
 KERNEL_LENGTH = 1024  # at most: the reference of attention holds all scores

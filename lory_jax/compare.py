@@ -21,11 +21,11 @@ from lory_jax import api, cli
 from lory_jax.analyze import ANALYSIS
 from lory_jax.errors import InputError
 from lory_jax.evaluate import MEASURES
-from lory_jax.evaluation.sets import held_out_sets
-from lory_jax.flops import flops_per_token, parameter_counts
+from lory_jax.evaluation.held_out import held_out_sets
 from lory_jax.model.config import ModelConfig
+from lory_jax.model.flops import flops_per_token, parameter_counts
 from lory_jax.report.comparison import comparison_page, percent
-from lory_jax.training.workdir import (
+from lory_jax.run.directory import (
     data_directory,
     model_config,
     read_config,

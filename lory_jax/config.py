@@ -16,7 +16,7 @@ from typing import Any
 import ml_collections
 
 from lory_jax.errors import ConfigError
-from lory_jax.model.baselines import EXPERT_CHOICE, SPARSE, TOKEN_CHOICE
+from lory_jax.model.sparse.capacity import EXPERT_CHOICE, SPARSE, TOKEN_CHOICE
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from lory_jax import api, cli
+from lory_jax.conversion.hf_directory import DTYPES, check_absent, read_directory, write_directory
+from lory_jax.conversion.model_card import MergedBy, model_card
+from lory_jax.conversion.to_run import write_start
 from lory_jax.errors import InputError
-from lory_jax.evaluation.sets import held_out_sets
-from lory_jax.interop.card import MergedBy, model_card
-from lory_jax.interop.hf import DTYPES, check_absent, read_directory, write_directory
-from lory_jax.interop.merge import domain_routing, merged_params, text_routing
-from lory_jax.interop.start import write_start
+from lory_jax.evaluation.held_out import held_out_sets
+from lory_jax.generation.merge import domain_routing, merged_params, text_routing
 from lory_jax.parallel import make_mesh, start_process
-from lory_jax.training.workdir import data_directory
+from lory_jax.run.directory import data_directory
 
 
 def main(argv: list[str]) -> None:

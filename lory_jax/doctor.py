@@ -17,13 +17,8 @@ from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.errors import InputError
 from lory_jax.model.config import ModelConfig
 from lory_jax.parallel import make_mesh, start_process
-from lory_jax.storage import is_remote, storage_path
-from lory_jax.training.checkpoint import UNFINISHED, Checkpoints, Meta
-from lory_jax.training.lock import holder
-from lory_jax.training.logfiles import METRICS
-from lory_jax.training.optimizer import make_optimizer
-from lory_jax.training.state import abstract_state
-from lory_jax.training.workdir import (
+from lory_jax.run.checkpoints import UNFINISHED, Checkpoints, Meta
+from lory_jax.run.directory import (
     CONFIG,
     DATASET,
     abstract_params,
@@ -33,6 +28,11 @@ from lory_jax.training.workdir import (
     read_config,
     read_metrics,
 )
+from lory_jax.run.lock import holder
+from lory_jax.storage import is_remote, storage_path
+from lory_jax.training.monitoring.log_files import METRICS
+from lory_jax.training.optimizer import make_optimizer
+from lory_jax.training.state import abstract_state
 
 
 def main(argv: list[str]) -> None:

@@ -24,17 +24,17 @@ from typing import Any
 import numpy as np
 
 from lory_jax import cli
+from lory_jax.console import duration
 from lory_jax.errors import InputError
 from lory_jax.evaluation import variants
+from lory_jax.evaluation.held_out import held_out_sets
+from lory_jax.evaluation.measure import Run, as_trained, losses, open_run
 from lory_jax.evaluation.perplexity import summarize
-from lory_jax.evaluation.perplexity_sets import SAMPLES, read_sets, standard_error
-from lory_jax.evaluation.run import Run, as_trained, losses, open_run
-from lory_jax.evaluation.sets import held_out_sets
+from lory_jax.evaluation.text_sets import SAMPLES, read_sets, standard_error
 from lory_jax.parallel import start_process
-from lory_jax.progress import duration
 from lory_jax.report import plots
+from lory_jax.run.directory import data_directory, write_atomically
 from lory_jax.storage import storage_path
-from lory_jax.training.workdir import data_directory, write_atomically
 
 MEASURES = ("perplexity", "perplexity_all_positions", "bits_per_byte")
 NO_SPLIT = "none"
@@ -298,7 +298,7 @@ def _tasks_module() -> Any:
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
-        from lory_jax.evaluation import run_tasks
+        from lory_jax.evaluation.harness import run as run_tasks
     except ModuleNotFoundError as error:
         raise InputError(
             f"--tasks: needs {error.name}; pip install -r requirements-eval.txt"

@@ -23,8 +23,8 @@ from ml_collections import ConfigDict
 
 from lory_jax import cli
 from lory_jax.errors import ConfigError
-from lory_jax.flops import baselines, flops_per_token, parameter_counts
 from lory_jax.model.config import ModelConfig
+from lory_jax.model.flops import baselines, flops_per_token, parameter_counts
 from lory_jax.parallel import MESH_AXES, make_mesh
 from lory_jax.planning.estimate import default_mesh, plan_step
 from lory_jax.planning.topology import Topology, parse_topology

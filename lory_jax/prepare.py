@@ -23,17 +23,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lory_jax.cli import Parser, run
-from lory_jax.data.corpus import corpus_table, read_corpus
-from lory_jax.data.documents import Document
-from lory_jax.data.embed import Embedder
-from lory_jax.data.instances import (
-    TokenizedDocuments,
-    count_instances,
-    cut_instances,
-    same_domain_rate,
-    tokenize,
-    write_shards,
-)
+from lory_jax.console import duration
 from lory_jax.data.manifest import (
     MANIFEST_NAME,
     TOKENIZER_NAME,
@@ -46,12 +36,23 @@ from lory_jax.data.manifest import (
     verify_files,
     write_manifest,
 )
-from lory_jax.data.neighbors import find_neighbors
-from lory_jax.data.split import split_by_origin
-from lory_jax.data.tokenizer import Tokenizer, train_tokenizer
-from lory_jax.data.traverse import consecutive_similarity, order_by_similarity
+from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.errors import InputError
-from lory_jax.progress import duration
+from lory_jax.preparation.documents import Document
+from lory_jax.preparation.embedding.lsa import Embedder
+from lory_jax.preparation.neighbors import find_neighbors
+from lory_jax.preparation.ordering import consecutive_similarity, order_by_similarity
+from lory_jax.preparation.packing import (
+    TokenizedDocuments,
+    count_instances,
+    cut_instances,
+    same_domain_rate,
+    tokenize,
+    write_shards,
+)
+from lory_jax.preparation.sources.corpus import corpus_table, read_corpus
+from lory_jax.preparation.split import split_by_origin
+from lory_jax.preparation.tokenizer_training import train_tokenizer
 
 
 def main(argv: list[str]) -> None:

@@ -25,33 +25,33 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lory_jax import cli
+from lory_jax.data.batches import Lookahead, TrainingBatches, evaluation_sets
 from lory_jax.data.manifest import load_tokenizer, read_manifest
-from lory_jax.data.pipeline import Lookahead, TrainingBatches, evaluation_sets
 from lory_jax.errors import InputError
 from lory_jax.evaluation.perplexity import token_losses
-from lory_jax.flops import flops_per_token, parameter_counts, peak_flops
 from lory_jax.model.config import ModelConfig
+from lory_jax.model.flops import flops_per_token, parameter_counts, peak_flops
 from lory_jax.parallel import check_batch, make_mesh, place_batch, start_process
-from lory_jax.storage import is_remote, storage_path
-from lory_jax.training.checkpoint import Checkpoints, Meta, reason
-from lory_jax.training.goodput import Goodput
-from lory_jax.training.metrics import MetricsLog
-from lory_jax.training.optimizer import learning_rate, make_optimizer
-from lory_jax.training.profile import Trace, parse_steps
-from lory_jax.training.retention import Retention
-from lory_jax.training.signals import Agreement, SaveTimer, StopRequest, Wishes
-from lory_jax.training.start import check_source, state_from
-from lory_jax.training.state import State, abstract_state, init_state
-from lory_jax.training.step import make_loss_step, make_norms, make_train_step
-from lory_jax.training.upcycle import upcycle
-from lory_jax.training.watch import diverged
-from lory_jax.training.workdir import (
+from lory_jax.run.checkpoints import Checkpoints, Meta, reason
+from lory_jax.run.directory import (
     CONFIG,
     DENSE,
     EXPERTS,
     open_workdir,
     phase_config,
 )
+from lory_jax.run.retention import Retention
+from lory_jax.storage import is_remote, storage_path
+from lory_jax.training.initialization_from import check_source, state_from
+from lory_jax.training.monitoring.goodput import Goodput
+from lory_jax.training.monitoring.loss_watch import diverged
+from lory_jax.training.monitoring.metrics_log import MetricsLog
+from lory_jax.training.monitoring.signals import Agreement, SaveTimer, StopRequest, Wishes
+from lory_jax.training.monitoring.trace import Trace, parse_steps
+from lory_jax.training.optimizer import learning_rate, make_optimizer
+from lory_jax.training.state import State, abstract_state, init_state
+from lory_jax.training.step import make_loss_step, make_norms, make_train_step
+from lory_jax.training.upcycle import upcycle
 
 PEER_IS_GONE = 75  # exit status
 

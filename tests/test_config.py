@@ -19,7 +19,7 @@ from lory_jax.config import (
 from lory_jax.errors import ConfigError
 from lory_jax.model.config import ModelConfig
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
 FIELDS = [f"{section}.{name}" for section, fields in SCHEMA.items() for name in fields]
 

@@ -9,10 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from emulators import free_port
-from tiny import ROOT, write_prepared, write_recipe
 
-SCRIPTS = [*sorted(ROOT.glob("launch/*.sh")), ROOT / ".ci" / "run", ROOT / "tests" / "gcloud.sh"]
+from tests.support.emulators import free_port
+from tests.support.tiny import ROOT, write_prepared, write_recipe
+
+SCRIPTS = [
+    *sorted(ROOT.glob("launch/*.sh")),
+    ROOT / ".ci" / "run",
+    ROOT / "tests" / "support" / "gcloud.sh",
+]
 BASE = ("--name=lory", "--zone=us-west4-a")
 COMPARED = ("loss", "grad_norm", "experts_active", "router_entropy")
 
@@ -37,7 +42,7 @@ class Play:
     def __init__(self, directory: Path):
         self.directory = directory
         (directory / "bin").mkdir()
-        shutil.copy(ROOT / "tests" / "gcloud.sh", directory / "bin" / "gcloud")
+        shutil.copy(ROOT / "tests" / "support" / "gcloud.sh", directory / "bin" / "gcloud")
         (directory / "bin" / "gcloud").chmod(0o755)
         self.set("state", "MISSING")
         self.set("plan", "ok")

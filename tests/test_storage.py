@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-from emulators import object_store
-from tiny import verb, verb_command, verb_environment, write_prepared, write_recipe
 
+from lory_jax.data.batches import TrainingBatches, evaluation_sets
 from lory_jax.data.manifest import local_files, read_manifest
-from lory_jax.data.pipeline import TrainingBatches, evaluation_sets
 from lory_jax.errors import InputError
 from lory_jax.storage import Staging, Uploads, send, storage_path, write_atomically
+from tests.support.emulators import object_store
+from tests.support.tiny import verb, verb_command, verb_environment, write_prepared, write_recipe
 
 COMPARED = ("loss", "grad_norm", "learning_rate", "experts_active", "router_entropy")
 

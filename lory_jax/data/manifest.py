@@ -12,10 +12,10 @@ from urllib.parse import quote
 
 import numpy as np
 
+from lory_jax.console import progress
 from lory_jax.data.instances import token_dtype
 from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.errors import InputError
-from lory_jax.progress import progress
 from lory_jax.storage import cache_directory, fetch, is_inside, is_remote, storage_path
 
 MANIFEST_NAME = "manifest.json"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lory_jax.errors import InputError
-from lory_jax.evaluation.run import Run, as_trained, losses, perplexity
+from lory_jax.evaluation.measure import Run, as_trained, losses, perplexity
 
 
 def check_variants(run: Run, counts: Sequence[int], leakage: bool) -> None:

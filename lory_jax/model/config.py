@@ -6,9 +6,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lory_jax.model import baselines
 from lory_jax.model.attention import Rope, resolve_attention
 from lory_jax.model.merged_ffn import resolve_merged_ffn
+from lory_jax.model.sparse import capacity
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ class ModelConfig:
 
     @property
     def is_sparse(self) -> bool:
-        """Whether experts are chosen (see baselines.py) rather than merged."""
-        return self.num_experts > 0 and self.routing in baselines.SPARSE
+        """Whether experts are chosen (see capacity.py) rather than merged."""
+        return self.num_experts > 0 and self.routing in capacity.SPARSE
 
     @property
     def routes_tokens(self) -> bool:
@@ -109,7 +109,7 @@ class ModelConfig:
     @property
     def choices(self) -> int:
         """Experts per token: what it chooses, or what expert choice gives it on average."""
-        return baselines.TOKEN_CHOICE.get(self.routing) or max(1, round(self.capacity_factor))
+        return capacity.TOKEN_CHOICE.get(self.routing) or max(1, round(self.capacity_factor))
 
     @property
     def measured_routing(self) -> str | None:

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from lory_jax.model import baselines
 from lory_jax.model import routing as route
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.merged_ffn import merged_ffn, swiglu
 from lory_jax.model.parameters import Initializer
 from lory_jax.model.routing import Routed, Routing
+from lory_jax.model.sparse import capacity
 from lory_jax.parallel import constrain
 
 
@@ -98,7 +98,7 @@ class MergedFFN(nnx.Module):
 
 
 class SparseFFN(MergedFFN):
-    """The same parameters in a sparse mixture (baselines.py): experts are chosen, not merged."""
+    """The same parameters in a sparse mixture (capacity.py): experts are chosen, not merged."""
 
     def __call__(self, x_BxLxD: Array, routing: Routing) -> tuple[Array, Routed]:
         """Returns `[B, L, D]` and how it was routed."""
@@ -107,14 +107,14 @@ class SparseFFN(MergedFFN):
         p_BxUxE = self.probabilities(x_BxLxD, routing)
         T = config.segment_length
         routed = Routed(route.segment_means(p_BxUxE, T) if config.routes_tokens else p_BxUxE)
-        if routing.kind not in baselines.SPARSE:
+        if routing.kind not in capacity.SPARSE:
             return self.choose(x_BxLxD, p_BxUxE), routed
         with jax.named_scope("router"):
-            slots, balance, dropped = baselines.assign(
+            slots, balance, dropped = capacity.assign(
                 p_BxUxE, config.routing, config.capacity_factor, config.routing_group
             )
         unit_length = 1 if config.routes_tokens else T
-        y_BxLxD = baselines.slots_ffn(x_BxLxD, slots, self.experts(), unit_length)
+        y_BxLxD = capacity.slots_ffn(x_BxLxD, slots, self.experts(), unit_length)
         y_BxLxD = constrain(y_BxLxD, "moe_batch", "length", "activation_embed")
         return y_BxLxD, routed._replace(balance=balance, dropped=dropped)
 
@@ -123,7 +123,7 @@ class SparseFFN(MergedFFN):
         if self.config.routes_tokens:
             with jax.named_scope("router"):
                 return route.route(h_BxLxD, self.router[...])
-        if routing.kind in baselines.SPARSE:
+        if routing.kind in capacity.SPARSE:
             return self.routing_weights(h_BxLxD, Routing("causal"))
         # Without a prompt BOS decides, which is always there: equal weights would choose nothing.
         assert routing.prompt_lengths_B is not None
@@ -135,7 +135,7 @@ class SparseFFN(MergedFFN):
 
         There is a unit per token, per segment, or one for all.
         """
-        weights_BxUxk, experts_BxUxk = baselines.choose_experts(
+        weights_BxUxk, experts_BxUxk = capacity.choose_experts(
             p_BxUxE, self.config.choices, is_shared=self.config.routing == "top2"
         )
         L, U = x_BxLxD.shape[1], p_BxUxE.shape[1]
@@ -143,4 +143,4 @@ class SparseFFN(MergedFFN):
         weights_BxLxk, experts_BxLxk = (
             jnp.repeat(of_units, T, axis=1)[:, :L] for of_units in (weights_BxUxk, experts_BxUxk)
         )
-        return baselines.chosen_ffn(x_BxLxD, weights_BxLxk, experts_BxLxk, self.experts())
+        return capacity.chosen_ffn(x_BxLxD, weights_BxLxk, experts_BxLxk, self.experts())

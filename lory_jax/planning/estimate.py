@@ -6,8 +6,8 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lory_jax.flops import flops_per_token, peak_flops
 from lory_jax.model.config import ModelConfig
+from lory_jax.model.flops import flops_per_token, peak_flops
 from lory_jax.planning.collectives import bytes_by_kind_and_axis, find_collectives
 from lory_jax.planning.cycles import count_cycles
 from lory_jax.planning.hlo import executions, parse

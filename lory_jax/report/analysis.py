@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lory_jax.report import page, plots
+from lory_jax.report import html, plots
 
 STYLE = """
 .strip { display: flex; height: .6rem; margin: .12rem 0; border-radius: 2px; overflow: hidden; }
@@ -26,30 +26,30 @@ def analysis_page(analysis: dict[str, Any]) -> str:
     """The page of a run; `analysis` is what analysis.json holds."""
     weights, texts = analysis["routing_weights"], analysis["telling_texts"]
     pieces = [
-        page.style(STYLE),
-        page.paragraph(
+        html.style(STYLE),
+        html.paragraph(
             f"Step {analysis['step']:,}. Routing weights are those of segments k > 1 of the test "
             "set, which the segment before decides.",
             "lead",
         ),
-        page.heading("Routing by domain and layer"),
-        page.figure(
+        html.heading("Routing by domain and layer"),
+        html.figure(
             plots.to_svg(plots.routing_weights(weights)),
             "Mean routing weight of every expert, by domain and layer.",
         ),
-        page.heading("Do domains differ more than documents do?"),
-        page.figure(
+        html.heading("Do domains differ more than documents do?"),
+        html.figure(
             plots.to_svg(plots.routing_distance(analysis["routing_distance"])),
             "Distance between the mean routing weights of two domains, against random halves of "
             "one domain.",
         ),
-        page.heading("Experts in use during training"),
-        page.figure(
+        html.heading("Experts in use during training"),
+        html.figure(
             plots.to_svg(plots.utilisation(analysis["utilisation"])),
             "(Layer, expert) pairs with a weight above 2/E at least once in 10 steps.",
         ),
-        page.heading("The most telling texts of each expert"),
-        page.paragraph(
+        html.heading("The most telling texts of each expert"),
+        html.paragraph(
             "Segments of the test set that give an expert its greatest weights, at most one of an "
             "instance, at the bottom, in the middle and at the top.",
             "note",
@@ -61,16 +61,16 @@ def analysis_page(analysis: dict[str, Any]) -> str:
             for expert, best in enumerate(experts)
             for found in best
         ]
-        pieces.append(page.paragraph(f"Layer {layer}"))
-        pieces.append(page.table(["", "weight", "domain", "text"], rows, is_text=True))
-    return page.page("What the experts do", pieces)
+        pieces.append(html.paragraph(f"Layer {layer}"))
+        pieces.append(html.table(["", "weight", "domain", "text"], rows, is_text=True))
+    return html.page("What the experts do", pieces)
 
 
 def text_page(title: str, segments: Sequence[str], r_YxNxE: np.ndarray) -> str:
     """A text, segment by segment, each over a strip per layer: as wide as an expert weighs.
 
     Args:
-      title: of the page.
+      title: of the html.
       segments: their texts.
       r_YxNxE: routing weights of every segment.
     """
@@ -79,8 +79,8 @@ def text_page(title: str, segments: Sequence[str], r_YxNxE: np.ndarray) -> str:
         f"hsl({360 * e / num_experts:.0f} 60% {45 + 20 * (e % 2)}%)" for e in range(num_experts)
     ]
     pieces = [
-        page.style(STYLE),
-        page.paragraph(
+        html.style(STYLE),
+        html.paragraph(
             "Under each segment, one strip per layer, the bottom layer first. A colour is as wide "
             "as its expert's weight in the FFN that reads the segment. A segment is routed by the "
             "one before it, the first by itself.",
@@ -90,8 +90,8 @@ def text_page(title: str, segments: Sequence[str], r_YxNxE: np.ndarray) -> str:
     ]
     for n, text in enumerate(segments):
         strips = [_strip(r_YxNxE[y, n], y, colours) for y in range(num_layers)]
-        pieces.append(f'<div class="segment"><pre>{page.escape(text)}</pre>{"".join(strips)}</div>')
-    return page.page(title, pieces)
+        pieces.append(f'<div class="segment"><pre>{html.escape(text)}</pre>{"".join(strips)}</div>')
+    return html.page(title, pieces)
 
 
 def _key(colours: Sequence[str]) -> str:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lory_jax.progress import duration
-from lory_jax.report import page, plots
+from lory_jax.console import duration
+from lory_jax.report import html, plots
 
 Report = Mapping[str, Any]
 
@@ -25,14 +25,14 @@ def comparison_page(
     pieces = _opening(report)
     if others:
         pieces.append(
-            page.figure(
+            html.figure(
                 plots.to_svg(plots.perplexity_change(report["perplexity"])),
                 f"Test perplexity of each domain over positions ≥ T, against that of {first}.",
             )
         )
     pieces += [
-        page.heading("Loss"),
-        page.figure(
+        html.heading("Loss"),
+        html.figure(
             plots.to_svg(plots.loss_curves(metrics)),
             "Loss over the training. Thin: on training batches, averaged over 2 % of the run. "
             "Marked: on validation documents, positions ≥ T.",
@@ -45,7 +45,7 @@ def comparison_page(
     pieces += _samples(report["samples"])
     pieces += _settings(report)
     title = f"{', '.join(others)} against {first}" if others else first
-    return page.page(f"Report: {title}", pieces)
+    return html.page(f"Report: {title}", pieces)
 
 
 def percent(ratio: float) -> str:
@@ -106,9 +106,9 @@ def _opening(report: Report) -> list[str]:
     listed = ", ".join(f"{name} {value:.2f}" for name, value in everywhere.items())
     judged = range(1 + len(perplexity), 1 + len(perplexity) + len(others))
     return [
-        *(page.paragraph(text, "lead") for text in lead),
-        page.table(header, rows, groups=groups, strong_rows=[len(rows) - 2], judged_columns=judged),
-        page.paragraph(
+        *(html.paragraph(text, "lead") for text in lead),
+        html.table(header, rows, groups=groups, strong_rows=[len(rows) - 2], judged_columns=judged),
+        html.paragraph(
             "Over the positions ≥ T of held-out test documents. Over all positions, routed as in "
             f"training, the geometric means are: {listed}.",
             "note",
@@ -162,9 +162,9 @@ def _costs(report: Report) -> list[str]:
     changes = ["change"] if len(others) == 1 else [f"change, {name}" for name in others]
     judged = range(1 + len(models), 1 + len(models) + len(others))
     return [
-        page.heading("Costs"),
-        page.table(["", *models, *changes], rows, judged_columns=judged),
-        page.paragraph(
+        html.heading("Costs"),
+        html.table(["", *models, *changes], rows, judged_columns=judged),
+        html.paragraph(
             "FLOPs are those of training, forward and backward. Tokens to the final validation "
             "loss are read off the line between two validations. Experts in use: pairs of layer "
             "and expert with a mean weight above 2/E in a segment of the last 10 steps. Dropped: "
@@ -189,31 +189,31 @@ def _tasks(report: Report) -> list[str]:
     ]
     changes = ["difference"] if len(others) == 1 else [f"difference, {name}" for name in others]
     return [
-        page.heading("Tasks"),
-        page.table(["percent", first, *others, *changes], rows),
+        html.heading("Tasks"),
+        html.table(["percent", first, *others, *changes], rows),
     ]
 
 
 def _specialisation(name: str, analysis: Mapping[str, Any]) -> list[str]:
     widest = max(analysis["routing_distance"], key=lambda row: row["between"])
     return [
-        page.heading(f"What the experts of {name} do"),
-        page.paragraph(
+        html.heading(f"What the experts of {name} do"),
+        html.paragraph(
             f"In layer {widest['layer']} the mean routing weights of "
             f"{' and '.join(widest['domains'])} differ most: by {widest['between']:.3f} in total "
             f"variation, against {widest['within']:.3f} between random halves of one domain."
         ),
-        page.figure(
+        html.figure(
             plots.to_svg(plots.routing_weights(analysis["routing_weights"])),
             "Mean routing weight of every expert by domain and layer, over the segments of test "
             "documents that were routed by the segment before them.",
         ),
-        page.figure(
+        html.figure(
             plots.to_svg(plots.routing_distance(analysis["routing_distance"])),
             "How far routing differs between domains: the largest total-variation distance between "
             "the mean weights of two domains, against that between random halves of one domain.",
         ),
-        page.figure(
+        html.figure(
             plots.to_svg(plots.utilisation(analysis["utilisation"])),
             "Experts in use: pairs of layer and expert with a routing weight above 2/E at least "
             "once in the last 10 steps.",
@@ -226,14 +226,14 @@ def _samples(samples: Mapping[str, Any]) -> list[str]:
         f"{key.replace('_', ' ')} {value}" for key, value in samples["settings"].items()
     )
     return [
-        page.heading(f"What {samples['run']} writes"),
-        page.paragraph(
+        html.heading(f"What {samples['run']} writes"),
+        html.paragraph(
             "The beginning of a test document of each domain, and its continuation (marked). The "
             f"experts are merged once, by the prompt; {listed}.",
             "note",
         ),
         *(
-            page.sample(domain, text["prompt"], text["continuation"])
+            html.sample(domain, text["prompt"], text["continuation"])
             for domain, text in samples["texts"].items()
         ),
     ]
@@ -268,10 +268,10 @@ def _settings(report: Report) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     counts = ", ".join(f"{d} {n:,}" for d, n in report["test"]["instances"].items())
     return [
-        page.heading("Settings"),
-        page.table(["", *names], rows),
-        page.paragraph(f"Instances of the {report['test']['split']} set: {counts}.", "note"),
-        page.heading("Times"),
-        page.table(["", "time"], times),
-        page.paragraph(f"Made with {versions}.", "note"),
+        html.heading("Settings"),
+        html.table(["", *names], rows),
+        html.paragraph(f"Instances of the {report['test']['split']} set: {counts}.", "note"),
+        html.heading("Times"),
+        html.table(["", "time"], times),
+        html.paragraph(f"Made with {versions}.", "note"),
     ]

@@ -1,0 +1,80 @@
+"""A LLaMA directory as the work directory of a run at step 0, dense or upcycled."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from lory_jax.config import base_config, validate
+from lory_jax.conversion.hf_directory import LlamaDirectory, check_absent, temporary_sibling
+from lory_jax.data.manifest import TOKENIZER_NAME
+from lory_jax.model.config import ModelConfig
+from lory_jax.model.transformer import Params, build, init_params
+from lory_jax.parallel import shardings
+from lory_jax.run.checkpoints import Checkpoints
+from lory_jax.run.directory import CONFIG, EXPERTS
+from lory_jax.training.initialization_from import ARCHITECTURE
+from lory_jax.training.upcycle import upcycle_params
+
+DECIDED_BY_LLAMA = (*ARCHITECTURE, "sequence_length", "segment_length", "compute_dtype")
+
+EVALUATION_BATCH = 8  # instances; nothing was trained here that would say how many fit
+
+
+def write_start(
+    workdir: Path, directory: LlamaDirectory, num_experts: int, seed: int, mesh: Mesh
+) -> None:
+    """Writes `workdir` with one checkpoint, of step 0.
+
+    Args:
+      workdir: the directory to make; it must not exist yet, or be empty.
+      directory: the LLaMA.
+      num_experts: copies of every FFN; 0 keeps the model dense.
+      seed: of the router.
+      mesh: over which the parameters are spread meanwhile.
+
+    Raises:
+      InputError: `workdir` holds something.
+      ConfigError: the model does not fit config.model.
+    """
+    check_absent(workdir)
+    config = base_config()
+    for name in DECIDED_BY_LLAMA:
+        config.model[name] = getattr(directory.config, name)
+    config.model.num_experts = num_experts
+    config.train.seed = seed
+    config.train.global_batch_size = EVALUATION_BATCH
+    validate(config)
+    params = directory.params(mesh)
+    if num_experts:
+        lory = dataclasses.replace(directory.config, num_experts=num_experts)
+        params = upcycled(params, lory, mesh, seed)
+
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_sibling(workdir)
+    temporary.mkdir()
+    try:
+        directory.tokenizer.save(temporary / TOKENIZER_NAME)
+        text = json.dumps(config.to_dict(), indent=1) + "\n"
+        (temporary / CONFIG).write_text(text, encoding="utf-8")
+        checkpoints = Checkpoints(temporary / "checkpoints", keep=1)
+        # Parameters alone: a run that starts from them has fresh moments of AdamW.
+        checkpoints.save({"step": jnp.zeros((), jnp.int32), "params": params}, EXPERTS)
+        checkpoints.close()
+        temporary.replace(workdir)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def upcycled(dense: Params, config: ModelConfig, mesh: Mesh, seed: int) -> Params:
+    """A Lory whose experts are copies of the dense FFNs, its router drawn as `train` draws it."""
+
+    def convert(dense: Params, key: jax.Array) -> Params:
+        return upcycle_params(dense, init_params(config, key)["layers"]["ffn"]["router"])
+
+    pinned = jax.jit(convert, out_shardings=shardings(build(config)[1], mesh))
+    return pinned(dense, jax.random.fold_in(jax.random.key(seed), 1))

@@ -1,0 +1,184 @@
+"""Running tasks of lm-evaluation-harness on a model, and what came out."""
+
+import difflib
+import json
+import logging
+import statistics
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lm_eval.tasks
+from jinja2 import UndefinedError
+from lm_eval.api.task import Task
+from lm_eval.defaults import DEFAULT_OTHER_SEED
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import handle_non_serializable
+
+from lory_jax.api import Model
+from lory_jax.errors import ConfigError, InputError
+from lory_jax.evaluation.harness.model import DEFAULT_BATCH_SIZE, LoryLM
+from lory_jax.evaluation.harness.tasks.data import GROUP, SHIPPED, fetch, group, members
+
+TASK_FILES = Path(__file__).parent / "tasks"
+# What is reported of a task: LLaMA's accuracy by characters where the harness has it.
+HEADLINES = ("acc_norm", "acc", "exact_match")
+BOOTSTRAP_DRAWS = 1000  # for the few metrics whose standard error has no formula
+
+
+def run_tasks(
+    model: Model,
+    tasks: str,
+    *,
+    routing: str = "prompt",
+    batch_size: int | None = None,
+    limit: int | None = None,
+    tasks_data: Path | None = None,
+) -> dict[str, Any]:
+    """Runs tasks on a model, and returns their results in the harness's own JSON layout.
+
+    Args:
+      model: as `lory_jax.load` returns it.
+      tasks: names by comma: `lory_paper`, tasks of it, or any others that the harness knows.
+      routing: how the context routes, "prompt" or "segment".
+      batch_size: rows at a time; None is 16.
+      limit: the first so many documents of each task; None is all.
+      tasks_data: where the documents of the group's tasks are; None is the Hugging Face hub.
+
+    Raises:
+      ConfigError: an unknown name.
+      InputError: the documents of a task are missing, damaged or too few.
+    """
+    # Its warnings are about the files of its own tasks.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    lm = LoryLM(model, routing, batch_size or DEFAULT_BATCH_SIZE)
+    loaded = _load(_names(tasks), tasks_data)
+    for name, task in loaded.items():
+        if task.config.num_fewshot is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+        _check_shots(name, task)
+    results = evaluate(
+        lm, {"tasks": loaded}, limit=limit, bootstrap_iters=BOOTSTRAP_DRAWS, log_samples=False
+    )
+    results["config"] = {
+        "model": "lory",
+        "model_args": {"routing": routing, "step": model.step},
+        "batch_size": lm.batch_size,
+        "limit": limit,
+        "bootstrap_iters": BOOTSTRAP_DRAWS,
+        "fewshot_seed": DEFAULT_OTHER_SEED,
+    }
+    results["lm_eval_version"] = version("lm_eval")
+    return json.loads(json.dumps(results, default=handle_non_serializable))
+
+
+def fetch_tasks(directory: Path, tasks: str) -> None:
+    """Writes the documents of tasks of the group into a local directory, from the hub.
+
+    Raises:
+      ConfigError: a name that is not the group's.
+      InputError: the hub cannot be reached.
+    """
+    known = members()
+    for name in _names(tasks):
+        if name not in known:
+            raise ConfigError(f"--fetch_tasks: got {name!r}, takes {GROUP} or {', '.join(known)}")
+    fetch(directory, {name: known[name] for name in _names(tasks)})
+
+
+def summary(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Per task the harness's metrics, `shots`, `documents`, and in `metric` the one to report."""
+    tasks = {}
+    for name, found in results["results"].items():
+        reported = [key for m in HEADLINES for key in found if key.split(",")[0] == m]
+        tasks[name] = {key: value for key, value in found.items() if "," in key} | {
+            "metric": reported[0] if reported else None,
+            "shots": results["n-shot"][name],
+            "documents": results["n-samples"][name]["effective"],
+        }
+    return tasks
+
+
+def table(title: str, tasks: Mapping[str, Mapping[str, Any]]) -> str:
+    """What `summary` returns as an aligned table, with the mean of the reported metrics."""
+    width = max(len(name) for name in [*tasks, title])
+    lines = [f"{title:{width}}  shots  documents  metric         value  standard error"]
+    values = []
+    for name, task in tasks.items():
+        line = f"{name:{width}}  {task['shots']:5}  {task['documents']:9,}"
+        if task["metric"]:
+            metric, _, kind = task["metric"].partition(",")
+            values.append(task[task["metric"]])
+            error = task.get(f"{metric}_stderr,{kind}")
+            line += f"  {metric:11}  {values[-1]:7.4f}"
+            line += f"  {error:14.4f}" if isinstance(error, float) else ""
+        lines.append(line)
+    if values:
+        lines.append(f"{'mean':{width}}{'':31}  {statistics.fmean(values):7.4f}")
+    return "\n".join(lines)
+
+
+def list_tasks() -> str:
+    """The group's tasks, their shots, and where their documents come from."""
+    lines = [f"{GROUP}:", f"  {'task':14}shots  data set"]
+    for name, item in members().items():
+        source = item["dataset_kwargs"]
+        where = " ".join(filter(None, (source["path"], source.get("name"))))
+        lines.append(f"  {name:14}{item['num_fewshot']:5}  {where} ({', '.join(source['splits'])})")
+    lines.append("Any other task of lm-evaluation-harness is run by its name: lm-eval ls tasks")
+    return "\n".join(lines)
+
+
+def _names(tasks: str) -> list[str]:
+    """The group replaced by its tasks; each name once."""
+    names: dict[str, None] = {}
+    for name in tasks.split(","):
+        names.update(dict.fromkeys(members() if name == GROUP else [name]))
+    return list(names)
+
+
+def _load(names: Sequence[str], tasks_data: Path | None) -> dict[str, Task]:
+    """Tasks by name in the order given; the group's come with its shots and documents."""
+    shipped = Path(lm_eval.tasks.__file__).parent
+    known = {item["task"]: item for item in group()["task"]}
+    others = [name for name in names if name not in known]
+    manager = TaskManager(
+        # Reading all its thousands of files takes the harness ten seconds.
+        include_defaults=bool(others),
+        include_path=[TASK_FILES] if others else [shipped / p for p in SHIPPED] + [TASK_FILES],
+        metadata={"tasks_data": tasks_data} if tasks_data else {},
+    )
+    for name in others:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, [GROUP, *manager.all_tasks], n=1, cutoff=0.0)
+            raise ConfigError(
+                f"--tasks: got {name!r}, takes {GROUP}, its tasks, or other tasks of the harness; "
+                f"did you mean {near[0]}?"
+            )
+    tasks: dict[str, Task] = {}
+    for name in names:
+        spec: Any = {**group(), "task": [known[name]]} if name in known else name
+        try:
+            # One by one: a name can be a group of the harness, and an error belongs to its task.
+            tasks |= manager.load([spec])["tasks"]
+        except InputError:
+            raise
+        except (KeyError, UndefinedError) as error:  # from the functions and templates of a task
+            raise InputError(f"{name}: its documents lack a column ({error})") from None
+        except (OSError, ValueError) as error:
+            raise InputError(f"{name}: cannot load ({str(error).splitlines()[0]})") from None
+    return tasks
+
+
+def _check_shots(name: str, task: Task) -> None:
+    """The harness draws one more document than shots where it may meet the one that is asked."""
+    shots = task.config.num_fewshot
+    available = len(list(task.fewshot_docs() or []))
+    if shots and available <= shots:
+        raise InputError(
+            f"{name}: got {available} documents for {shots} demonstrations, takes at least "
+            f"{shots + 1}"
+        )

@@ -1,0 +1,63 @@
+"""Perplexity on sets of text of one's own, such as the paper's five (section 4.1).
+
+Letters: N samples, L sequence.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from lory_jax.data.tokenizer import Tokenizer
+from lory_jax.errors import InputError
+from lory_jax.preparation.packing import cut_instances, tokenize
+from lory_jax.preparation.sources.corpus import read_directory
+
+SAMPLES = 1000
+
+
+def read_sets(
+    directory: Path, tokenizer: Tokenizer, sequence_length: int, samples: int = SAMPLES
+) -> dict[str, np.ndarray]:
+    """Samples of L tokens of every set, int32 `[N, L + 1]`, sets sorted by name.
+
+    A set is `DIR/<name>.jsonl` or the UTF-8 files below `DIR/<name>/`. Its documents, each BOS +
+    tokens + EOS, are laid end to end and cut; of more samples than wanted, evenly spaced ones stay.
+
+    Raises:
+      InputError: no such directory, no set in it, or a set that fills no sample.
+    """
+    if not directory.is_dir():
+        raise InputError(f"--perplexity_sets: got {directory}, takes an existing directory")
+    texts: dict[str, list[str]] = {}
+    for document in read_directory(directory):
+        texts.setdefault(document.domain, []).append(document.text)
+    if not texts:
+        raise InputError(f"{directory}: holds no text; takes NAME.jsonl, or text files in NAME/")
+    sets = {}
+    for name in sorted(texts):
+        stream_T = tokenize(texts[name], tokenizer, f"tokenizing {name}").tokens_T
+        rows_NxL1 = cut_instances(stream_T, sequence_length)
+        found = len(rows_NxL1)
+        if not found:
+            raise InputError(
+                f"{directory}: set {name} has {len(stream_T):,} tokens, takes at least "
+                f"{sequence_length + 1:,} (one sample)"
+            )
+        if found > samples:
+            rows_NxL1 = rows_NxL1[np.arange(samples) * found // samples]
+        sets[name] = rows_NxL1.astype(np.int32)
+    return sets
+
+
+def standard_error(nll_NxL: np.ndarray, segment_length: int) -> float | None:
+    """Standard error of the perplexity over positions >= T, from the spread between samples.
+
+    To first order, exp(mean) varies by itself times the standard error of the mean. None for a
+    single sample.
+    """
+    if len(nll_NxL) < 2:
+        return None
+    mean_N = np.mean(nll_NxL[:, segment_length:], axis=1, dtype=np.float64)
+    error = float(np.std(mean_N, ddof=1)) / math.sqrt(len(nll_NxL))
+    return math.exp(float(np.mean(mean_N))) * error

@@ -1,0 +1,97 @@
+"""One dense model out of a Lory: routing weights for a text or a domain, and the merge by them.
+
+Letters: L sequence, T segment length, N instances, Y layers, E experts.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from lory_jax.console import progress
+from lory_jax.errors import InputError
+from lory_jax.model.config import ModelConfig
+from lory_jax.model.merged_ffn import merge
+from lory_jax.model.routing import Routing, keep_top_k
+from lory_jax.model.transformer import Params, build, merge_params
+from lory_jax.parallel import shardings
+from lory_jax.training.upcycle import FFN_MATRICES
+
+BATCH = 8
+
+
+def text_routing(config: ModelConfig, params: Params, tokens: Sequence[int]) -> np.ndarray:
+    """Routing weights `[Y, E]`, float32, with this text as the prompt (BOS included).
+
+    A text of more than `config.sequence_length` tokens is read in pieces of that many; its weights
+    are their mean, by length. `config.top_k_experts` holds for each piece and for the mean.
+    """
+    L = config.sequence_length
+    pieces = [tokens[start : start + L] for start in range(0, len(tokens), L)]
+    total_YxE = np.zeros((config.num_layers, config.num_experts))
+    for piece in progress(pieces, total=len(pieces), label="routing", unit="pieces"):
+        tokens_1xL, length_1 = np.asarray([piece], np.int32), np.asarray([len(piece)], np.int32)
+        r_Yx1x1xE = _weights(config, "prompt")(params, tokens_1xL, length_1)
+        total_YxE += np.asarray(r_Yx1x1xE, np.float64)[:, 0, 0] * len(piece)
+    return _kept(config, total_YxE / len(tokens))
+
+
+def domain_routing(config: ModelConfig, params: Params, tokens_NxL: np.ndarray) -> np.ndarray:
+    """Mean routing weights `[Y, E]`, float32, over the segments k > 1 of a domain's instances.
+
+    Raises:
+      InputError: instances are one segment, so none is routed by another.
+    """
+    if tokens_NxL.shape[1] <= config.segment_length:
+        raise InputError(f"instances of {tokens_NxL.shape[1]} tokens are one routing segment")
+    total_YxE = np.zeros((config.num_layers, config.num_experts))
+    starts = range(0, len(tokens_NxL), BATCH)
+    for start in progress(starts, total=len(starts), label="routing", unit="batches"):
+        r_YxBxNxE = _weights(config, None)(params, tokens_NxL[start : start + BATCH], None)
+        total_YxE += np.asarray(r_YxBxNxE, np.float64)[:, :, 1:].mean(axis=2).sum(axis=1)
+    return _kept(config, total_YxE / len(tokens_NxL))
+
+
+def _kept(config: ModelConfig, r_YxE: np.ndarray) -> np.ndarray:
+    r_YxE = r_YxE.astype(np.float32)
+    return np.asarray(keep_top_k(jnp.asarray(r_YxE), config.top_k_experts))
+
+
+@functools.lru_cache(maxsize=2)
+def _weights(config: ModelConfig, kind: str | None) -> Callable[..., Array]:
+    """The jitted `(params, tokens_BxL, prompt_lengths_B) -> r_YxBxNxE`, computed in float32."""
+    graph, _ = build(dataclasses.replace(config, compute_dtype="float32"))
+
+    @jax.jit
+    def weights(params: Params, tokens_BxL: Array, prompt_lengths_B: Array | None) -> Any:
+        routing = None if kind is None else Routing(kind, prompt_lengths_B)
+        _, routed = merge_params(graph, params).hidden(tokens_BxL, routing)
+        assert routed is not None
+        return routed.weights_BxNxE
+
+    return weights
+
+
+def merged_params(config: ModelConfig, params: Params, r_YxE: np.ndarray, mesh: Mesh) -> Params:
+    """The parameters of the dense model that routing by `r_YxE` makes of a Lory, float32."""
+    dense = dataclasses.replace(config, num_experts=0)
+
+    def convert(params: Params, r_YxE: Array) -> Params:
+        ffn = params["layers"]["ffn"]
+
+        def merge_layer(w_ExMxN: Array, r_E: Array) -> Array:
+            # Not the accelerators' short cut for float32: what is exported is kept.
+            with jax.default_matmul_precision("highest"):
+                return merge(w_ExMxN, r_E[None])[0]
+
+        merged = {name: jax.vmap(merge_layer)(ffn[name], r_YxE) for name in FFN_MATRICES}
+        return {**params, "layers": {**params["layers"], "ffn": merged}}
+
+    pinned = jax.jit(convert, out_shardings=shardings(build(dense)[1], mesh))
+    return pinned(params, jnp.asarray(r_YxE))

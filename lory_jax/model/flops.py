@@ -1,0 +1,88 @@
+"""Parameters and FLOPs of a model by one stated convention, and the peak of known devices.
+
+Training costs 6 FLOPs per token and parameter of a matrix product (2 forward, 4 backward), plus
+12 * layers * D * L for attention over a whole sequence (PaLM's convention: causality not deducted),
+plus the merge: 6 * 3 * E * D * F per layer and segment (paper, appendix B), spread over T tokens.
+Recomputation by remat is not counted. A token of a sparse baseline passes through k experts, or as
+many as the capacity factor says where experts choose; dropped tokens are not deducted. A router of
+tokens costs 6 * D * E; one of segments is left out.
+"""
+
+import dataclasses
+
+from lory_jax.model.config import ModelConfig
+from lory_jax.model.sparse.capacity import EXPERT_CHOICE, SPARSE
+
+# Dense bf16 FLOP/s per chip, from the vendors' data sheets; keys are `jax.Device.device_kind`.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def parameter_counts(config: ModelConfig) -> dict[str, int]:
+    """`total` parameters, and `active` ones: what a token passes through.
+
+    With merged experts that is the dense model; with chosen ones, a token's number on average.
+    """
+    D, F, V, Y = config.embed_dim, config.mlp_dim, config.vocab_size, config.num_layers
+    tables = (1 if config.tie_embeddings else 2) * V * D
+    outside = tables + D + Y * (_attention_parameters(config) + 2 * D)
+    ffn = 3 * D * F
+    experts = config.num_experts * (ffn + D) if config.num_experts else ffn
+    return {"total": outside + Y * experts, "active": round(outside + Y * ffn * _chosen(config))}
+
+
+def flops_per_token(config: ModelConfig) -> float:
+    """Training FLOPs per token, embedding look-up excluded."""
+    D, F, Y = config.embed_dim, config.mlp_dim, config.num_layers
+    ffn = 3 * D * F * _chosen(config)
+    matmul = config.vocab_size * D + Y * (_attention_parameters(config) + ffn)
+    attention = 12 * Y * D * config.sequence_length
+    if not config.is_sparse:
+        return 6 * matmul + attention + _merge_flops(config)
+    router = 6 * D * config.num_experts * Y if config.routes_tokens else 0
+    return 6 * matmul + attention + router
+
+
+def baselines(config: ModelConfig) -> dict[str, ModelConfig]:
+    """Lory, the dense model and every other baseline of the same shape, by name."""
+    dense = dataclasses.replace(config, num_experts=0)
+    routings = {"Lory": "causal", "prefix": "prefix"} | {name: name for name in SPARSE}
+    return {"dense": dense} | {
+        name: dataclasses.replace(config, routing=routing) for name, routing in routings.items()
+    }
+
+
+def _chosen(config: ModelConfig) -> float:
+    """Expert FFNs per token; 1 where they are merged, or dense."""
+    if not config.is_sparse:
+        return 1
+    if config.routing in EXPERT_CHOICE:
+        return min(config.capacity_factor, config.num_experts)
+    return config.choices
+
+
+def _merge_flops(config: ModelConfig) -> float:
+    D, F, Y = config.embed_dim, config.mlp_dim, config.num_layers
+    return 6 * 3 * config.num_experts * D * F * Y / config.segment_length
+
+
+def _attention_parameters(config: ModelConfig) -> int:
+    """Of one layer: queries and output whole, keys and values for their own heads alone."""
+    D = config.embed_dim
+    return 2 * D * D + 2 * D * D * config.kv_heads // config.num_heads
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """bf16 FLOP/s of one device, or None where the kind is not in the table (CPUs)."""
+    return PEAK_FLOPS.get(device_kind)

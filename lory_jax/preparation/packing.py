@@ -1,0 +1,125 @@
+"""Documents as one stream of tokens, cut into instances and written as ArrayRecord shards.
+
+N documents or instances, L tokens per instance, T tokens in all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from array_record.python import array_record_module
+
+from lory_jax.console import progress
+from lory_jax.data.instances import token_dtype
+from lory_jax.data.tokenizer import Tokenizer
+
+BATCH_CHARACTERS = 4_000_000
+
+
+@dataclass(frozen=True)
+class TokenizedDocuments:
+    """Every document as BOS + tokens + EOS, end to end.
+
+    Attributes:
+      tokens_T: uint16 or uint32.
+      starts_N1: int64 `[N + 1]`; document i is `tokens_T[starts_N1[i]:starts_N1[i + 1]]`.
+    """
+
+    tokens_T: np.ndarray
+    starts_N1: np.ndarray
+
+    @property
+    def lengths_N(self) -> np.ndarray:
+        """Tokens per document, BOS and EOS included."""
+        return np.diff(self.starts_N1)
+
+    def stream(self, order_N: np.ndarray) -> np.ndarray:
+        """Returns the documents' tokens end to end in the order given, `[T]`."""
+        pieces = [self.tokens_T[self.starts_N1[i] : self.starts_N1[i + 1]] for i in order_N]
+        return np.concatenate(pieces) if pieces else self.tokens_T[:0]
+
+
+def tokenize(texts: Sequence[str], tokenizer: Tokenizer, label: str) -> TokenizedDocuments:
+    """Encodes documents in batches, so that Python integers never hold the whole corpus."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    pieces: list[np.ndarray] = [np.empty(0, dtype)]
+    lengths = [0]
+    batch: list[str] = []
+    characters = 0
+    for i, text in enumerate(progress(texts, len(texts), label)):
+        batch.append(text)
+        characters += len(text)
+        if characters >= BATCH_CHARACTERS or i == len(texts) - 1:
+            for ids in tokenizer.encode_batch(batch):
+                pieces.append(np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype))
+                lengths.append(len(ids) + 2)
+            batch, characters = [], 0
+    return TokenizedDocuments(np.concatenate(pieces), np.cumsum(lengths, dtype=np.int64))
+
+
+def count_instances(num_tokens: int, sequence_length: int) -> int:
+    """Returns how many whole instances a stream gives; each takes L tokens and shares one."""
+    return max(num_tokens - 1, 0) // sequence_length
+
+
+def cut_instances(tokens_T: np.ndarray, sequence_length: int) -> np.ndarray:
+    """Cuts a stream into instances of L + 1 tokens.
+
+    An instance begins with the last token of the one before, so every token but the first is a
+    target exactly once. The remainder, `T - 1 - N * L` targets, is dropped.
+
+    Returns:
+      `[N, L + 1]`, a read-only view of `tokens_T`.
+    """
+    if count_instances(len(tokens_T), sequence_length) == 0:
+        return np.empty((0, sequence_length + 1), tokens_T.dtype)
+    windows = np.lib.stride_tricks.sliding_window_view(tokens_T, sequence_length + 1)
+    return windows[::sequence_length]
+
+
+def same_domain_rate(
+    lengths_N: np.ndarray, domains_N: np.ndarray, sequence_length: int
+) -> float | None:
+    """Returns the share of neighbouring documents inside an instance that have the same domain.
+
+    Two documents are neighbours inside an instance if it holds the last token of one and the
+    first of the next.
+
+    Args:
+      lengths_N: tokens per document, in the order of the stream.
+      domains_N: a number or name per document, in the same order.
+      sequence_length: L.
+
+    Returns:
+      0 to 1, or None if no instance holds two documents.
+    """
+    borders = np.cumsum(lengths_N)[:-1]
+    # Instances overlap by one token, so each border lies inside one of them; those in the
+    # dropped remainder lie in none.
+    used = count_instances(int(np.sum(lengths_N)), sequence_length) * sequence_length
+    inside = borders <= used
+    if not inside.any():
+        return None
+    return float(np.mean((domains_N[:-1] == domains_N[1:])[inside]))
+
+
+def write_shards(directory: Path, instances_NxL1: np.ndarray, per_shard: int) -> list[Path]:
+    """Writes instances as `part-00000-of-00003.array_record`, ... into a new directory.
+
+    A record is the raw little-endian tokens of one instance.
+    """
+    directory.mkdir(parents=True)
+    num_shards = -(-len(instances_NxL1) // per_shard)
+    paths = []
+    for shard in range(num_shards):
+        path = directory / f"part-{shard:05d}-of-{num_shards:05d}.array_record"
+        # Grain reads single records at random: groups would be read and dropped.
+        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+        rows = instances_NxL1[shard * per_shard : (shard + 1) * per_shard]
+        label = f"writing {directory.name}, shard {shard + 1} of {num_shards}"
+        for instance_L1 in progress(rows, len(rows), label, "instances"):
+            writer.write(instance_L1.tobytes())
+        writer.close()
+        paths.append(path)
+    return paths

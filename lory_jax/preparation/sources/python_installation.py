@@ -1,0 +1,263 @@
+"""The documents of a Python installation: a corpus that is on every machine.
+
+Five domains: `python` (functions and classes), `prose` (docstrings, language topics, READMEs),
+`headers` (C and C++), `stubs` (type stubs) and, where the machine has them, `manuals` (manual
+pages and package documentation). A document is a natural unit of a few hundred bytes: a function,
+a docstring, a section.
+"""
+
+import ast
+import gzip
+import hashlib
+import inspect
+import re
+import sysconfig
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lory_jax.preparation.documents import Document, join_pieces, split_long
+
+UNIT_BYTES = 320  # neighbouring pieces are joined up to about this size
+LONGEST_UNIT_BYTES = 2000
+LONG_DOCSTRING_BYTES = 200  # longer ones are prose, not part of the code around them
+BIG_PACKAGE_BYTES = 200_000
+LARGEST_ORIGIN_SHARE = 0.04  # of a domain: no single package or program fills it
+
+SKIPPED_DIRECTORIES = {"test", "tests", "testing", "__pycache__", "site-packages", "idlelib"}
+VENDOR_DIRECTORIES = {"_vendor", "vendor", "vendored", "_vendored", "extern", "third_party"}
+HEADER_SUFFIXES = {".h", ".hpp", ".hh", ".hxx"}
+TEXT_SUFFIXES = {".rst", ".md", ".txt"}
+BOILERPLATE = re.compile(r"copyright|licen[cs]e|redistribut|warrant", re.IGNORECASE)
+
+Units = list[tuple[str, str]]  # (domain, text)
+
+
+@dataclass(frozen=True)
+class File:
+    """A file to read: `name` is its path in the installation, `origin` what the split keeps."""
+
+    path: Path
+    name: str
+    origin: str
+    read: Callable[[Path], Units]
+
+
+def read_python_installation(max_domain_bytes: int, seed: int) -> list[Document]:
+    """The documents of the running interpreter's installation and of the system around it."""
+    paths = sysconfig.get_paths()
+    packages = [Path(paths[name]) for name in ("stdlib", "purelib", "platlib")]
+    files = package_files(dict.fromkeys(packages)) + header_files(Path(paths["include"]))
+    files += manual_files(Path("/usr/share/man"), Path("/usr/share/doc"))
+    return read_files(files, max_domain_bytes, seed)
+
+
+def read_files(files: Sequence[File], max_domain_bytes: int, seed: int) -> list[Document]:
+    """Reads files in an order that the seed decides, until every domain they can give is full.
+
+    Returns the documents by name, so that units of one file follow each other; 0 reads all.
+    """
+    sizes: Counter[str] = Counter()
+    origin_sizes: Counter[tuple[str, str]] = Counter()
+    found: dict[str, list[Document]] = {}
+    gives: dict[str, set[str]] = {
+        ".py": {"python", "prose"},
+        ".pyi": {"stubs"},
+        **{suffix: {"headers"} for suffix in HEADER_SUFFIXES},
+    }
+
+    def is_full(file: File) -> bool:
+        domains = gives.get(file.path.suffix, {"manuals" if file.read is manual else "prose"})
+        return max_domain_bytes > 0 and all(
+            sizes[domain] >= max_domain_bytes
+            or origin_sizes[domain, file.origin] >= LARGEST_ORIGIN_SHARE * max_domain_bytes
+            for domain in domains
+        )
+
+    for file in sorted(files, key=lambda file: _hash(seed, file.name)):
+        if is_full(file):
+            continue
+        documents = [
+            Document(text, domain, file.origin)
+            for domain, unit in _read(file)
+            for text in split_long(unit, LONGEST_UNIT_BYTES)
+            if is_clean(text)
+        ]
+        found[file.name] = documents
+        for document in documents:
+            size = len(document.text.encode())
+            sizes[document.domain] += size
+            origin_sizes[document.domain, file.origin] += size
+    return [document for name in sorted(found) for document in found[name]]
+
+
+def is_clean(text: str) -> bool:
+    """False for tables of numbers, encoded data and minified code."""
+    letters = sum(character.isalpha() or character in " _" for character in text)
+    return letters > 0.6 * len(text) and max(map(len, text.splitlines()), default=0) < 400
+
+
+# ---------------------------------------------------------------- which files
+
+
+def package_files(roots: Sequence[Path] | dict[Path, None]) -> list[File]:
+    """The sources, stubs, headers and texts below package directories such as site-packages."""
+    readers: dict[str, Callable[[Path], Units]] = {".py": python_code, ".pyi": stubs}
+    readers |= dict.fromkeys(HEADER_SUFFIXES, headers) | dict.fromkeys(TEXT_SUFFIXES, text_file)
+    files = []
+    for root in roots:
+        below = []
+        sizes: Counter[str] = Counter()
+        for path in sorted(root.rglob("*")):
+            relative = path.relative_to(root)
+            reader = metadata if path.name == "METADATA" else readers.get(path.suffix)
+            if reader is None or not SKIPPED_DIRECTORIES.isdisjoint(relative.parts[:-1]):
+                continue
+            if path.is_file():
+                below.append((path, relative, reader))
+                sizes[relative.parts[0]] += path.stat().st_size
+        for path, relative, reader in below:
+            is_big = sizes[relative.parts[0]] > BIG_PACKAGE_BYTES
+            origin = package_origin(relative, is_big)
+            files.append(File(path, f"{root.name}/{relative.as_posix()}", origin, reader))
+    return files
+
+
+def package_origin(relative: Path, is_big: bool) -> str:
+    """The package a file belongs to; a vendored copy belongs to the package it is a copy of.
+
+    A big package is divided by the name of the file's directory (or module), so that its code,
+    stubs and headers of one topic stay together.
+    """
+    parts = [part.split(".")[0].lower() for part in relative.parts]
+    for i, part in enumerate(parts[:-1]):
+        if part in VENDOR_DIRECTORIES:
+            return parts[i + 1]
+    package = re.sub(r"-\d.*", "", parts[0]).replace("-", "_")  # name-1.2.dist-info
+    if not is_big:
+        return package
+    return f"{package}/{parts[-2] if len(parts) > 2 else parts[-1]}"
+
+
+def header_files(include: Path) -> list[File]:
+    """The headers of Python itself."""
+    paths = sorted(path for path in include.rglob("*.h") if "site-packages" not in path.parts)
+    return [
+        File(
+            path,
+            f"include/{path.relative_to(include).as_posix()}",
+            f"include/{path.stem.split('_')[0]}",
+            headers,
+        )
+        for path in paths
+    ]
+
+
+def manual_files(manuals: Path, documentation: Path) -> list[File]:
+    """English manual pages, and the READMEs of system packages; either directory may be missing."""
+    pages = sorted(manuals.glob("man[1-8]/*.gz"))
+    files = [
+        File(path, f"man/{path.name}", f"man:{re.split(r'[-_.:]', path.name)[0].lower()}", manual)
+        for path in pages
+    ]
+    for path in sorted(documentation.glob("*/README*")):
+        if path.is_file():
+            package = path.parent.name
+            origin = f"man:{re.split(r'[-_.]', package)[0]}"
+            files.append(File(path, f"doc/{package}/{path.name}", origin, manual))
+    return files
+
+
+# ---------------------------------------------------------------- from files to units
+
+
+def _read(file: File) -> Units:
+    try:
+        return file.read(file.path)
+    except (SyntaxError, ValueError, OSError, EOFError, RecursionError):
+        return []  # not ours to mend: Python 2 templates, other encodings, dangling links
+
+
+def python_code(path: Path) -> Units:
+    """Functions and methods without their long docstrings, and those docstrings as prose."""
+    source = path.read_text("utf-8")
+    lines = source.splitlines(keepends=True)
+    tree = ast.parse(source)
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    prose: Units = []
+    for node in ast.walk(tree):
+        if not isinstance(node, documented) or not (text := ast.get_docstring(node, clean=False)):
+            continue
+        if len(text.encode()) >= LONG_DOCSTRING_BYTES:
+            if not BOILERPLATE.search(text[:400]):
+                prose.append(("prose", inspect.cleandoc(text)))
+            literal = node.body[0]
+            lines[literal.lineno - 1 : literal.end_lineno] = [""] * (
+                literal.end_lineno - literal.lineno + 1  # type: ignore[operator]
+            )
+    code = join_pieces(_definitions(tree.body, lines), UNIT_BYTES)
+    return [("python", unit) for unit in code] + prose
+
+
+def stubs(path: Path) -> Units:
+    """Classes and functions of a type stub, neighbours joined; overloads thus stay together."""
+    source = path.read_text("utf-8")
+    pieces = _definitions(ast.parse(source).body, source.splitlines(keepends=True))
+    return [("stubs", unit) for unit in join_pieces(pieces, UNIT_BYTES)]
+
+
+def _definitions(body: Sequence[ast.stmt], lines: Sequence[str]) -> Iterator[str]:
+    """The source of every function, and of every class whole or, if it is long, by its members."""
+    for node in body:
+        if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+        text = "".join(lines[first - 1 : node.end_lineno])
+        if isinstance(node, ast.ClassDef) and len(text) > LONGEST_UNIT_BYTES:
+            yield from _definitions(node.body, lines)
+        else:
+            yield text
+
+
+def headers(path: Path) -> Units:
+    """Declarations with their comments: paragraphs, neighbours joined, licences left out."""
+    paragraphs = _paragraphs(path.read_text("utf-8"))
+    kept = (text for text in paragraphs if not BOILERPLATE.search(text))
+    return [("headers", unit) for unit in join_pieces(kept, UNIT_BYTES)]
+
+
+def text_file(path: Path) -> Units:
+    """The paragraphs of a documentation file, neighbours joined."""
+    if BOILERPLATE.search(path.name) or path.parent.name.endswith(("-info", "licenses")):
+        return []
+    return _prose(path.read_text("utf-8"))
+
+
+def metadata(path: Path) -> Units:
+    """The long description of an installed distribution: its README."""
+    _, _, description = path.read_text("utf-8").partition("\n\n")
+    return _prose(description)
+
+
+def _prose(text: str) -> Units:
+    kept = (piece for piece in _paragraphs(text) if not BOILERPLATE.search(piece))
+    return [("prose", unit) for unit in join_pieces(kept, UNIT_BYTES)]
+
+
+def manual(path: Path) -> Units:
+    """The sections of a manual page in its roff source, or the paragraphs of a README."""
+    contents = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    text = contents.decode("utf-8")
+    without_comments = re.sub(r'(?m)^[.\']\\".*\n', "", text)
+    pieces = re.split(r"(?m)^(?=\.S[HS] |\.PP|\.TP|\.IP)|\n\s*\n", without_comments)
+    kept = (piece for piece in pieces if piece.strip() and not BOILERPLATE.search(piece))
+    return [("manuals", unit) for unit in join_pieces(kept, UNIT_BYTES)]
+
+
+def _paragraphs(text: str) -> Iterator[str]:
+    return (piece for piece in re.split(r"\n[ \t]*\n", text) if piece.strip())
+
+
+def _hash(seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"{seed}:{name}".encode()).digest()

@@ -1,0 +1,83 @@
+"""Train, validation and test by origin: nothing of one origin is ever on two sides."""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+from lory_jax.errors import InputError
+from lory_jax.preparation.documents import Document
+
+FEWEST_ORIGINS = 3
+OVERSHOOT = 1.5  # an origin joins an evaluation split if it fills no domain above this share of it
+
+
+def split_by_origin(
+    documents: Sequence[Document], *, validation_fraction: float, test_fraction: float, seed: int
+) -> dict[str, list[Document]]:
+    """Splits documents into `train`, `validation` and `test`, in the order given.
+
+    Origins are taken in an order that hashing them with the seed decides, so a re-run, or a corpus
+    with more documents, gives nearly the same split.
+
+    Raises:
+      InputError: a domain has too few origins for three sides.
+    """
+    sizes: dict[str, Counter[str]] = defaultdict(Counter)
+    totals: Counter[str] = Counter()
+    for document in documents:
+        size = len(document.text.encode())
+        sizes[document.origin][document.domain] += size
+        totals[document.domain] += size
+    for domain in sorted(totals):
+        origins = sum(domain in of_origin for of_origin in sizes.values())
+        if origins < FEWEST_ORIGINS:
+            raise InputError(
+                f"domain {domain!r}: has {origins} origins, takes at least {FEWEST_ORIGINS} "
+                "(packages, directories or sources), one each for train, validation and test"
+            )
+    order = sorted(sizes, key=lambda origin: hashlib.sha256(f"{seed}:{origin}".encode()).digest())
+    fractions = {"test": test_fraction, "validation": validation_fraction}
+    side: dict[str, str] = {}
+    for split, fraction in fractions.items():
+        if fraction > 0:
+            _fill(split, fraction, order, sizes, totals, side)
+    result: dict[str, list[Document]] = {"train": [], "validation": [], "test": []}
+    for document in documents:
+        result[side.get(document.origin, "train")].append(document)
+    return result
+
+
+def _fill(
+    split: str,
+    fraction: float,
+    order: Sequence[str],
+    sizes: dict[str, Counter[str]],
+    totals: Counter[str],
+    side: dict[str, str],
+) -> None:
+    """Gives origins to a split until it has its share of every domain."""
+    filled: Counter[str] = Counter()
+
+    def needs(domain: str) -> bool:
+        return filled[domain] < fraction * totals[domain]
+
+    for origin in order:
+        fits = all(
+            filled[domain] + size <= OVERSHOOT * fraction * totals[domain]
+            for domain, size in sizes[origin].items()
+        )
+        if origin not in side and fits and any(map(needs, sizes[origin])):
+            side[origin] = split
+            filled.update(sizes[origin])
+    # A domain of a few big origins got none: it gives its smallest.
+    for domain in sorted(totals):
+        if not filled[domain]:
+            free = [o for o in order if domain in sizes[o] and o not in side]
+            if len(free) < 2:
+                raise InputError(
+                    f"domain {domain!r}: shares its origins with other domains, and none is left "
+                    f"for {split}; takes text from more origins"
+                )
+            smallest = min(free, key=lambda o: sizes[o][domain])
+            side[smallest] = split
+            filled.update(sizes[smallest])

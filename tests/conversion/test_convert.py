@@ -1,0 +1,270 @@
+"""The verb convert: a trained run to a LLaMA directory, and a LLaMA to the start of a run."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import lory_jax
+from lory_jax import convert, evaluate
+from lory_jax.config import load_config
+from lory_jax.errors import ConfigError, InputError
+from lory_jax.model.config import ModelConfig
+from lory_jax.run.checkpoints import Checkpoints
+from lory_jax.run.directory import EXPERTS, open_workdir
+from tests.conversion.test_hf_directory import llama, their_logits
+from tests.support.models import params_of
+from tests.support.tiny import (
+    ROOT,
+    SEQUENCE_LENGTH,
+    assert_one_line_error,
+    verb,
+    verb_environment,
+    write_prepared,
+    write_recipe,
+)
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_prepared(tmp_path_factory.mktemp("convert") / "data")
+
+
+def write_run(workdir, data, experts=4, **model):
+    """A work directory of the tiny recipe, as `train` leaves it, with decided routers."""
+    recipe = write_recipe(workdir.parent)
+    overrides = [(f"model.{name}", value) for name, value in model.items()]
+    config = load_config(f"{recipe}:experts={experts}", overrides)
+    open_workdir(workdir, config.to_dict(), data)
+    params = params_of(ModelConfig(**config.model))
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
+    checkpoints.save(jax.device_put({"step": np.int32(7), "params": params}), EXPERTS)
+    checkpoints.close()
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data):
+    return write_run(tmp_path_factory.mktemp("run") / "lory", data)
+
+
+def prompt_tokens(model, text):
+    return [model.tokenizer.bos_id, *model.tokenizer.encode(text)]
+
+
+@pytest.mark.parametrize("flag", ["--prompt", "--text"])
+def test_a_lory_merged_by_a_text_is_the_llama_that_decodes_it(run, flag, tmp_path):
+    text = "counting by steps"
+    given = text
+    if flag == "--text":
+        given = str(tmp_path / "text.txt")
+        (tmp_path / "text.txt").write_text(text)
+    convert.main(["to-hf", f"--workdir={run}", f"--out={tmp_path / 'hf'}", f"{flag}={given}"])
+    model = lory_jax.load(run)
+    prompt = prompt_tokens(model, text)
+    assert len(prompt) < SEQUENCE_LENGTH
+    rest = np.random.default_rng(0).integers(0, 256, SEQUENCE_LENGTH - len(prompt))
+    tokens = np.array([[*prompt, *rest]])
+    expected = model.logits(tokens, "prompt", [len(prompt)])
+    np.testing.assert_allclose(their_logits(tmp_path / "hf", tokens), expected, atol=TOLERANCE)
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert f"    {text}\n" in card and "step 7" in card
+    assert len(re.findall(r"^\| [01] \|( 0\.\d{3} \|){4}$", card, re.MULTILINE)) == 2
+
+
+def test_a_run_begun_before_a_field_existed_goes_on(data, tmp_path):
+    workdir = write_run(tmp_path / "old", data)
+    config = json.loads((workdir / "config.json").read_text())
+    old = {**config, "model": dict(config["model"])}
+    del old["model"]["num_kv_heads"]
+    (workdir / "config.json").write_text(json.dumps(old))
+    open_workdir(workdir, config, data)
+    config["model"]["num_kv_heads"] = 1
+    with pytest.raises(InputError, match="num_kv_heads: found 0, wanted 1"):
+        open_workdir(workdir, config, data)
+
+
+def test_the_largest_experts_alone_are_merged(run, tmp_path):
+    text = "counting by steps"
+    convert.to_hf(run, tmp_path / "hf", prompt=text, top_k_experts=2)
+    model = lory_jax.load(run).with_top_k_experts(2)
+    tokens = np.array([prompt_tokens(model, text)])
+    expected = model.logits(tokens, "prompt", [tokens.shape[1]])
+    np.testing.assert_allclose(their_logits(tmp_path / "hf", tokens), expected, atol=TOLERANCE)
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "the 2 of largest weight in each layer are merged" in card
+    assert all(line.count("0.000") == 2 for line in re.findall(r"^\| [01] \|.*$", card, re.M))
+
+
+def test_a_lory_merged_by_a_domain(run, tmp_path):
+    outs = {}
+    for domain in ("ones", "threes"):
+        out = tmp_path / domain
+        convert.main(["to-hf", f"--workdir={run}", f"--out={out}", f"--domain={domain}"])
+        outs[domain] = their_logits(out, np.arange(20)[None])
+        assert f"the domain '{domain}' (3 validation instances)" in (out / "README.md").read_text()
+    assert np.abs(outs["ones"] - outs["threes"]).max() > 1e-3
+
+
+def test_a_dense_run_needs_no_routing(data, tmp_path):
+    dense = write_run(tmp_path / "dense", data, experts=0)
+    convert.main(["to-hf", f"--workdir={dense}", f"--out={tmp_path / 'hf'}"])
+    tokens = np.arange(20)[None]
+    expected = lory_jax.load(dense).logits(tokens)
+    np.testing.assert_allclose(their_logits(tmp_path / "hf", tokens), expected, atol=TOLERANCE)
+    with pytest.raises(InputError, match=r"--prompt: .* is a dense model"):
+        convert.to_hf(dense, tmp_path / "no", prompt="a")
+
+
+def test_the_script_of_the_documentation_runs(run, tmp_path):
+    convert.main(["to-hf", f"--workdir={run}", f"--out={tmp_path / 'exported'}", "--prompt=a"])
+    documentation = (ROOT / "docs" / "interchange.md").read_text()
+    (script,) = re.findall(r"```python\n(.*?)```", documentation, re.DOTALL)
+    assert len(script.splitlines()) <= 10
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip()
+
+
+def test_a_sparse_baseline_is_refused(data, tmp_path):
+    workdir = write_run(tmp_path / "sparse", data, routing="top1")
+    with pytest.raises(InputError, match="routing is top1, whose experts are chosen, not merged"):
+        convert.to_hf(workdir, tmp_path / "hf", prompt="a")
+
+
+def test_the_script_of_the_python_page_runs(run, tmp_path):
+    documentation = (ROOT / "docs" / "api.md").read_text()
+    (script,) = re.findall(r"```python\n(.*?)```", documentation, re.DOTALL)
+    script = script.replace('"runs/local/lory"', repr(str(run)))
+    # The tiny run reads 24 tokens at most.
+    script = script.replace("max_new_tokens=20", "max_new_tokens=4")
+    script = script.replace('"def read(self, size):"', '"def"').replace("[4]", "[2]")
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=verb_environment() | {"PYTHONPATH": str(ROOT)},
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) >= 5
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({}, "takes one of --prompt, --text, --domain"),
+        ({"domain": "fours"}, "--domain: got 'fours', takes one of ones, threes"),
+        ({"text": Path("nowhere.txt")}, "--text: nowhere.txt: cannot read it"),
+    ],
+)
+def test_what_cannot_be_merged_by_is_refused(run, arguments, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        convert.to_hf(run, tmp_path / "hf", **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "direction"),
+        (["to-gguf"], "to-gguf"),
+        (["to-hf", "--workdir=a", "--out=b", "--prompt=c", "--domain=d"], "not allowed with"),
+        (["from-hf", "--hf=a", "--workdir=b", "--experts=-1"], "--experts: got -1"),
+    ],
+)
+def test_wrong_flags(argv, message):
+    with pytest.raises(ConfigError, match=message):
+        convert.main(argv)
+
+
+# ---------------------------------------------------------------- from-hf
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory, data):
+    """A LLaMA of transformers' making with the tokenizer of the prepared data."""
+    directory = tmp_path_factory.mktemp("llama") / "hf"
+    llama(directory, max_position_embeddings=SEQUENCE_LENGTH)
+    (directory / "tokenizer.json").write_bytes((data / "tokenizer.json").read_bytes())
+    return directory
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, hf):
+    """What the verb makes of it, with eight experts."""
+    workdir = tmp_path_factory.mktemp("start") / "W"
+    result = verb("convert", "from-hf", f"--hf={hf}", f"--workdir={workdir}", "--experts=8")
+    assert result.returncode == 0, result.stderr
+    return workdir
+
+
+def test_an_upcycled_llama_computes_what_the_llama_does(start, hf):
+    model = lory_jax.load(start)
+    assert (model.step, model.config.num_experts) == (0, 8)
+    tokens = np.random.default_rng(0).integers(0, 300, (2, SEQUENCE_LENGTH))
+    # All experts are the same yet: any merge of them is the dense FFN.
+    for routing in ((), ("segment", [5, 9])):
+        found = model.logits(tokens, *routing)
+        np.testing.assert_allclose(found, their_logits(hf, tokens), atol=TOLERANCE)
+    assert model.generate("counting", max_new_tokens=5)
+
+
+def test_the_seed_draws_the_router(hf, start, tmp_path):
+    convert.from_hf(hf, tmp_path / "same", experts=8)
+    convert.from_hf(hf, tmp_path / "other", experts=8, seed=1)
+    routers = [
+        np.asarray(lory_jax.load(workdir).params["layers"]["ffn"]["router"])
+        for workdir in (start, tmp_path / "same", tmp_path / "other")
+    ]
+    np.testing.assert_array_equal(routers[0], routers[1])
+    assert not np.any(routers[0] == routers[2])
+
+
+def test_a_dense_start_evaluates_and_goes_back(hf, data, tmp_path):
+    workdir = tmp_path / "W"
+    convert.from_hf(hf, workdir)
+    result = evaluate.evaluate(workdir, data=data)
+    assert set(result["perplexity"]) == {"ones", "threes"}
+    with pytest.raises(InputError, match="trained elsewhere; say which data with --data"):
+        evaluate.evaluate(workdir)
+    convert.to_hf(workdir, tmp_path / "back")
+    tokens = np.arange(20)[None]
+    np.testing.assert_array_equal(their_logits(tmp_path / "back", tokens), their_logits(hf, tokens))
+
+
+def test_training_starts_from_it(start, hf, data, tmp_path):
+    recipe = write_recipe(tmp_path)
+    common = [f"--data={data}", f"--workdir={tmp_path / 'W'}", "--config.train.steps=20"]
+    refused = verb("train", f"--config={recipe}:experts=8", f"--init_from={start}", *common)
+    flags = "--config.model.num_heads=4 --config.model.norm_epsilon=1e-06"
+    assert_one_line_error(refused, 2, flags)
+    assert not (tmp_path / "W").exists()
+    result = verb(
+        "train", f"--config={recipe}:experts=8", f"--init_from={start}", *common, *flags.split()
+    )
+    assert result.returncode == 0, result.stderr
+    lines = (tmp_path / "W" / "metrics.jsonl").read_text().splitlines()
+    metrics = [json.loads(line) for line in lines if "grad_norm" in line]
+    assert [line["step"] for line in metrics] == list(range(1, 21))
+    assert all(line["experts_active"] is not None for line in metrics)
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    trained = lory_jax.load(tmp_path / "W").params["layers"]["ffn"]["gate"]
+    assert np.any(trained[:, 0] != trained[:, 1])  # the experts have parted
+
+
+def test_a_malformed_directory_leaves_no_work_directory(hf, tmp_path):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_bytes((hf / "config.json").read_bytes())
+    (tmp_path / "hf" / "pytorch_model.bin").touch()
+    result = verb("convert", "from-hf", f"--hf={tmp_path / 'hf'}", f"--workdir={tmp_path / 'W'}")
+    assert_one_line_error(result, 1, "pytorch_model.bin", "safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]

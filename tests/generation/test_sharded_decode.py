@@ -1,0 +1,26 @@
+"""A model that lies on 8 faked devices generates what it generates on one."""
+
+import pytest
+
+from tests.support.tiny import run_worker
+
+MESHES = ["(1, 8, 1)", "(1, 2, 4)"]
+
+
+@pytest.fixture(scope="module")
+def report():
+    return run_worker("decode_worker")
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("routing", ["prompt", "segment"])
+def test_logits_equal_those_of_one_device(report, routing, mesh):
+    assert report[f"{routing} {mesh}"] <= 1e-5  # of the largest logit
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_no_device_holds_the_model(report, mesh):
+    """An eighth and the norms; nor does a step put the whole of it together."""
+    found = report["bytes"][mesh]
+    assert found["one device"] < found["whole"] / 7
+    assert found["temporaries"] < found["whole"] / 16

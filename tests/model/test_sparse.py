@@ -1,0 +1,287 @@
+"""The sparse baselines: against loops, under perturbation, and where they are the dense model."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lory_jax.model.merged_ffn import swiglu
+from lory_jax.model.routing import Routing
+from lory_jax.model.sparse.capacity import SPARSE, load_balancing_loss
+from lory_jax.model.transformer import Block, build
+from lory_jax.training.upcycle import gradient_divisor
+from tests.support import sparse_reference
+from tests.support.models import (
+    assert_close,
+    assert_trees_close,
+    float64,
+    forward,
+    params_of,
+    random_tokens,
+    tiny_config,
+)
+
+L, T, E = 14, 4, 4
+VALUES, GRADIENTS = 2e-5, 1e-3  # float32 against float64; of a directional derivative
+LENGTHS = np.array([0, 3, 9, 14])
+
+# Routing, and the fields that go with it: slots for all, too few of them, several groups.
+CASES = [
+    ("expert_choice_segment", {}),
+    ("expert_choice_segment", {"capacity_factor": 2.0, "routing_group": 2}),
+    ("expert_choice_token", {}),
+    ("expert_choice_token", {"routing_group": 1}),
+    ("top1", {}),
+    ("top1", {"capacity_factor": 0.5, "routing_group": 2}),
+    ("top2", {}),
+    ("top2", {"capacity_factor": 0.6, "routing_group": 1}),
+]
+
+
+@functools.cache
+def layer(config):
+    """The jitted `(ffn parameters, h, prompt lengths or None) -> (y, routed)` of one layer."""
+    graph, _ = nnx.split(nnx.merge(build(config)[0], params_of(config)).layers)
+
+    @jax.jit
+    def run(ffn_params, h_BxLxD, lengths_B=None):
+        params = jax.tree.map(lambda w: w[0], params_of(config)["layers"]) | {"ffn": ffn_params}
+        block: Block = nnx.merge(graph, params)
+        kind = config.routing if lengths_B is None else "segment"
+        return block.ffn(h_BxLxD, Routing(kind, lengths_B))
+
+    return run
+
+
+def ffn_inputs(config, batch=4):
+    ffn = jax.tree.map(lambda w: w[0], params_of(config)["layers"]["ffn"])
+    h = np.random.default_rng(1).normal(size=(batch, L, config.embed_dim)).astype(np.float32)
+    return ffn, h
+
+
+# ------------------------------------------------------------------ against loops
+
+
+@pytest.mark.parametrize(("routing", "fields"), CASES, ids=str)
+def test_training_equals_loops(routing, fields):
+    """Values, and gradients of a weighted sum of output and load-balancing loss.
+
+    Gradients are compared along random directions with central differences of the loops.
+    """
+    config = tiny_config(routing=routing, **fields)
+    ffn, h = ffn_inputs(config)
+    rng = np.random.default_rng(2)
+    upstream = rng.normal(size=h.shape)
+    decided_by = sparse_reference.units_of(float64(h), float64(ffn["router"]), routing, T)
+    frozen = [unit.p for unit in decided_by if unit.start == 0]
+
+    def loops(inputs):
+        ffn, h = inputs
+        group = config.routing_group
+        return sparse_reference.train(
+            h, ffn, routing, T, config.capacity_factor, group, frozen, decided_by
+        )
+
+    def scalar(y, balance):
+        return (y * upstream).sum() + 30 * (0.0 if balance is None else balance)
+
+    def run(inputs):
+        y, routed = layer(config)(*inputs)
+        return scalar(y, routed.balance), (y, routed)
+
+    (_, (y, routed)), gradients = jax.value_and_grad(run, has_aux=True)((ffn, h))
+    expected, balance, dropped = loops(float64((ffn, h)))
+    assert_close(y, expected, VALUES)
+    np.testing.assert_allclose(routed.dropped, dropped, atol=1e-6)
+    assert (routed.balance is None) == (balance is None)
+    if balance is not None:
+        np.testing.assert_allclose(routed.balance, balance, rtol=1e-5)
+
+    leaves, structure = jax.tree.flatten(float64((ffn, h)))
+    for i, (w, gradient) in enumerate(zip(leaves, jax.tree.leaves(gradients), strict=True)):
+        direction = rng.normal(size=w.shape)
+
+        def moved(step, i=i, direction=direction):
+            nudged = [x + step * direction if n == i else x for n, x in enumerate(leaves)]
+            return scalar(*loops(jax.tree.unflatten(structure, nudged))[:2])
+
+        expected = (moved(1e-6) - moved(-1e-6)) / 2e-6
+        norm = np.linalg.norm(gradient)
+        assert norm > 0 and abs(np.sum(gradient * direction) - expected) <= GRADIENTS * norm, i
+
+
+@pytest.mark.parametrize(("routing", "choices"), [*((r, 1) for r in SPARSE[:3]), ("top2", 2)])
+def test_evaluation_equals_loops(routing, choices):
+    config = tiny_config(routing=routing)
+    ffn, h = ffn_inputs(config)
+    y, routed = layer(config)(ffn, h, LENGTHS)
+    expected = sparse_reference.evaluate(
+        float64(h), float64(ffn), routing, T, choices, LENGTHS.tolist()
+    )
+    assert_close(y, expected, VALUES)
+    assert routed.balance is None and routed.dropped is None
+    np.testing.assert_allclose(np.sum(routed.weights_BxNxE, axis=-1), 1.0, rtol=1e-5)
+
+
+def test_expert_choice_with_more_capacity_evaluates_with_as_many_experts():
+    config = tiny_config(routing="expert_choice_token", capacity_factor=2.0)
+    ffn, h = ffn_inputs(config)
+    y, _ = layer(config)(ffn, h, LENGTHS)
+    expected = sparse_reference.evaluate(float64(h), float64(ffn), config.routing, T, 2, LENGTHS)
+    assert_close(y, expected, VALUES)
+
+
+# ------------------------------------------------------------------ what the slots mean
+
+
+def test_dropped_tokens_pass_through_the_residual():
+    """All tokens want expert 0, which has slots for a quarter: the others leave as they came."""
+    config = tiny_config(routing="top1", num_layers=1)
+    params = params_of(config)
+    ffn, h = ffn_inputs(config)
+    ffn = ffn | {"router": np.zeros_like(ffn["router"])}  # ties go to the first expert
+    y, routed = layer(config)(ffn, h)
+    slots = 4 * L // E
+    assert np.all(np.any(np.asarray(y).reshape(-1, 16)[:slots], axis=1))
+    np.testing.assert_array_equal(np.asarray(y).reshape(-1, 16)[slots:], 0.0)
+    np.testing.assert_allclose(routed.dropped, 0.75)
+    np.testing.assert_allclose(routed.balance, 1.0, rtol=1e-6)  # E * (1 * 1/E)
+
+    # The whole block then is attention and its residual alone.
+    graph, _ = nnx.split(nnx.merge(build(config)[0], params).layers)
+    layers = jax.tree.map(lambda w: w[0], params["layers"])
+    without = {**ffn, "down": np.zeros_like(ffn["down"])}
+    run = jax.jit(lambda ffn: nnx.merge(graph, layers | {"ffn": ffn})(h, Routing("top1"))[0])
+    got, expected = (run(f).reshape(-1, 16)[slots:] for f in (ffn, without))
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("sharpness", [0.1, 3.0])
+def test_load_balancing_loss_equals_its_formula(sharpness):
+    p = jax.nn.softmax(sharpness * jax.random.normal(jax.random.key(0), (2, 50, E)))
+    expected = []
+    for of_group in np.asarray(p):
+        f = np.bincount(of_group.argmax(axis=1), minlength=E) / 50
+        expected.append(E * np.sum(f * of_group.mean(axis=0)))
+    np.testing.assert_allclose(load_balancing_loss(p), np.mean(expected), rtol=1e-5)
+    all_to_one = jnp.broadcast_to(jnp.eye(E)[0], (1, 50, E))
+    np.testing.assert_allclose(load_balancing_loss(all_to_one), E)
+
+
+@pytest.mark.parametrize("lengths", [None, np.array([0, 3, 9, 14])], ids=["training", "segment"])
+@pytest.mark.parametrize("routing", [r for r in SPARSE if r != "top2"])
+def test_one_expert_equals_dense(routing, lengths):
+    config = tiny_config(num_experts=1, routing=routing)
+    ffn, h = ffn_inputs(config)
+    y, _ = layer(config)(ffn, h, lengths)
+    assert_close(y, swiglu(h, *(ffn[name][0] for name in ("gate", "up", "down"))), 1e-5)
+
+
+# All tokens go through all experts, or each through its own: with weights near 1/E.
+EVEN = [("top1", {}), ("top2", {}), ("expert_choice_token", {"capacity_factor": float(E)})]
+
+
+@pytest.mark.parametrize(("routing", "fields"), EVEN, ids=str)
+def test_upcycled_experts_get_the_stated_part_of_the_dense_gradient(routing, fields):
+    """And under top2, whose weights share 1, upcycling keeps the function."""
+    config = tiny_config(routing=routing, **({"capacity_factor": float(E)} | fields))
+    ffn, h = ffn_inputs(config)
+    matrices = [ffn[name][0] for name in ("gate", "up", "down")]
+    copies = {name: np.stack([ffn[name][0]] * E) for name in ("gate", "up", "down")}
+    copies["router"] = 1e-4 * ffn["router"]
+    upstream = np.random.default_rng(3).normal(size=h.shape)
+    gradients = jax.grad(lambda ffn: jnp.sum(layer(config)(ffn, h)[0] * upstream))(copies)
+    dense = jax.grad(lambda w: jnp.sum(swiglu(h, *w) * upstream))(matrices)
+    for name, expected in zip(("gate", "up", "down"), dense, strict=True):
+        got = np.mean(gradients[name], axis=0) * gradient_divisor(config)
+        assert_close(got, expected, 2e-3, name)
+    if routing == "top2":
+        assert_close(layer(config)(copies, h)[0], swiglu(h, *matrices), 1e-5)
+
+
+# ------------------------------------------------------------------ causality, by perturbation
+
+
+def moved_logits(config, kind, seed=3):
+    """[j, l]: whether changing token j of row 0 moves, in any bit, the logits of row 0 at l.
+
+    And whether it moves anything of row 1, which stays.
+    """
+    run, params = forward(config, kind), params_of(config)
+    tokens = random_tokens(2, L, seed)
+    lengths = None if kind is None else jnp.array([6, 6])
+    before = np.asarray(run(params, tokens, lengths)[0])
+    moved, other = np.zeros((L, L), bool), False
+    for j in range(L):
+        changed = tokens.copy()
+        changed[0, j] = (changed[0, j] + 7) % 37
+        after = np.asarray(run(params, changed, lengths)[0])
+        moved[j] = np.any(before[0] != after[0], axis=-1)
+        other |= bool(np.any(before[1] != after[1]))
+    return moved, other
+
+
+PAST = np.tril(np.ones((L, L), bool), -1)  # [j, l] with l < j
+j_, l_ = np.indices((L, L))
+
+
+@pytest.mark.parametrize("routing", SPARSE)
+def test_evaluation_is_causal_and_rows_do_not_see_each_other(routing):
+    moved, other = moved_logits(tiny_config(routing=routing), "segment")
+    assert np.all(np.diag(moved)) and not other
+    # Segments: as in Lory, the prompt routes segment 1, which is not scored.
+    leaks = PAST & (j_ < T) if routing == "expert_choice_segment" else np.zeros_like(PAST)
+    np.testing.assert_array_equal(moved & PAST & ~leaks, False)
+    assert np.any(moved & leaks) or routing != "expert_choice_segment"
+
+
+@pytest.mark.parametrize("routing", ["expert_choice_token", "expert_choice_segment"])
+def test_expert_choice_leaks_in_training(routing):
+    """Whether a token is taken depends on later tokens, and on the other rows of its group."""
+    found = [moved_logits(tiny_config(routing=routing), None, seed) for seed in range(6)]
+    # Lory's own leak is from the tokens of segment 1 alone.
+    assert any(np.any(moved & PAST & (j_ >= T)) for moved, _ in found)
+    assert any(other for _, other in found)
+
+
+def test_no_row_sees_another_of_another_group():
+    config = tiny_config(routing="expert_choice_token", routing_group=1)
+    assert not moved_logits(config, None)[1]
+
+
+def test_top1_is_causal_in_training_and_second_choices_are_not():
+    """First choices come before all second ones: a later token's may take an earlier one's slot."""
+    moved, _ = moved_logits(tiny_config(routing="top1"), None)
+    assert not np.any(moved & PAST)
+    config = tiny_config(routing="top2", capacity_factor=0.6)
+    assert np.any(moved_logits(config, None)[0] & PAST)
+
+
+# ------------------------------------------------------------------ variants
+
+
+@pytest.mark.parametrize("routing", ["expert_choice_segment", "top2"])
+def test_remat_unrolled_and_bfloat16_agree(routing):
+    config = tiny_config(routing=routing)
+    params, tokens = params_of(config), random_tokens(2, L)
+    expected = forward(config)(params, tokens, None)
+    assert expected[1].shape == (2, 2, -(-L // T), E) and expected[1].dtype == jnp.float32
+    other = tiny_config(routing=routing, remat="full", scan_layers=False)
+    assert_trees_close(forward(other)(params, tokens, None), expected, 1e-5)
+    half = tiny_config(routing=routing, compute_dtype="bfloat16")
+    ffn, h = ffn_inputs(half)
+    for lengths in (None, LENGTHS):
+        y, _ = layer(half)(ffn, h.astype(jnp.bfloat16), lengths)
+        exact, _ = layer(config)(ffn, h, lengths)
+        assert y.dtype == jnp.bfloat16
+        # But for the few units whose choice rounding turns.
+        assert np.median(np.abs(y.astype(jnp.float32) - exact)) < 0.02 * np.max(np.abs(exact))
+
+
+def test_a_batch_that_does_not_divide_into_groups_is_refused():
+    config = tiny_config(routing="top1", routing_group=3)
+    with pytest.raises(ValueError, match="batch of 4 sequences is no multiple of routing_group=3"):
+        layer(config)(*ffn_inputs(config))

@@ -1,0 +1,74 @@
+"""Decodes with a tiny model on 8 faked devices and on one; prints one JSON object for the tests.
+
+python -m tests.support.decode_worker
+"""
+
+import json
+import os
+import sys
+
+# What is tested is how programs are split, not how well they are compiled: save the time.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+
+import jax
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+from lory_jax.generation.loop import decode, mesh_of  # noqa: E402
+from lory_jax.generation.programs import make_decoder  # noqa: E402
+from lory_jax.model.transformer import build  # noqa: E402
+from lory_jax.parallel import make_mesh, shardings  # noqa: E402
+from tests.support.models import params_of, tiny_config  # noqa: E402
+
+CONFIG = tiny_config(
+    vocab_size=64, embed_dim=32, mlp_dim=64, num_heads=8, sequence_length=32, segment_length=4
+)
+PROMPTS = [[1, 5, 9], [2, 3, 4, 5, 6, 7]]  # neither divides over 8 devices
+
+
+def logits(params, routing):
+    seen = []
+
+    def choose(logits_BxV, positions_B):
+        seen.append(jax.device_get(logits_BxV))
+        return jnp.argmax(logits_BxV, axis=-1)
+
+    list(decode(CONFIG, params, PROMPTS, choose, max_new_tokens=7, routing=routing))
+    return np.stack(seen)
+
+
+def bytes_of_step(params):
+    """Of weights and cache, on all devices and on one; and what a step needs beside them."""
+    decoder = make_decoder(CONFIG, "prompt", mesh_of(params))
+    tokens, lengths = np.ones((2, 8), np.int32), np.full(2, 8, np.int32)
+    _, weights, cache = decoder.prefill(params, tokens, lengths, 32, False)
+    leaves = jax.tree.leaves((weights, cache))
+    step = decoder.step.lower(weights, cache, tokens[:, 0]).compile()
+    return {
+        "whole": sum(leaf.nbytes for leaf in leaves),
+        "one device": sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves),
+        "temporaries": step.memory_analysis().temp_size_in_bytes,
+    }
+
+
+def main() -> None:
+    params, report = params_of(CONFIG), {}
+    on = {
+        shape: jax.device_put(params, shardings(build(CONFIG)[1], make_mesh(*shape)))
+        for shape in ((1, 8, 1), (1, 2, 4))
+    }
+    for routing in ("prompt", "segment"):
+        expected = logits(jax.device_put(params, jax.devices()[0]), routing)
+        for shape, sharded in on.items():
+            error = np.max(np.abs(logits(sharded, routing) - expected))
+            report[f"{routing} {shape}"] = float(error / np.max(np.abs(expected)))
+    report["bytes"] = {str(shape): bytes_of_step(sharded) for shape, sharded in on.items()}
+    json.dump(report, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""AdamW, its schedule, mask and clipping, against numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lory_jax.training.optimizer import clip_by_norm, decay_mask, learning_rate, make_optimizer
+from tests.support import reference
+from tests.support.models import assert_trees_close, params_of, tiny_config
+
+SCHEDULE = dict(steps=200, peak=3e-4, warmup_fraction=0.05, final_fraction=0.1)
+
+
+def rate(step, **fields):
+    return float(learning_rate(jnp.asarray(step), **{**SCHEDULE, **fields}))
+
+
+def test_schedule_warms_up_from_above_zero_to_the_peak_then_falls_to_the_final_fraction():
+    warmup = 10
+    np.testing.assert_allclose(rate(0), 3e-4 / warmup, rtol=1e-6)
+    np.testing.assert_allclose(rate(warmup - 1), 3e-4, rtol=1e-6)
+    np.testing.assert_allclose(rate(200), 0.1 * 3e-4, rtol=1e-5)
+    np.testing.assert_allclose(rate(500), 0.1 * 3e-4, rtol=1e-5)
+    # Half-way between the end of the warm-up and the end: half-way between peak and final.
+    np.testing.assert_allclose(rate(105), 0.55 * 3e-4, rtol=1e-5)
+    rates = np.array([rate(step) for step in range(201)])
+    assert np.all(np.diff(rates[:warmup]) > 0) and np.all(np.diff(rates[warmup:]) < 0)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"warmup_fraction": 0.0}, {"warmup_fraction": 1.0}, {"steps": 1}]
+)
+def test_schedule_is_positive_and_at_most_the_peak_in_extreme_runs(fields):
+    for step in range(fields.get("steps", 200)):
+        assert 0 < rate(step, **fields) <= 3e-4 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_decay_covers_every_matrix_and_no_norm(experts):
+    params = params_of(tiny_config(num_experts=experts))
+    mask = decay_mask(params)
+    for path, is_decayed in jax.tree_util.tree_leaves_with_path(mask):
+        assert is_decayed == ("norm" not in path[-1].key), path
+
+
+def test_an_unknown_parameter_is_refused():
+    with pytest.raises(KeyError, match="bias"):
+        decay_mask({"layers": {"bias": np.zeros(3)}})
+
+
+def test_clipping_scales_down_to_the_norm_and_never_up():
+    gradients = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}
+    norm = optax.tree.norm(gradients)
+    clipped = clip_by_norm(gradients, norm, 1.0)
+    np.testing.assert_allclose(optax.tree.norm(clipped), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(clipped["a"] / clipped["b"][0, 0], [0.75, 0.0], rtol=1e-6)
+    for limit in (5.0, 100.0, 0.0):  # 0 turns it off
+        assert_trees_close(clip_by_norm(gradients, norm, limit), gradients, 1e-6)
+    zero = jax.tree.map(jnp.zeros_like, gradients)
+    assert_trees_close(clip_by_norm(zero, optax.tree.norm(zero), 1.0), zero, 0.0)
+
+
+def test_adamw_equals_a_numpy_loop():
+    rng = np.random.default_rng(0)
+    params = {name: rng.normal(size=(3, 2)) for name in ("gate", "final_norm")}
+    decay = {"gate": 0.1, "final_norm": 0.0}
+    settings = dict(beta1=0.8, beta2=0.9, epsilon=1e-3)
+    optimizer = make_optimizer(**settings, weight_decay=0.1)
+    state = {
+        "count": 0,
+        "m": {n: np.zeros((3, 2)) for n in params},
+        "v": {n: np.zeros((3, 2)) for n in params},
+    }
+    got = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), params)
+    opt_state = optimizer.init(got)
+    for _ in range(5):
+        gradients = {name: rng.normal(size=(3, 2)) for name in params}
+        params = reference.adamw(
+            params, gradients, state, rate=0.05, weight_decay=decay, **settings
+        )
+        updates, opt_state = optimizer.update(jax.tree.map(jnp.float32, gradients), opt_state, got)
+        got = jax.tree.map(lambda p, u: p - 0.05 * u, got, updates)
+    assert_trees_close(got, params, 1e-5)
