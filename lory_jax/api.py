@@ -22,7 +22,7 @@ from lory_jax.generation.loop import ROUTINGS, decode, mesh_of
 from lory_jax.generation.sampling import check_settings, position_keys, sample
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.routing import Routing
-from lory_jax.model.transformer import Params, build, merge_params
+from lory_jax.model.transformer import Params, assemble, build
 from lory_jax.parallel import make_mesh, start_process
 from lory_jax.run.directory import load_params
 from lory_jax.storage import storage_path
@@ -329,7 +329,7 @@ def _forward(config: ModelConfig, kind: str | None) -> Callable[..., tuple[Array
         params: Params, tokens_BxL: Array, prompt_lengths_B: Array | None
     ) -> tuple[Array, Array | None]:
         routing = None if kind is None else Routing(kind, prompt_lengths_B)
-        return merge_params(graph, params)(tokens_BxL, routing)
+        return assemble(graph, params)(tokens_BxL, routing)
 
     return forward
 

@@ -19,7 +19,7 @@ from lory_jax.errors import InputError
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.merged_ffn import merge
 from lory_jax.model.routing import Routing, keep_top_k
-from lory_jax.model.transformer import Params, build, merge_params
+from lory_jax.model.transformer import Params, assemble, build
 from lory_jax.parallel import shardings
 from lory_jax.training.upcycle import FFN_MATRICES
 
@@ -71,7 +71,7 @@ def _weights(config: ModelConfig, kind: str | None) -> Callable[..., Array]:
     @jax.jit
     def weights(params: Params, tokens_BxL: Array, prompt_lengths_B: Array | None) -> Any:
         routing = None if kind is None else Routing(kind, prompt_lengths_B)
-        _, routed = merge_params(graph, params).hidden(tokens_BxL, routing)
+        _, routed = assemble(graph, params).hidden(tokens_BxL, routing)
         assert routed is not None
         return routed.weights_BxNxE
 

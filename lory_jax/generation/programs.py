@@ -42,7 +42,7 @@ from lory_jax.model.config import ModelConfig
 from lory_jax.model.ffn import DenseFFN, MergedFFN, SparseFFN
 from lory_jax.model.merged_ffn import merge_experts, swiglu
 from lory_jax.model.routing import Routing, keep_top_k, route
-from lory_jax.model.transformer import Params, Transformer, build, merge_params, rms_norm
+from lory_jax.model.transformer import Params, Transformer, assemble, build, rms_norm
 from lory_jax.parallel import partition_spec
 
 ROUTINGS = ("prompt", "segment")
@@ -103,7 +103,7 @@ def make_decoder(config: ModelConfig, routing: str, mesh: Mesh | None = None) ->
     def prefill(
         params: Params, tokens_BxP: Array, lengths_B: Array, cache_length: int, shared: bool
     ) -> tuple[Array, Params, Cache]:
-        model = merge_params(graph, params)
+        model = assemble(graph, params)
         layer_graph, layers = _split_layers(model)
         B, P = tokens_BxP.shape
         positions_BxP = jnp.broadcast_to(jnp.arange(P), (B, P))
@@ -144,7 +144,7 @@ def make_decoder(config: ModelConfig, routing: str, mesh: Mesh | None = None) ->
 
     def step(weights: Params, cache: Cache, tokens_B: Array) -> tuple[Array, Cache]:
         # Any layer will do to stand for the stack, which is not used.
-        model = merge_params(kept_graph, {**weights, "layers": weights["layers"][0]})
+        model = assemble(kept_graph, {**weights, "layers": weights["layers"][0]})
         positions_B = cache.positions_B
         M = cache.keys[0].shape[-2]
         mask_Bx1x1xM = (jnp.arange(M) <= positions_B[:, None])[:, None, None]
@@ -181,7 +181,7 @@ def make_decoder(config: ModelConfig, routing: str, mesh: Mesh | None = None) ->
     # ------------------------------------------------------------------ a segment border
     def merge_again(params: Params, ffns: Any, cache: Cache) -> tuple[Any, Cache]:
         assert cache.totals is not None
-        layer_graph, layers = _split_layers(merge_params(graph, params))
+        layer_graph, layers = _split_layers(assemble(graph, params))
         at_border_B = cache.positions_B % T == 0
 
         def merge_layer(_: None, inputs: tuple[Params, Array]) -> tuple[None, Any]:

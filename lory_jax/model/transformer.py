@@ -213,6 +213,6 @@ def init_params(config: ModelConfig, key: Array) -> Params:
     return nnx.to_pure_dict(nnx.state(Transformer(config, key)))
 
 
-def merge_params(graph: nnx.GraphDef, params: Params) -> Transformer:
+def assemble(graph: nnx.GraphDef, params: Params) -> Transformer:
     """The module with these parameters, for use inside a jitted function."""
     return nnx.merge(graph, params)

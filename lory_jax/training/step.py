@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.routing import Routed, Routing
-from lory_jax.model.transformer import Params, build, merge_params
+from lory_jax.model.transformer import Params, assemble, build
 from lory_jax.parallel import replicated
 from lory_jax.training.loss import mean_loss, token_losses
 from lory_jax.training.optimizer import clip_by_norm
@@ -67,7 +67,7 @@ def make_gradients(config: ModelConfig, microbatches: int) -> Callable[..., Any]
     graph, _ = build(config)
 
     def loss_fn(params: Params, tokens_BxL1: Array) -> tuple[Array, tuple[Array, Routed | None]]:
-        model = merge_params(graph, params)
+        model = assemble(graph, params)
         x_BxLxD, routed = model.hidden(tokens_BxL1[:, :-1])
         loss = mean_loss(x_BxLxD, model.output_head(), tokens_BxL1[:, 1:])
         if routed is None or routed.balance is None:
@@ -179,7 +179,7 @@ def make_loss_step(
         if routing is not None and config.num_experts:
             lengths_B = jnp.full(tokens_BxL1.shape[0], prompt_length)
             rule = Routing(routing, lengths_B)
-        model = merge_params(graph, params)
+        model = assemble(graph, params)
         x_BxLxD, _ = model.hidden(tokens_BxL1[:, :-1], rule)
         return token_losses(x_BxLxD, model.output_head(), tokens_BxL1[:, 1:])
 

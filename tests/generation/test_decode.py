@@ -9,7 +9,7 @@ from lory_jax.errors import InputError
 from lory_jax.generation.loop import decode, make_decoder
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.routing import Routing
-from lory_jax.model.transformer import build, init_params, merge_params
+from lory_jax.model.transformer import assemble, build, init_params
 
 T = 8
 CONFIG = ModelConfig(
@@ -39,7 +39,7 @@ def random_tokens(count, length=64, seed=0):
 def full_logits(config, params, tokens, routing, lengths):
     graph, _ = build(config)
     rule = Routing(routing, jnp.asarray(lengths))
-    return jax.jit(lambda params: merge_params(graph, params)(tokens, rule)[0])(params)
+    return jax.jit(lambda params: assemble(graph, params)(tokens, rule)[0])(params)
 
 
 def decoded_logits(config, params, tokens, routing, lengths):

@@ -12,7 +12,7 @@ from lory_jax.model import routing
 from lory_jax.model.ffn import MergedFFN
 from lory_jax.model.parameters import Initializer
 from lory_jax.model.routing import Routing, keep_top_k
-from lory_jax.model.transformer import merge_params
+from lory_jax.model.transformer import assemble
 from tests.support.models import assert_close, float64, tiny_config
 from tests.support.reference import central_differences, lory_layer, routing_weights
 
@@ -51,7 +51,7 @@ def layer(segment_length, kind, first_segment):
     )
 
     def apply(h, params, prompts):
-        y, routed = merge_params(graph, params)(h, Routing(kind, prompts))
+        y, routed = assemble(graph, params)(h, Routing(kind, prompts))
         return y, routed.weights_BxNxE
 
     return apply, params

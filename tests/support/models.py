@@ -8,7 +8,7 @@ import numpy as np
 
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.routing import Routing
-from lory_jax.model.transformer import build, init_params, merge_params
+from lory_jax.model.transformer import assemble, build, init_params
 
 VOCAB = 37
 
@@ -52,7 +52,7 @@ def forward(config: ModelConfig, kind: str | None = None):
     @jax.jit
     def run(params, tokens_BxL, prompt_lengths_B=None):
         routing = None if kind is None else Routing(kind, prompt_lengths_B)
-        return merge_params(graph, params)(tokens_BxL, routing)
+        return assemble(graph, params)(tokens_BxL, routing)
 
     return run
 
@@ -63,7 +63,7 @@ def loss_and_gradients(config: ModelConfig):
     graph, _ = build(config)
 
     def loss(params, tokens_BxL1):
-        logits, _ = merge_params(graph, params)(tokens_BxL1[:, :-1])
+        logits, _ = assemble(graph, params)(tokens_BxL1[:, :-1])
         log_probabilities = jax.nn.log_softmax(logits)
         chosen = jnp.take_along_axis(log_probabilities, tokens_BxL1[:, 1:, None], axis=-1)
         return -jnp.mean(chosen)

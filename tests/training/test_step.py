@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lory_jax.model.transformer import build, merge_params
+from lory_jax.model.transformer import assemble, build
 from lory_jax.parallel import make_mesh
 from lory_jax.training.loss import token_losses
 from lory_jax.training.optimizer import IS_DECAYED, learning_rate, make_optimizer
@@ -127,7 +127,7 @@ def test_the_load_balancing_loss_is_minimised_but_not_in_the_loss():
     graph, _ = build(config)
 
     def total(params):
-        x, routed = merge_params(graph, params).hidden(tokens[:, :-1])
+        x, routed = assemble(graph, params).hidden(tokens[:, :-1])
         losses = token_losses(x, params["head"], tokens[:, 1:])
         return jnp.mean(losses) + weight * jnp.sum(routed.balance), routed
 

@@ -19,7 +19,7 @@ from lory_jax.console import progress
 from lory_jax.model.attention import Branches
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.routing import Routing
-from lory_jax.model.transformer import Params, build, merge_params
+from lory_jax.model.transformer import Params, assemble, build
 from lory_jax.parallel import make_mesh, place_batch, replicated
 
 TPU_MULTIPLE = 128  # of a row's length, which TPU attention takes
@@ -220,7 +220,7 @@ def _make_forward(
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def forward(params: Params, tokens_BxP: Array, inputs: dict[str, Array]) -> tuple[Array, Array]:
         """The log-probabilities `[B, K]` of `targets` at the positions `at`, and the likeliest."""
-        model = merge_params(graph, params)
+        model = assemble(graph, params)
         rule = Routing(kind, inputs["prompt_lengths"]) if config.num_experts else None
         branches = None
         if "branch" in inputs:
