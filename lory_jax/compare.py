@@ -19,6 +19,7 @@ from typing import Any
 
 from lory_jax import api, cli
 from lory_jax.analyze import ANALYSIS
+from lory_jax.data.prepared import PreparedData
 from lory_jax.errors import InputError
 from lory_jax.evaluate import MEASURES
 from lory_jax.evaluation.held_out import held_out_sets
@@ -133,7 +134,7 @@ def check_comparable(runs: dict[str, Run]) -> None:
                 )
 
 
-def summarize_runs(runs: dict[str, Run], data: Path) -> dict[str, Any]:
+def summarize_runs(runs: dict[str, Run], data: PreparedData) -> dict[str, Any]:
     """The report without its samples: everything by measure, then by name of the run."""
     report: dict[str, Any] = {
         measure: {name: run.evaluation[measure] for name, run in runs.items()}
@@ -157,7 +158,7 @@ def summarize_runs(runs: dict[str, Run], data: Path) -> dict[str, Any]:
         name: tokens_to_reach(run.metrics, target) for name, run in runs.items()
     }
     report["against_first"] = differences(report)
-    timings = data / "timings.json"
+    timings = data.directory / "timings.json"
     if timings.is_file():
         report["seconds"]["prepare"] = json.loads(timings.read_text("utf-8"))
     report["routing_distance"] = {
@@ -257,7 +258,7 @@ def _versions() -> dict[str, str]:
     } | {package: version(package) for package in VERSIONED}
 
 
-def draw_samples(runs: dict[str, Run], data: Path) -> dict[str, Any]:
+def draw_samples(runs: dict[str, Run], data: PreparedData) -> dict[str, Any]:
     """One continuation per domain by the first run with experts (or else the first run).
 
     The prompt is the beginning of a test document, about T tokens; experts are merged once, by it.

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from lory_jax import cli
-from lory_jax.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, read_manifest, verify_files
+from lory_jax.data.manifest import MANIFEST_NAME, TOKENIZER_NAME
 from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.errors import InputError
 from lory_jax.model.config import ModelConfig
@@ -29,7 +29,7 @@ from lory_jax.run.directory import (
     read_metrics,
 )
 from lory_jax.run.lock import holder
-from lory_jax.storage import is_remote, storage_path
+from lory_jax.storage import storage_path
 from lory_jax.training.monitoring.log_files import METRICS
 from lory_jax.training.optimizer import make_optimizer
 from lory_jax.training.state import abstract_state
@@ -87,12 +87,12 @@ def examine(workdir: Path, data: Path | None, report: Report) -> None:
 def examine_data(workdir: Path, data: Path | None, report: Report) -> None:
     """Hashes the files of the prepared data, which must be those of the run."""
     try:
-        directory = data_directory(workdir, data)
-        manifest = read_manifest(directory)
-        if is_remote(directory):
+        prepared = data_directory(workdir, data)
+        directory, manifest = prepared.directory, prepared.manifest
+        if prepared.is_remote:
             report.note(f"{directory}: {MANIFEST_NAME} is the run's; files are checked when copied")
             return
-        verify_files(manifest, directory, hashes=True)
+        prepared.verify(hashes=True)
         size = sum(entry["bytes"] for entry in manifest.files.values())
         report.ok(f"{directory}: {len(manifest.files)} files, {size:,} bytes, as they were made")
     except InputError as error:

@@ -25,8 +25,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lory_jax import cli
-from lory_jax.data.batches import Lookahead, TrainingBatches, evaluation_sets
-from lory_jax.data.manifest import load_tokenizer, read_manifest
+from lory_jax.data.batches import Lookahead, TrainingBatches
+from lory_jax.data.prepared import PreparedData
 from lory_jax.errors import InputError
 from lory_jax.evaluation.perplexity import token_losses
 from lory_jax.model.config import ModelConfig
@@ -148,10 +148,9 @@ def train(
     saves = config.checkpoint
     mesh = make_mesh(**config.parallel)
     check_batch(settings.global_batch_size, settings.microbatches, model.batch_axis, mesh)
-    manifest = read_manifest(data)
-    tokenizer = load_tokenizer(manifest, data)
-    batches = TrainingBatches(
-        data,
+    prepared = PreparedData.open(data)
+    tokenizer = prepared.tokenizer
+    batches = prepared.training_batches(
         sequence_length=model.sequence_length,
         vocab_size=model.vocab_size,
         global_batch_size=settings.global_batch_size,
@@ -161,11 +160,11 @@ def train(
     )
     validation = {
         domain: rows[: settings.validation_batches * settings.global_batch_size]
-        for domain, rows in evaluation_sets(data, "validation").items()
+        for domain, rows in prepared.held_out("validation").items()
     }
     if init_from is not None:
         check_source(init_from, model, tokenizer, data)
-    lock = open_workdir(workdir, config.to_dict(), data, change_steps)
+    lock = open_workdir(workdir, config.to_dict(), prepared, change_steps)
     announce(model, config, mesh, batches)
 
     # ---------------------------------------------------------------- the two phases

@@ -1,8 +1,8 @@
-"""Batches for training and sets for evaluation, read from a prepared directory with Grain.
+"""Batches for training, read with Grain from the shards of a prepared directory.
 
 The batch at step s is a pure function of (seed, s, global batch size): the number of processes
-that share it and the step at which a run (re)starts do not matter, so the data position of a run
-is one integer. B instances per batch and process, L + 1 tokens per instance.
+that share it and the step at which a run starts or resumes do not matter, so the data position of
+a run is one integer. B instances per batch and process, L + 1 tokens per instance.
 """
 
 from collections import deque
@@ -14,25 +14,58 @@ import grain
 import numpy as np
 from grain.sources import ArrayRecordDataSource
 
-from lory_jax.data.instances import decode_record, read_instances
-from lory_jax.data.manifest import (
-    Manifest,
-    check_model_fits,
-    domain_directory,
-    local_files,
-    read_manifest,
-    verify_files,
-)
+from lory_jax.data.instances import decode_record
+from lory_jax.data.manifest import Manifest
 from lory_jax.errors import InputError
 
 READ_THREADS = 4
 PREFETCHED_BATCHES = 8
-# Instances; Grain's own endless repeat overflows when it is batched by 1 and sliced.
+# Counted in instances; Grain's own endless repeat overflows when it is batched by 1 and sliced.
 ENDLESS = 2**40
 
 
+class TrainingInstances:
+    """The training instances by number; an error names the file that is damaged."""
+
+    def __init__(self, manifest: Manifest, directory: Path):
+        """Opens the shards of the local `directory`/train, which must be those of `manifest`."""
+        manifest.verify(directory, hashes=False, prefix="train/")
+        self._manifest, self._directory = manifest, directory
+        expected = manifest.counts["train"]["instances"]
+        paths = [str(directory / name) for name in manifest.names("train/")]
+        try:
+            self._records = ArrayRecordDataSource(paths)
+        except RuntimeError:
+            self._name_damaged_file()
+            raise
+        if len(self._records) != expected:
+            raise InputError(
+                f"{directory / 'train'}: holds {len(self._records)} instances, the manifest says "
+                f"{expected}; run prepare again into a new directory"
+            )
+
+    def _name_damaged_file(self) -> None:
+        self._manifest.verify(self._directory, hashes=True, prefix="train/")
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: SupportsIndex) -> np.ndarray:
+        try:
+            record = self._records[index]
+        except RuntimeError as error:
+            self._name_damaged_file()
+            raise InputError(
+                f"{self._directory / 'train'}: instance {index} could not be read, although the "
+                f"files match the manifest ({error}); check the disk"
+            ) from None
+        return decode_record(
+            record, self._manifest.sequence_length, self._manifest.dtype, self._directory / "train"
+        )
+
+
 class TrainingBatches:
-    """The training instances of a prepared directory, shuffled anew in every epoch, without end.
+    """Training instances without end, in a new order in every epoch.
 
     Attributes:
       num_instances: instances in one epoch.
@@ -41,48 +74,40 @@ class TrainingBatches:
 
     def __init__(
         self,
-        directory: str | Path,
+        instances: TrainingInstances,
         *,
-        sequence_length: int,
-        vocab_size: int,
         global_batch_size: int,
         seed: int,
         process_index: int = 0,
         process_count: int = 1,
     ):
-        """Opens the shards of `directory`/train.
+        """`PreparedData.training_batches` makes it.
 
         Args:
-          directory: what `prepare` wrote; gs:// and s3:// are copied to the cache first.
-          sequence_length: L of the model; must be that of the instances.
-          vocab_size: of the model; must cover the tokenizer's.
+          instances: what to draw from.
           global_batch_size: instances per step over all processes.
-          seed: of the order of the instances.
+          seed: decides the order of the instances.
           process_index, process_count: this process reads the rows
             `[index * B, (index + 1) * B)` of each global batch.
 
         Raises:
-          InputError: the directory is not prepared, damaged, too small for one batch or does not
-            fit the model, or the batch does not divide by the processes.
+          InputError: there are too few instances for one batch, or the batch is not divisible by
+            the number of processes.
         """
         if global_batch_size % process_count:
             raise InputError(
-                f"config.train.global_batch_size: got {global_batch_size}, takes a multiple of "
+                f"config.train.global_batch_size: got {global_batch_size}, must be a multiple of "
                 f"the number of processes ({process_count})"
             )
-        manifest = read_manifest(directory)
-        check_model_fits(manifest, sequence_length=sequence_length, vocab_size=vocab_size)
-        local = local_files(manifest, directory, "train/")
-        verify_files(manifest, local, hashes=False, prefix="train/")
-        self.num_instances = manifest.counts["train"]["instances"]
-        if self.num_instances < global_batch_size:
+        if len(instances) < global_batch_size:
             raise InputError(
-                f"{directory}: holds {self.num_instances} training instances, a batch takes "
-                f"{global_batch_size}: prepare more documents, or lower "
-                "config.train.global_batch_size or config.model.sequence_length"
+                f"config.train.global_batch_size: got {global_batch_size}, must be at most the "
+                f"number of training instances ({len(instances)}); prepare more documents, or "
+                "lower config.train.global_batch_size or config.model.sequence_length"
             )
+        self.num_instances = len(instances)
         self.batches_per_epoch = self.num_instances / global_batch_size
-        self._source = _InstanceSource(manifest, local)
+        self._instances = instances
         self._global_batch_size = global_batch_size
         self._process_index, self._process_count = process_index, process_count
         # Neighbouring seeds share no epochs: Grain shuffles epoch n with seed + n.
@@ -94,7 +119,7 @@ class TrainingBatches:
         Threads read ahead.
         """
         rows = self._global_batch_size // self._process_count
-        batches = _shuffled(grain.MapDataset.source(self._source), self._seed).batch(rows)
+        batches = _shuffled(grain.MapDataset.source(self._instances), self._seed).batch(rows)
         first = start_step * self._process_count + self._process_index
         mine = batches.slice(slice(first, None, self._process_count))
         options = grain.ReadOptions(
@@ -110,11 +135,13 @@ class TrainingBatches:
 
 
 class Lookahead:
-    """Draws batches two steps ahead of their use, so that one that cannot be read is known before
-    any process needs it: all can then stop at the same step.
+    """Draws batches two steps ahead of their use.
+
+    A batch that cannot be read is thus known before any process needs it, and all processes can
+    stop at the same step.
 
     Attributes:
-      damage: what is wrong with a batch ahead, or None.
+      damage: what is wrong with a batch that was drawn ahead, or None.
     """
 
     DEPTH = 2
@@ -129,7 +156,7 @@ class Lookahead:
             raise self.damage
 
     def next(self) -> np.ndarray:
-        """The next batch; after `damage`, those drawn before it."""
+        """Returns the next batch; after `damage`, the batches drawn before it."""
         batch = self._ahead.popleft()
         self._fill()
         return batch
@@ -145,64 +172,3 @@ class Lookahead:
 def _shuffled(instances: grain.MapDataset, seed: int) -> grain.MapDataset:
     epochs = ENDLESS // len(instances) + 1
     return instances.shuffle(seed=seed).repeat(epochs, reseed_each_epoch=True)
-
-
-class _InstanceSource:
-    """The training instances by number; a damaged file is named in the error."""
-
-    def __init__(self, manifest: Manifest, directory: Path):
-        self._manifest, self._directory = manifest, directory
-        expected = manifest.counts["train"]["instances"]
-        paths = manifest.shards(directory, "train/")
-        try:
-            self._records = ArrayRecordDataSource([str(path) for path in paths])
-        except RuntimeError:
-            self._name_damaged_file()
-            raise
-        if len(self._records) != expected:
-            raise InputError(
-                f"{directory / 'train'}: holds {len(self._records)} instances, the manifest says "
-                f"{expected}; run prepare again into a new directory"
-            )
-
-    def _name_damaged_file(self) -> None:
-        verify_files(self._manifest, self._directory, hashes=True, prefix="train/")
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: SupportsIndex) -> np.ndarray:
-        try:
-            record = self._records[index]
-        except RuntimeError as error:
-            self._name_damaged_file()
-            raise InputError(
-                f"{self._directory / 'train'}: instance {index} could not be read, though the "
-                f"files are as the manifest says ({error}); is the disk well?"
-            ) from None
-        return decode_record(
-            record, self._manifest.sequence_length, self._manifest.dtype, self._directory / "train"
-        )
-
-
-def evaluation_sets(directory: str | Path, split: str) -> dict[str, np.ndarray]:
-    """Returns the instances of each domain, int32 `[N, L + 1]`, domains sorted by name.
-
-    Args:
-      directory: what `prepare` wrote; gs:// and s3:// are copied to the cache first.
-      split: "validation" (for choices) or "test" (for reports).
-
-    Raises:
-      InputError: the directory is not prepared, or a file of it is missing or damaged.
-    """
-    manifest = read_manifest(directory)
-    local = local_files(manifest, directory, f"{split}/")
-    verify_files(manifest, local, hashes=False, prefix=f"{split}/")
-    return {
-        domain: read_instances(
-            local / split / domain_directory(domain),
-            manifest.sequence_length,
-            manifest.dtype,
-        )
-        for domain in sorted(manifest.counts[split]["domains"])
-    }

@@ -1,4 +1,4 @@
-"""Training instances as they lie in ArrayRecord shards: L + 1 tokens a record.
+"""Instances as they are stored in ArrayRecord shards: L + 1 tokens per record.
 
 N instances, L tokens per instance.
 """
@@ -15,18 +15,20 @@ SHARD_NAME = re.compile(r"part-(\d{5})-of-(\d{5})\.array_record")
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Returns the little-endian type that holds every id below `vocab_size` on disk."""
+    """Returns the little-endian type, on disk, that holds every id below `vocab_size`."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 def shard_paths(directory: Path) -> list[Path]:
-    """Returns the shards of a directory in order; raises `InputError` unless all are there."""
+    """Returns the shards of a directory in order; raises `InputError` if one is missing."""
     paths = sorted(p for p in directory.glob("*.array_record") if SHARD_NAME.fullmatch(p.name))
     if not paths:
-        raise InputError(f"{directory}: holds no part-*-of-*.array_record")
+        raise InputError(f"{directory}: holds no part-*-of-*.array_record file")
     expected = [f"part-{i:05d}-of-{len(paths):05d}.array_record" for i in range(len(paths))]
     if [path.name for path in paths] != expected:
-        raise InputError(f"{directory}: found {len(paths)} shards of {paths[0].name[14:19]}")
+        raise InputError(
+            f"{directory}: found {len(paths)} shards, must be {int(paths[0].name[14:19])}"
+        )
     return paths
 
 
@@ -51,11 +53,11 @@ def read_instances(directory: Path, sequence_length: int, dtype: np.dtype) -> np
 def decode_record(
     record: bytes, sequence_length: int, dtype: np.dtype, path: str | Path
 ) -> np.ndarray:
-    """Returns the int32 tokens `[L + 1]` of a record; `path` is for the error."""
+    """Returns the int32 tokens `[L + 1]` of a record; `path` is named in errors."""
     expected = (sequence_length + 1) * dtype.itemsize
     if len(record) != expected:
         raise InputError(
-            f"{path}: a record holds {len(record)} bytes, takes {expected} "
+            f"{path}: a record holds {len(record)} bytes, must hold {expected} "
             f"({sequence_length} + 1 tokens of {dtype.itemsize} bytes)"
         )
     return np.frombuffer(record, dtype).astype(np.int32)

@@ -1,4 +1,4 @@
-"""One Hugging Face `tokenizers` JSON file: training it, text to ids and back, bytes per token."""
+"""A Hugging Face `tokenizers` JSON file: text to ids and back, and bytes per token."""
 
 import hashlib
 import json
@@ -26,15 +26,16 @@ class Tokenizer:
     """Text to token ids and back.
 
     Attributes:
+      json_text: the JSON, exactly as it was read or trained.
       vocab_size: one more than the largest id, V.
-      bos_id, eos_id: the ids around every document.
+      bos_id, eos_id: the ids that begin and end every document.
       sha256: hash of the JSON text, which is also that of the file `save` writes.
       token_bytes: int32 `[V]`, the UTF-8 bytes each id stands for; 0 for special tokens.
     """
 
     def __init__(self, json_text: str, name: str = "tokenizer"):
-        """Reads the text of a `tokenizers` JSON; raises `InputError`, with `name`, if damaged."""
-        self._json_text = json_text
+        """Reads the text of a `tokenizers` JSON; raises `InputError` that names `name` if damaged."""
+        self.json_text = json_text
         self._tokenizer, contents = _parse(json_text, name)
         added = self._tokenizer.get_added_tokens_decoder()
         special_ids = {token.content: id for id, token in added.items() if token.special}
@@ -42,7 +43,7 @@ class Tokenizer:
         if pair is None:
             accepted = ", ".join(" and ".join(dict.fromkeys(p)) for p in BEGIN_AND_END)
             raise InputError(
-                f"{name}: has no special tokens that begin and end a document, takes {accepted}"
+                f"{name}: has no special tokens that begin and end a document, requires {accepted}"
             )
         self.bos_id, self.eos_id = special_ids[pair[0]], special_ids[pair[1]]
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -68,18 +69,18 @@ class Tokenizer:
             raise InputError(f"{path}: not a tokenizer JSON (not UTF-8 text)") from None
 
     def save(self, path: str | Path) -> None:
-        """Writes the JSON exactly as it was read or trained."""
-        Path(path).write_bytes(self._json_text.encode())
+        """Writes the JSON text."""
+        Path(path).write_bytes(self.json_text.encode())
 
     def same_ids(self, other: "Tokenizer") -> bool:
         """Returns whether both give every text the same ids, and every id the same text.
 
-        They may differ in what `encode` never uses: special tokens put around a text, padding and
-        truncation.
+        They may differ in what `encode` never uses: special tokens that are put around a text,
+        padding and truncation.
         """
         mine, others = (
             {key: part for key, part in json.loads(text).items() if key not in UNUSED_PARTS}
-            for text in (self._json_text, other._json_text)
+            for text in (self.json_text, other.json_text)
         )
         return mine == others
 
@@ -96,11 +97,11 @@ class Tokenizer:
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Returns the text of `ids`; special tokens give nothing, broken UTF-8 gives U+FFFD."""
+        """Returns the text of `ids`; special tokens give no text, broken UTF-8 gives U+FFFD."""
         return self._tokenizer.decode([int(id) for id in ids], skip_special_tokens=True)
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """Returns the UTF-8 bytes that `ids` stand for: `token_bytes[ids].sum()` many."""
+        """Returns the UTF-8 bytes that `ids` stand for, `token_bytes[ids].sum()` in number."""
         return b"".join(self._bytes_of_id[id] for id in ids)
 
 
@@ -113,7 +114,7 @@ def _parse(json_text: str, name: str) -> tuple[tokenizers.Tokenizer, dict[str, A
         tokenizer = tokenizers.Tokenizer.from_str(json_text)
     except Exception as error:  # the library raises nothing narrower
         raise InputError(f"{name}: not a tokenizer JSON ({error})") from None
-    # A file may ask for these; either would lose or invent tokens of a document.
+    # A file may ask for truncation or padding, which would lose or invent tokens of a document.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True

@@ -22,7 +22,7 @@ class TokenizedDocuments:
     """Every document as BOS + tokens + EOS, end to end.
 
     Attributes:
-      tokens_T: uint16 or uint32.
+      tokens_T: uint16 or uint32, by the size of the vocabulary.
       starts_N1: int64 `[N + 1]`; document i is `tokens_T[starts_N1[i]:starts_N1[i + 1]]`.
     """
 
@@ -41,7 +41,10 @@ class TokenizedDocuments:
 
 
 def tokenize(texts: Sequence[str], tokenizer: Tokenizer, label: str) -> TokenizedDocuments:
-    """Encodes documents in batches, so that Python integers never hold the whole corpus."""
+    """Encodes documents in batches, so that the whole corpus is never held as Python integers.
+
+    `label` is what the progress line says.
+    """
     dtype = token_dtype(tokenizer.vocab_size)
     pieces: list[np.ndarray] = [np.empty(0, dtype)]
     lengths = [0]
@@ -59,7 +62,7 @@ def tokenize(texts: Sequence[str], tokenizer: Tokenizer, label: str) -> Tokenize
 
 
 def count_instances(num_tokens: int, sequence_length: int) -> int:
-    """Returns how many whole instances a stream gives; each takes L tokens and shares one."""
+    """Returns how many whole instances a stream gives; each uses L tokens and shares one."""
     return max(num_tokens - 1, 0) // sequence_length
 
 
@@ -78,32 +81,6 @@ def cut_instances(tokens_T: np.ndarray, sequence_length: int) -> np.ndarray:
     return windows[::sequence_length]
 
 
-def same_domain_rate(
-    lengths_N: np.ndarray, domains_N: np.ndarray, sequence_length: int
-) -> float | None:
-    """Returns the share of neighbouring documents inside an instance that have the same domain.
-
-    Two documents are neighbours inside an instance if it holds the last token of one and the
-    first of the next.
-
-    Args:
-      lengths_N: tokens per document, in the order of the stream.
-      domains_N: a number or name per document, in the same order.
-      sequence_length: L.
-
-    Returns:
-      0 to 1, or None if no instance holds two documents.
-    """
-    borders = np.cumsum(lengths_N)[:-1]
-    # Instances overlap by one token, so each border lies inside one of them; those in the
-    # dropped remainder lie in none.
-    used = count_instances(int(np.sum(lengths_N)), sequence_length) * sequence_length
-    inside = borders <= used
-    if not inside.any():
-        return None
-    return float(np.mean((domains_N[:-1] == domains_N[1:])[inside]))
-
-
 def write_shards(directory: Path, instances_NxL1: np.ndarray, per_shard: int) -> list[Path]:
     """Writes instances as `part-00000-of-00003.array_record`, ... into a new directory.
 
@@ -114,7 +91,7 @@ def write_shards(directory: Path, instances_NxL1: np.ndarray, per_shard: int) ->
     paths = []
     for shard in range(num_shards):
         path = directory / f"part-{shard:05d}-of-{num_shards:05d}.array_record"
-        # Grain reads single records at random: groups would be read and dropped.
+        # Grain reads single records at random; of larger groups it would read and drop the rest.
         writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
         rows = instances_NxL1[shard * per_shard : (shard + 1) * per_shard]
         label = f"writing {directory.name}, shard {shard + 1} of {num_shards}"

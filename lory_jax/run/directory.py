@@ -21,14 +21,8 @@ import jax
 from jax.sharding import Mesh
 
 from lory_jax.config import SCHEMA
-from lory_jax.data.manifest import (
-    MANIFEST_NAME,
-    TOKENIZER_NAME,
-    differences,
-    file_sha256,
-    load_tokenizer,
-    read_manifest,
-)
+from lory_jax.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, differences
+from lory_jax.data.prepared import PreparedData
 from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.errors import InputError
 from lory_jax.model.config import ModelConfig
@@ -67,7 +61,7 @@ CHANGEABLE = {
 
 
 def open_workdir(
-    workdir: Path, config: dict[str, Any], data: Path, change_steps: bool = False
+    workdir: Path, config: dict[str, Any], data: PreparedData, change_steps: bool = False
 ) -> WorkdirLock | None:
     """Makes the work directory of a new run, or checks that it belongs to this very run.
 
@@ -78,8 +72,8 @@ def open_workdir(
         another config or other data: the message shows how they differ.
     """
     dataset = {
-        "path": str(data if is_remote(data) else data.resolve()),
-        "manifest_sha256": file_sha256(data / MANIFEST_NAME),
+        "path": str(data.directory if data.is_remote else data.directory.resolve()),
+        "manifest_sha256": data.digest,
     }
     try:
         if not is_remote(workdir):
@@ -92,7 +86,7 @@ def open_workdir(
             if changed and jax.process_index() == 0:
                 print(f"changed since the run began: {'; '.join(changed)}", flush=True)
         elif lock is not None:
-            write_atomically(workdir / TOKENIZER_NAME, (data / TOKENIZER_NAME).read_text("utf-8"))
+            write_atomically(workdir / TOKENIZER_NAME, data.tokenizer.json_text)
             write_atomically(workdir / DATASET, json.dumps(dataset, indent=1) + "\n")
         if lock is not None and (is_new or changed):
             write_atomically(workdir / CONFIG, json.dumps(config, indent=1) + "\n")
@@ -147,7 +141,7 @@ def model_config(workdir: Path) -> ModelConfig:
         raise InputError(f"{workdir / CONFIG}: no usable section model ({error})") from None
 
 
-def data_directory(workdir: Path, override: Path | None = None) -> Path:
+def data_directory(workdir: Path, override: Path | None = None) -> PreparedData:
     """The prepared data that a run was trained on, or `override`; the manifest must be the same.
 
     A model that was not trained here (`convert from-hf`) takes any data made with its tokenizer.
@@ -158,16 +152,18 @@ def data_directory(workdir: Path, override: Path | None = None) -> Path:
     directory = storage_path(override or dataset["path"])
     if not (directory / MANIFEST_NAME).is_file():
         raise InputError(f"{directory}: holds no prepared data; say where they are with --data=DIR")
-    if file_sha256(directory / MANIFEST_NAME) != dataset["manifest_sha256"]:
+    data = PreparedData.open(directory)
+    if data.digest != dataset["manifest_sha256"]:
         raise InputError(f"{directory}: other data than {workdir} was trained on")
-    return directory
+    return data
 
 
-def _data_with_tokenizer(workdir: Path, directory: Path | None) -> Path:
+def _data_with_tokenizer(workdir: Path, directory: Path | None) -> PreparedData:
     if directory is None:
         raise InputError(f"{workdir}: was trained elsewhere; say which data with --data=DIR")
-    check_same_ids(load_tokenizer(read_manifest(directory), directory), directory, workdir)
-    return directory
+    data = PreparedData.open(directory)
+    check_same_ids(data.tokenizer, directory, workdir)
+    return data
 
 
 def check_same_ids(tokenizer: Tokenizer, data: Path, workdir: Path) -> None:

@@ -5,14 +5,11 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from lory_jax.errors import InputError
 from lory_jax.preparation.documents import Document, split_long
 from lory_jax.preparation.sources.python_installation import read_python_installation
-
-GOOD_DOMAIN_BYTES = 1_000_000
 
 
 def read_corpus(
@@ -47,24 +44,6 @@ def read_corpus(
         )
     documents = _cap(documents, max_domain_bytes, seed)
     return sorted(documents, key=lambda document: (document.domain, document.origin))
-
-
-def corpus_table(documents: Sequence[Document]) -> str:
-    """Documents, origins, bytes and median size per domain."""
-    lines = [f"{'domain':<16}{'documents':>10}{'origins':>9}{'bytes':>14}{'median bytes':>14}"]
-    domains = Counter(document.domain for document in documents)
-    big = 0
-    for domain in sorted(domains):
-        mine = [document for document in documents if document.domain == domain]
-        sizes = [len(document.text.encode()) for document in mine]
-        origins = len({document.origin for document in mine})
-        big += sum(sizes) >= GOOD_DOMAIN_BYTES
-        lines.append(
-            f"{domain:<16}{len(mine):>10,}{origins:>9,}{sum(sizes):>14,}{median(sizes):>14,.0f}"
-        )
-    if big < len(domains):
-        lines.append(f"only {big} of {len(domains)} domains have {GOOD_DOMAIN_BYTES:,} bytes")
-    return "\n".join(lines)
 
 
 def _read(source: str, max_domain_bytes: int, seed: int) -> Iterator[Document]:
