@@ -34,7 +34,7 @@ class Tokenizer:
     """
 
     def __init__(self, json_text: str, name: str = "tokenizer"):
-        """Reads the text of a `tokenizers` JSON; raises `InputError` that names `name` if damaged."""
+        """Reads the text of a `tokenizers` JSON; an `InputError` says that `name` is damaged."""
         self.json_text = json_text
         self._tokenizer, contents = _parse(json_text, name)
         added = self._tokenizer.get_added_tokens_decoder()

@@ -1,4 +1,4 @@
-"""Perplexity on sets of text of one's own, such as the paper's five (section 4.1).
+"""Sets of text from outside the prepared data, such as the paper's five (section 4.1).
 
 Letters: N samples, L sequence.
 """
@@ -19,21 +19,22 @@ SAMPLES = 1000
 def read_sets(
     directory: Path, tokenizer: Tokenizer, sequence_length: int, samples: int = SAMPLES
 ) -> dict[str, np.ndarray]:
-    """Samples of L tokens of every set, int32 `[N, L + 1]`, sets sorted by name.
+    """Returns samples of L tokens of every set, int32 `[N, L + 1]`, sets sorted by name.
 
-    A set is `DIR/<name>.jsonl` or the UTF-8 files below `DIR/<name>/`. Its documents, each BOS +
-    tokens + EOS, are laid end to end and cut; of more samples than wanted, evenly spaced ones stay.
+    A set is `<name>.jsonl` or the UTF-8 files below `<name>/` in the directory. Its documents, each
+    BOS + tokens + EOS, are laid end to end and cut. If that gives more samples than wanted, evenly
+    spaced ones are kept.
 
     Raises:
-      InputError: no such directory, no set in it, or a set that fills no sample.
+      InputError: the directory does not exist, has no set, or a set fills no sample.
     """
     if not directory.is_dir():
-        raise InputError(f"--perplexity_sets: got {directory}, takes an existing directory")
+        raise InputError(f"perplexity_sets: got {directory}, must be an existing directory")
     texts: dict[str, list[str]] = {}
     for document in read_directory(directory):
         texts.setdefault(document.domain, []).append(document.text)
     if not texts:
-        raise InputError(f"{directory}: holds no text; takes NAME.jsonl, or text files in NAME/")
+        raise InputError(f"{directory}: no text; must hold NAME.jsonl, or text files in NAME/")
     sets = {}
     for name in sorted(texts):
         stream_T = tokenize(texts[name], tokenizer, f"tokenizing {name}").tokens_T
@@ -41,7 +42,7 @@ def read_sets(
         found = len(rows_NxL1)
         if not found:
             raise InputError(
-                f"{directory}: set {name} has {len(stream_T):,} tokens, takes at least "
+                f"{directory}: set {name} has {len(stream_T):,} tokens, requires at least "
                 f"{sequence_length + 1:,} (one sample)"
             )
         if found > samples:
@@ -51,10 +52,10 @@ def read_sets(
 
 
 def standard_error(nll_NxL: np.ndarray, segment_length: int) -> float | None:
-    """Standard error of the perplexity over positions >= T, from the spread between samples.
+    """Returns the standard error of the perplexity over positions >= T, from the spread of samples.
 
-    To first order, exp(mean) varies by itself times the standard error of the mean. None for a
-    single sample.
+    To first order, the standard error of exp(mean) is exp(mean) times the standard error of the
+    mean. A single sample gives None.
     """
     if len(nll_NxL) < 2:
         return None

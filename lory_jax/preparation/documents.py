@@ -1,4 +1,4 @@
-"""A document, and cutting and joining text at natural borders."""
+"""A document, and how text is cut and joined at natural borders."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,7 +11,8 @@ class Document:
     Attributes:
       text: what the model learns from.
       domain: the kind of text; evaluation is per domain.
-      origin: what the split keeps on one side: a package, a directory, a source.
+      origin: where the text comes from, such as a package, a directory or a source; the split keeps
+        documents of one origin on one side.
     """
 
     text: str

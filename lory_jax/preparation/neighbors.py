@@ -15,7 +15,7 @@ BRUTE_FORCE_BELOW = 20_000
 SEARCHED_SHARE = 0.1  # of the leaves
 TRAINING_SAMPLE = 100_000
 REORDERED = 120
-HASH_CODES = 16  # ScaNN's codes per block; it cannot learn them from fewer documents
+HASH_CODES = 16  # per block of ScaNN; it cannot learn them from fewer documents
 BATCH = 4096
 
 
@@ -46,14 +46,14 @@ def find_neighbors(
     Args:
       vectors_NxD: rows of length 1.
       k: neighbours per document, at least 1; may exceed N - 1.
-      brute_force_below: number of documents from which on the search is approximate.
+      brute_force_below: from this number of documents on, the search is approximate.
 
     Raises:
       InputError: a row has a value that is not finite or a length other than 1, `k` is below 1, or
         ScaNN is not installed.
     """
     if k < 1:
-        raise InputError(f"neighbours per document: got {k}, takes at least 1")
+        raise InputError(f"k: got {k} neighbours per document, must be at least 1")
     _check_unit_rows(vectors_NxD)
     num_docs = len(vectors_NxD)
     ids_NxK = np.full((num_docs, k), -1, np.int32)
@@ -77,7 +77,10 @@ def find_neighbors(
 
 
 def recall(approximate_ids_NxK: np.ndarray, exact_ids_NxK: np.ndarray) -> float:
-    """Returns the share of the exact neighbours that the approximate ones hold; ids -1 are none."""
+    """Returns the share of the exact neighbours that are among the approximate ones.
+
+    An id of -1 stands for no neighbour.
+    """
     exact_per_doc = [set(row) - {-1} for row in exact_ids_NxK.tolist()]
     hits = sum(
         len(exact.intersection(row))
@@ -87,9 +90,9 @@ def recall(approximate_ids_NxK: np.ndarray, exact_ids_NxK: np.ndarray) -> float:
 
 
 def _check_unit_rows(vectors_NxD: np.ndarray) -> None:
-    """Raises at the first row that is not of length 1: NaN or Inf would kill the process."""
+    """Raises at the first row whose length is not 1; NaN or Inf would kill the process in ScaNN."""
     if vectors_NxD.ndim != 2:
-        raise InputError(f"vectors: got shape {vectors_NxD.shape}, takes [documents, dimensions]")
+        raise InputError(f"vectors: got shape {vectors_NxD.shape}, must be [documents, dimensions]")
     with np.errstate(over="ignore", invalid="ignore"):
         norms_N = np.sqrt(np.einsum("nd,nd->n", vectors_NxD, vectors_NxD))
     good_N = np.abs(norms_N - 1) < 1e-3  # false for NaN too
@@ -97,8 +100,8 @@ def _check_unit_rows(vectors_NxD: np.ndarray) -> None:
         row = int(np.argmin(good_N))
         finite = "finite values" if np.isfinite(vectors_NxD[row]).all() else "NaN or Inf"
         raise InputError(
-            f"vectors: row {row} has {finite} and length {norms_N[row]:g}, takes finite values "
-            "and length 1"
+            f"vectors: row {row} has {finite} and length {norms_N[row]:g}, must have finite "
+            "values and length 1"
         )
 
 
@@ -109,8 +112,8 @@ def _build(vectors_NxD: np.ndarray, num_neighbors: int, use_tree: bool) -> tuple
         return builder.score_brute_force().build(), "ScaNN brute force"
     leaves = int(len(vectors_NxD) ** 0.5)
     searched = max(1, round(leaves * SEARCHED_SHARE))
-    # k-means++ (random_init=False): random initial centres differ from process to process, since
-    # ScaNN draws them through a hash of addresses in memory.
+    # k-means++ (random_init=False): random initial centres would differ from process to process,
+    # since ScaNN draws them through a hash of addresses in memory.
     builder.tree(leaves, searched, training_sample_size=TRAINING_SAMPLE, random_init=False)
     # Two dimensions per block: with four, recall falls by half.
     builder.score_ah(2, training_sample_size=TRAINING_SAMPLE)
@@ -124,9 +127,9 @@ def _import_scann() -> Any:
         import scann
     except ImportError as error:
         raise InputError(
-            f"similarity order needs ScaNN ({error}): pip install scann==1.4.2, which has wheels "
-            "for Linux on x86-64 and aarch64 with Python up to 3.13; without it "
-            "prepare --order=random, training and evaluation work"
+            f"similarity order requires ScaNN ({error}): pip install scann==1.4.2, which has wheels for "
+            "Linux on x86-64 and aarch64 with Python up to 3.13; random order, training and "
+            "evaluation work without it"
         ) from None
     return scann
 
@@ -136,7 +139,8 @@ def _keep_others(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Moves each query itself and ScaNN's padding to the end of the row as (-1, -inf).
 
-    A query is known by its id, not by its column: a duplicate may come before it, or push it out.
+    A query is recognized by its id, not by its column: a duplicate may come before it or take its
+    place.
     ScaNN pads with id 0 and similarity NaN.
     """
     drop_BxC = (ids_BxC == own_ids_B[:, None]) | ~np.isfinite(similarities_BxC)

@@ -19,24 +19,25 @@ def order_by_similarity(
 ) -> np.ndarray:
     """Returns a permutation of the documents in which each is followed by a similar one.
 
-    The chain goes on with the most similar unused neighbour of its last document (of equals, the
-    lowest id). Where that has none left, it goes on from the latest of the `backtrack` documents
-    before that has one. Where none has, it restarts at the unused document with the fewest unused
-    neighbours, which would become unreachable soonest; of equals, at the one that lost a neighbour
-    last, which is related to the end of the chain. Before any has lost one, `seed` decides.
+    The chain continues with the most similar unused neighbour of its last document (the lowest id
+    among equals). If that document has none left, the chain continues from the latest of the
+    `backtrack` documents before it that has one. If none of them has one, it restarts at the unused
+    document with the fewest unused neighbours, which would become unreachable soonest. Among
+    equals, it restarts at the one that lost a neighbour last, which is related to the end of the
+    chain. Before any document has lost a neighbour, `seed` decides.
 
     Args:
       neighbors_NxK: ids of each document's neighbours, -1 for none.
       similarities_NxK: their similarities.
-      seed: decides between documents that nothing else tells apart.
-      backtrack: documents to go back before a restart, at least 0.
+      seed: decides between documents that nothing else distinguishes.
+      backtrack: how many documents to go back before a restart, at least 0.
 
     Returns:
       int64 `[N]`.
     """
     num_docs = len(neighbors_NxK)
     if neighbors_NxK.shape != similarities_NxK.shape:
-        raise ValueError(f"{neighbors_NxK.shape} ids but {similarities_NxK.shape} similarities")
+        raise ValueError(f"got {neighbors_NxK.shape} ids but {similarities_NxK.shape} similarities")
     if neighbors_NxK.size and not -1 <= neighbors_NxK.min() <= neighbors_NxK.max() < num_docs:
         raise ValueError(f"neighbour ids outside -1..{num_docs - 1}")
     first_ranks_N = np.random.default_rng(seed).permutation(num_docs)
@@ -59,8 +60,8 @@ def _chain(neighbors_NxK, similarities_NxK, first_ranks_N, backtrack):  # type: 
     num_docs, width = neighbors_NxK.shape
     starts, sources = _reverse(neighbors_NxK)
 
-    # Unused documents in one doubly linked list per number of unused neighbours (a bucket), so
-    # that each of the N x K changes of a number takes constant time.
+    # The unused documents are in one doubly linked list per number of unused neighbours (a bucket),
+    # so that each of the N x K changes of such a number takes constant time.
     unused_neighbors = np.zeros(num_docs, np.int64)
     used = np.zeros(num_docs, np.bool_)
     heads = np.full(width + 1, -1, np.int64)

@@ -1,4 +1,4 @@
-"""Train, validation and test by origin: nothing of one origin is ever on two sides."""
+"""The split into train, validation and test by origin: no origin is ever on two sides."""
 
 import hashlib
 from collections import Counter, defaultdict
@@ -8,7 +8,8 @@ from lory_jax.errors import InputError
 from lory_jax.preparation.documents import Document
 
 FEWEST_ORIGINS = 3
-OVERSHOOT = 1.5  # an origin joins an evaluation split if it fills no domain above this share of it
+# An origin joins an evaluation split if it fills no domain beyond this multiple of the split's share.
+OVERSHOOT = 1.5
 
 
 def split_by_origin(
@@ -16,8 +17,8 @@ def split_by_origin(
 ) -> dict[str, list[Document]]:
     """Splits documents into `train`, `validation` and `test`, in the order given.
 
-    Origins are taken in an order that hashing them with the seed decides, so a re-run, or a corpus
-    with more documents, gives nearly the same split.
+    Origins are assigned in the order of their hashes with the seed. A second run gives the same
+    split, and a corpus with more documents gives nearly the same.
 
     Raises:
       InputError: a domain has too few origins for three sides.
@@ -32,7 +33,7 @@ def split_by_origin(
         origins = sum(domain in of_origin for of_origin in sizes.values())
         if origins < FEWEST_ORIGINS:
             raise InputError(
-                f"domain {domain!r}: has {origins} origins, takes at least {FEWEST_ORIGINS} "
+                f"domain {domain!r}: has {origins} origins, requires at least {FEWEST_ORIGINS} "
                 "(packages, directories or sources), one each for train, validation and test"
             )
     order = sorted(sizes, key=lambda origin: hashlib.sha256(f"{seed}:{origin}".encode()).digest())
@@ -55,7 +56,7 @@ def _fill(
     totals: Counter[str],
     side: dict[str, str],
 ) -> None:
-    """Gives origins to a split until it has its share of every domain."""
+    """Assigns origins to a split until it has its share of every domain."""
     filled: Counter[str] = Counter()
 
     def needs(domain: str) -> bool:
@@ -69,14 +70,14 @@ def _fill(
         if origin not in side and fits and any(map(needs, sizes[origin])):
             side[origin] = split
             filled.update(sizes[origin])
-    # A domain of a few big origins got none: it gives its smallest.
+    # A domain with only a few big origins may have received none: it gives its smallest.
     for domain in sorted(totals):
         if not filled[domain]:
             free = [o for o in order if domain in sizes[o] and o not in side]
             if len(free) < 2:
                 raise InputError(
                     f"domain {domain!r}: shares its origins with other domains, and none is left "
-                    f"for {split}; takes text from more origins"
+                    f"for {split}; give text from more origins"
                 )
             smallest = min(free, key=lambda o: sizes[o][domain])
             side[smallest] = split

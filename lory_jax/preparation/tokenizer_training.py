@@ -1,4 +1,4 @@
-"""Training a byte-level BPE tokenizer on documents."""
+"""Trains a byte-level BPE tokenizer on documents."""
 
 import sys
 from collections.abc import Iterable
@@ -11,16 +11,19 @@ from lory_jax.errors import InputError
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains byte-level BPE: any text has an encoding, and decodes to itself.
+    """Trains byte-level BPE: every text has an encoding, which decodes to the text.
 
     Args:
       texts: what to learn the merges from.
-      vocab_size: tokens wanted, with the 256 bytes, `<s>` (id 0) and `</s>` (id 1); a small
-        corpus can give fewer.
+      vocab_size: tokens wanted, including the 256 bytes, `<s>` (id 0) and `</s>` (id 1); a small
+        corpus may give fewer.
+
+    Raises:
+      InputError: `vocab_size` is too small for the bytes, BOS and EOS.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise InputError(
-            f"vocabulary size: got {vocab_size}, takes at least {SMALLEST_VOCABULARY} "
+            f"vocab_size: got {vocab_size}, must be at least {SMALLEST_VOCABULARY} "
             "(256 bytes, BOS and EOS)"
         )
     tokenizer = tokenizers.Tokenizer(models.BPE())

@@ -1,4 +1,4 @@
-"""Documents to vectors with no downloaded weights: hashed latent semantic analysis.
+"""Documents to vectors without downloaded weights: hashed latent semantic analysis.
 
     text -> hashed token counts -> (1 + log tf) idf -> L2 -> randomised truncated SVD -> L2
 
@@ -18,10 +18,11 @@ NUM_FEATURES = 2**16
 FIT_SAMPLE = 20_000
 BATCH = 2048
 
-# Pieces of identifiers (split at underscores and capitals), digits and letters beyond ASCII, runs
-# of punctuation, and how lines begin: prose, code and headers differ as much in form as in words.
-# Against whole identifiers alone, on 16,000 documents of a Python installation, the share of the
-# same kind of text among the nearest ten rose from .88 to .95, of the same package from .59 to .67.
+# A token is a piece of an identifier (split at underscores and capitals), digits and letters beyond
+# ASCII, a run of punctuation, or the beginning of a line: prose, code and headers differ as much in
+# form as in words. On 16,000 documents of a Python installation, compared with whole identifiers
+# only, the share of the ten nearest documents that are of the same kind of text rose from .88 to
+# .95, and of the same package from .59 to .67.
 TOKEN_PATTERN = r"[A-Z]?[a-z]+|[A-Z]+|[^\W_A-Za-z]+|[^\w\s]+|\n *"
 
 
@@ -47,7 +48,7 @@ class Embedder:
 
         Args:
           texts: the documents, at least one.
-          dim: dimensions D of the vectors; with fewer than D documents the spare ones stay zero.
+          dim: dimensions D of the vectors; with fewer than D documents, the rest stay zero.
           seed: decides the sample and the start of the SVD.
 
         Raises:
@@ -57,7 +58,7 @@ class Embedder:
         from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
         if not texts:
-            raise InputError("embedding: got 0 documents, takes at least 1")
+            raise InputError("embedding: got 0 documents, requires at least 1")
         rng = np.random.default_rng(seed)
         sample = np.sort(rng.choice(len(texts), min(len(texts), FIT_SAMPLE), replace=False))
         counts_NxV = _count_tokens([texts[i] for i in sample])
@@ -66,7 +67,7 @@ class Embedder:
 
         projection_VxD = np.zeros((NUM_FEATURES, dim), np.float32)
         rank = min(dim, len(sample))
-        # One thread, since BLAS sums in another order with another number of them.
+        # One thread, because BLAS sums in another order with another number of threads.
         with threadpool_limits(1):
             _, _, right_RxV = randomized_svd(_weigh(counts_NxV, idf_V), rank, random_state=seed)
         projection_VxD[:, :rank] = right_RxV.T
@@ -86,7 +87,7 @@ class Embedder:
             weights_BxV = _weigh(_count_tokens(batch), self.idf_V)
             vectors_NxD[start : start + len(batch)] = weights_BxV @ self.projection_VxD
         norms_N = np.linalg.norm(vectors_NxD, axis=1)
-        # What rounding leaves of a vector that should be zero is no direction either.
+        # What rounding leaves of a vector that should be zero is not a direction.
         unknown_N = norms_N < 1e-6
         vectors_NxD[unknown_N] = 0
         vectors_NxD[unknown_N, -1] = 1

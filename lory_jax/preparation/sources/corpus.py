@@ -1,4 +1,4 @@
-"""Documents from wherever they are: a Python installation, text files, JSON lines, or TFDS."""
+"""Reads documents from a Python installation, text files, JSON lines or TFDS."""
 
 import hashlib
 import json
@@ -21,9 +21,9 @@ def read_corpus(
       source: `python` (this installation), a directory of UTF-8 text files (domain: top folder), a
         `.jsonl` file (`text`, optional `domain` and `source`), or `tfds:NAME/config:split`.
       min_bytes: shorter documents are dropped.
-      max_bytes: longer ones are cut at empty lines.
-      max_domain_bytes: bytes kept per domain, of documents that the seed picks; 0 keeps all.
-      seed: of that choice.
+      max_bytes: longer documents are cut at empty lines.
+      max_domain_bytes: bytes kept per domain, in documents that the seed picks; 0 keeps all.
+      seed: decides which documents are kept.
 
     Returns:
       Documents without exact duplicates, grouped by domain and origin, in natural order.
@@ -57,13 +57,15 @@ def _read(source: str, max_domain_bytes: int, seed: int) -> Iterator[Document]:
         yield from read_json_lines(Path(source))
     else:
         raise InputError(
-            f"--source: got {source!r}, takes python, an existing directory, an existing .jsonl "
+            f"source: got {source!r}, must be python, an existing directory, an existing .jsonl "
             "file, or tfds:NAME/config:split"
         )
 
 
 def read_directory(root: Path) -> Iterator[Document]:
-    """Every file below `root`: domain is the top folder, origin the next file or folder in it.
+    """Yields the text of every file below `root`.
+
+    The domain is the top folder, the origin the file or folder below it.
 
     Hidden files are skipped; `.jsonl` files are read as JSON lines.
     """
@@ -79,7 +81,10 @@ def read_directory(root: Path) -> Iterator[Document]:
 
 
 def read_json_lines(path: Path) -> Iterator[Document]:
-    """One object a line: `text`, optional `domain` (else the file's name) and `source`."""
+    """Yields one document per line, an object with `text` and, optionally, `domain` and `source`.
+
+    The domain is the file's name by default. A document without a source is an origin of its own.
+    """
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -89,20 +94,21 @@ def read_json_lines(path: Path) -> Iterator[Document]:
             fields = None
         if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
             raise InputError(
-                f"{path}:{number}: got {line[:40]!r}, takes a JSON object with a string text"
+                f"{path}:{number}: got {line[:40]!r}, must be a JSON object with a string `text`"
             )
         yield _from_fields(fields, path.stem, where=f"{path}:{number}")
 
 
 def read_tfds(source: str) -> Iterator[Document]:
-    """`tfds:NAME/config:split`, already prepared in the array_record format; no TensorFlow needed.
+    """Yields the examples of `tfds:NAME/config:split`, without TensorFlow.
 
-    Examples need a feature `text` and may have `domain` and `source`.
+    The data set must be prepared in the array_record format. Its examples must have a feature
+    `text` and may have `domain` and `source`.
     """
     try:
         import tensorflow_datasets as tfds
     except ImportError:
-        raise InputError(f"{source}: needs pip install tensorflow-datasets") from None
+        raise InputError(f"{source}: requires pip install tensorflow-datasets") from None
     name, _, split = source.removeprefix("tfds:").partition(":")
     try:
         examples = tfds.builder(name).as_data_source(split=split or "train")
@@ -114,12 +120,14 @@ def read_tfds(source: str) -> Iterator[Document]:
     ) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(
-            f"{source}: cannot be read ({reason}); takes a data set prepared with "
+            f"{source}: cannot be read ({reason}); must be a data set prepared with "
             "download_and_prepare(file_format='array_record') in $TFDS_DATA_DIR"
         ) from None
     for example in examples:
         if "text" not in example:
-            raise InputError(f"{source}: got features {sorted(example)}, takes a feature text")
+            raise InputError(
+                f"{source}: got features {sorted(example)}, must include a feature `text`"
+            )
         fields = {
             name: value.decode() if isinstance(value := example[name], bytes) else str(value)
             for name in ("text", "domain", "source")
@@ -134,7 +142,9 @@ def _from_fields(fields: dict[str, Any], default_domain: str, where: str) -> Doc
         "".join(map(str, fields.values())).encode()
     except UnicodeEncodeError as error:
         bad = ascii(error.object[error.start])
-        raise InputError(f"{where}: got {bad}, half a character; takes valid Unicode") from None
+        raise InputError(
+            f"{where}: got {bad}, half of a surrogate pair; must be valid Unicode"
+        ) from None
     origin = fields.get("source") or hashlib.sha256(text.encode()).hexdigest()
     return Document(text, str(fields.get("domain") or default_domain), str(origin))
 
@@ -146,12 +156,12 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path}: not UTF-8 at byte {error.start} (0x{contents[error.start]:02x}); convert it "
-            "or move it away"
+            "or move it elsewhere"
         ) from None
 
 
 def _without_duplicates(documents: Sequence[Document]) -> list[Document]:
-    """Keeps the first of documents that are equal but for white space at their ends."""
+    """Keeps the first of documents that are equal apart from white space at their ends."""
     seen: set[bytes] = set()
     kept = []
     for document in documents:
@@ -163,7 +173,7 @@ def _without_duplicates(documents: Sequence[Document]) -> list[Document]:
 
 
 def _cap(documents: Sequence[Document], max_domain_bytes: int, seed: int) -> list[Document]:
-    """Documents in an order the seed decides fill each domain; the natural order is kept."""
+    """Fills each domain with documents that the seed picks, and keeps their natural order."""
     if not max_domain_bytes:
         return list(documents)
 

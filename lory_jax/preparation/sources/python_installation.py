@@ -21,9 +21,9 @@ from lory_jax.preparation.documents import Document, join_pieces, split_long
 
 UNIT_BYTES = 320  # neighbouring pieces are joined up to about this size
 LONGEST_UNIT_BYTES = 2000
-LONG_DOCSTRING_BYTES = 200  # longer ones are prose, not part of the code around them
+LONG_DOCSTRING_BYTES = 200  # from this size on, a docstring is prose and not part of its code
 BIG_PACKAGE_BYTES = 200_000
-LARGEST_ORIGIN_SHARE = 0.04  # of a domain: no single package or program fills it
+LARGEST_ORIGIN_SHARE = 0.04  # of a domain, so that no single package or program fills it
 
 SKIPPED_DIRECTORIES = {"test", "tests", "testing", "__pycache__", "site-packages", "idlelib"}
 VENDOR_DIRECTORIES = {"_vendor", "vendor", "vendored", "_vendored", "extern", "third_party"}
@@ -36,7 +36,14 @@ Units = list[tuple[str, str]]  # (domain, text)
 
 @dataclass(frozen=True)
 class File:
-    """A file to read: `name` is its path in the installation, `origin` what the split keeps."""
+    """A file to read.
+
+    Attributes:
+      path: where it lies.
+      name: its path in the installation, the same on every machine.
+      origin: the origin of its documents.
+      read: what reads it.
+    """
 
     path: Path
     name: str
@@ -45,7 +52,7 @@ class File:
 
 
 def read_python_installation(max_domain_bytes: int, seed: int) -> list[Document]:
-    """The documents of the running interpreter's installation and of the system around it."""
+    """Returns the documents of the running interpreter's installation and of its system."""
     paths = sysconfig.get_paths()
     packages = [Path(paths[name]) for name in ("stdlib", "purelib", "platlib")]
     files = package_files(dict.fromkeys(packages)) + header_files(Path(paths["include"]))
@@ -54,9 +61,10 @@ def read_python_installation(max_domain_bytes: int, seed: int) -> list[Document]
 
 
 def read_files(files: Sequence[File], max_domain_bytes: int, seed: int) -> list[Document]:
-    """Reads files in an order that the seed decides, until every domain they can give is full.
+    """Reads files, in an order that the seed decides, until every domain they can give is full.
 
-    Returns the documents by name, so that units of one file follow each other; 0 reads all.
+    With `max_domain_bytes` 0, all are read. Documents are returned in the order of their files'
+    names, so that the units of one file follow each other.
     """
     sizes: Counter[str] = Counter()
     origin_sizes: Counter[tuple[str, str]] = Counter()
@@ -93,7 +101,7 @@ def read_files(files: Sequence[File], max_domain_bytes: int, seed: int) -> list[
 
 
 def is_clean(text: str) -> bool:
-    """False for tables of numbers, encoded data and minified code."""
+    """Returns False for tables of numbers, encoded data and minified code."""
     letters = sum(character.isalpha() or character in " _" for character in text)
     return letters > 0.6 * len(text) and max(map(len, text.splitlines()), default=0) < 400
 
@@ -102,7 +110,7 @@ def is_clean(text: str) -> bool:
 
 
 def package_files(roots: Sequence[Path] | dict[Path, None]) -> list[File]:
-    """The sources, stubs, headers and texts below package directories such as site-packages."""
+    """Returns the sources, stubs, headers and texts below directories such as site-packages."""
     readers: dict[str, Callable[[Path], Units]] = {".py": python_code, ".pyi": stubs}
     readers |= dict.fromkeys(HEADER_SUFFIXES, headers) | dict.fromkeys(TEXT_SUFFIXES, text_file)
     files = []
@@ -125,7 +133,7 @@ def package_files(roots: Sequence[Path] | dict[Path, None]) -> list[File]:
 
 
 def package_origin(relative: Path, is_big: bool) -> str:
-    """The package a file belongs to; a vendored copy belongs to the package it is a copy of.
+    """Returns the package of a file; a vendored copy belongs to the package it was copied from.
 
     A big package is divided by the name of the file's directory (or module), so that its code,
     stubs and headers of one topic stay together.
@@ -141,7 +149,7 @@ def package_origin(relative: Path, is_big: bool) -> str:
 
 
 def header_files(include: Path) -> list[File]:
-    """The headers of Python itself."""
+    """Returns the headers of Python itself."""
     paths = sorted(path for path in include.rglob("*.h") if "site-packages" not in path.parts)
     return [
         File(
@@ -155,7 +163,7 @@ def header_files(include: Path) -> list[File]:
 
 
 def manual_files(manuals: Path, documentation: Path) -> list[File]:
-    """English manual pages, and the READMEs of system packages; either directory may be missing."""
+    """Returns English manual pages and READMEs of system packages; a directory may be missing."""
     pages = sorted(manuals.glob("man[1-8]/*.gz"))
     files = [
         File(path, f"man/{path.name}", f"man:{re.split(r'[-_.:]', path.name)[0].lower()}", manual)
@@ -176,11 +184,11 @@ def _read(file: File) -> Units:
     try:
         return file.read(file.path)
     except (SyntaxError, ValueError, OSError, EOFError, RecursionError):
-        return []  # not ours to mend: Python 2 templates, other encodings, dangling links
+        return []  # Python 2 templates, other encodings and dangling links are left out
 
 
 def python_code(path: Path) -> Units:
-    """Functions and methods without their long docstrings, and those docstrings as prose."""
+    """Returns functions and methods without their long docstrings, and those docstrings as prose."""
     source = path.read_text("utf-8")
     lines = source.splitlines(keepends=True)
     tree = ast.parse(source)
@@ -201,14 +209,14 @@ def python_code(path: Path) -> Units:
 
 
 def stubs(path: Path) -> Units:
-    """Classes and functions of a type stub, neighbours joined; overloads thus stay together."""
+    """Returns classes and functions of a type stub, with neighbours joined: overloads stay together."""
     source = path.read_text("utf-8")
     pieces = _definitions(ast.parse(source).body, source.splitlines(keepends=True))
     return [("stubs", unit) for unit in join_pieces(pieces, UNIT_BYTES)]
 
 
 def _definitions(body: Sequence[ast.stmt], lines: Sequence[str]) -> Iterator[str]:
-    """The source of every function, and of every class whole or, if it is long, by its members."""
+    """Yields the source of every function, and of every class, whole or, if long, by its members."""
     for node in body:
         if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             continue
@@ -221,21 +229,21 @@ def _definitions(body: Sequence[ast.stmt], lines: Sequence[str]) -> Iterator[str
 
 
 def headers(path: Path) -> Units:
-    """Declarations with their comments: paragraphs, neighbours joined, licences left out."""
+    """Returns declarations with their comments: paragraphs, joined, without licences."""
     paragraphs = _paragraphs(path.read_text("utf-8"))
     kept = (text for text in paragraphs if not BOILERPLATE.search(text))
     return [("headers", unit) for unit in join_pieces(kept, UNIT_BYTES)]
 
 
 def text_file(path: Path) -> Units:
-    """The paragraphs of a documentation file, neighbours joined."""
+    """Returns the paragraphs of a documentation file, with neighbours joined."""
     if BOILERPLATE.search(path.name) or path.parent.name.endswith(("-info", "licenses")):
         return []
     return _prose(path.read_text("utf-8"))
 
 
 def metadata(path: Path) -> Units:
-    """The long description of an installed distribution: its README."""
+    """Returns the long description of an installed distribution, which is its README."""
     _, _, description = path.read_text("utf-8").partition("\n\n")
     return _prose(description)
 
@@ -246,7 +254,7 @@ def _prose(text: str) -> Units:
 
 
 def manual(path: Path) -> Units:
-    """The sections of a manual page in its roff source, or the paragraphs of a README."""
+    """Returns the sections of a manual page in its roff source, or the paragraphs of a README."""
     contents = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     text = contents.decode("utf-8")
     without_comments = re.sub(r'(?m)^[.\']\\".*\n', "", text)
