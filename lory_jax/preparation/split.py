@@ -8,7 +8,7 @@ from lory_jax.errors import InputError
 from lory_jax.preparation.documents import Document
 
 FEWEST_ORIGINS = 3
-# An origin joins an evaluation split if it fills no domain beyond this multiple of the split's share.
+# An origin joins an evaluation split if it fills no domain beyond this multiple of its share.
 OVERSHOOT = 1.5
 
 

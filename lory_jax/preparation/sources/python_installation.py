@@ -188,7 +188,7 @@ def _read(file: File) -> Units:
 
 
 def python_code(path: Path) -> Units:
-    """Returns functions and methods without their long docstrings, and those docstrings as prose."""
+    """Returns functions and methods without long docstrings, and those docstrings as prose."""
     source = path.read_text("utf-8")
     lines = source.splitlines(keepends=True)
     tree = ast.parse(source)
@@ -209,14 +209,14 @@ def python_code(path: Path) -> Units:
 
 
 def stubs(path: Path) -> Units:
-    """Returns classes and functions of a type stub, with neighbours joined: overloads stay together."""
+    """Returns classes and functions of a type stub; neighbours, such as overloads, are joined."""
     source = path.read_text("utf-8")
     pieces = _definitions(ast.parse(source).body, source.splitlines(keepends=True))
     return [("stubs", unit) for unit in join_pieces(pieces, UNIT_BYTES)]
 
 
 def _definitions(body: Sequence[ast.stmt], lines: Sequence[str]) -> Iterator[str]:
-    """Yields the source of every function, and of every class, whole or, if long, by its members."""
+    """Yields the source of every function and class; of a long class, that of its members."""
     for node in body:
         if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             continue
