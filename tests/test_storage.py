@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lory_jax.data.batches import TrainingBatches, evaluation_sets
-from lory_jax.data.manifest import local_files, read_manifest
+from lory_jax.data.prepared import PreparedData
 from lory_jax.errors import InputError
 from lory_jax.storage import Staging, Uploads, send, storage_path, write_atomically
 from tests.support.emulators import object_store
@@ -46,18 +45,19 @@ def compared(workdir: Path) -> list[list]:
 
 def test_data_are_copied_to_the_cache_and_checked(store):
     bucket, directory = store
-    remote, local = f"{bucket}/data", directory / "data"
-    manifest = read_manifest(remote)
-    assert manifest == read_manifest(local)
+    remote = PreparedData.open(f"{bucket}/data")
+    local = PreparedData.open(directory / "data")
+    assert (remote.manifest, remote.digest) == (local.manifest, local.digest)
     settings = {"sequence_length": 24, "vocab_size": 300, "global_batch_size": 4, "seed": 0}
-    here, there = (TrainingBatches(where, **settings) for where in (local, remote))
+    here, there = (data.training_batches(**settings) for data in (local, remote))
     for a, b, _ in zip(here.iterate(3), there.iterate(3), range(3), strict=False):
         assert (a == b).all()
-    copy = local_files(manifest, remote, "train/")
+    copy = remote.local_files("train/")
     assert directory / "cache" in copy.parents
     assert not (copy / "test").exists()  # only what is asked for
-    for domain, rows in evaluation_sets(remote, "test").items():
-        assert (rows == evaluation_sets(local, "test")[domain]).all()
+    assert remote.tokenizer.sha256 == local.tokenizer.sha256
+    for domain, rows in remote.held_out("test").items():
+        assert (rows == local.held_out("test")[domain]).all()
 
 
 @pytest.mark.parametrize("damage", ["flipped", "missing"])
@@ -75,14 +75,14 @@ def test_damaged_and_missing_remote_files_are_named(store, damage, monkeypatch, 
         shard.unlink()
     monkeypatch.setenv("LORY_CACHE", str(tmp_path))
     with pytest.raises(InputError, match=f"{shard}: (damaged|missing)"):
-        local_files(read_manifest(remote), remote, "train/")
+        PreparedData.open(remote).local_files("train/")
     assert not list(tmp_path.rglob("*.array_record*"))
 
 
 def test_not_prepared(store):
     bucket, _ = store
     with pytest.raises(InputError, match=f"{bucket}/nothing: has no manifest.json"):
-        read_manifest(f"{bucket}/nothing")
+        PreparedData.open(f"{bucket}/nothing")
 
 
 def test_a_killed_run_in_the_bucket_resumes_as_one_never_stopped(store):

@@ -127,9 +127,9 @@ def _import_scann() -> Any:
         import scann
     except ImportError as error:
         raise InputError(
-            f"similarity order requires ScaNN ({error}): pip install scann==1.4.2, which has wheels for "
-            "Linux on x86-64 and aarch64 with Python up to 3.13; random order, training and "
-            "evaluation work without it"
+            f"similarity order requires ScaNN ({error}): pip install scann==1.4.2, which has "
+            "wheels for Linux on x86-64 and aarch64 with Python up to 3.13; random order, training "
+            "and evaluation work without it"
         ) from None
     return scann
 

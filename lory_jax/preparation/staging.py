@@ -55,6 +55,7 @@ def staging_directory(out: Path) -> Iterator[Path]:
         # can be removed.
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        os.close(lock)
         raise InputError(f"out: another prepare is writing {out}") from None
     for leftover in staging.iterdir():
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()

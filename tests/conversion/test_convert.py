@@ -13,6 +13,7 @@ import pytest
 import lory_jax
 from lory_jax import convert, evaluate
 from lory_jax.config import load_config
+from lory_jax.data.prepared import PreparedData
 from lory_jax.errors import ConfigError, InputError
 from lory_jax.model.config import ModelConfig
 from lory_jax.run.checkpoints import Checkpoints
@@ -42,7 +43,7 @@ def write_run(workdir, data, experts=4, **model):
     recipe = write_recipe(workdir.parent)
     overrides = [(f"model.{name}", value) for name, value in model.items()]
     config = load_config(f"{recipe}:experts={experts}", overrides)
-    open_workdir(workdir, config.to_dict(), data)
+    open_workdir(workdir, config.to_dict(), PreparedData.open(data))
     params = params_of(ModelConfig(**config.model))
     checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
     checkpoints.save(jax.device_put({"step": np.int32(7), "params": params}), EXPERTS)
@@ -85,10 +86,10 @@ def test_a_run_begun_before_a_field_existed_goes_on(data, tmp_path):
     old = {**config, "model": dict(config["model"])}
     del old["model"]["num_kv_heads"]
     (workdir / "config.json").write_text(json.dumps(old))
-    open_workdir(workdir, config, data)
+    open_workdir(workdir, config, PreparedData.open(data))
     config["model"]["num_kv_heads"] = 1
     with pytest.raises(InputError, match="num_kv_heads: found 0, wanted 1"):
-        open_workdir(workdir, config, data)
+        open_workdir(workdir, config, PreparedData.open(data))
 
 
 def test_the_largest_experts_alone_are_merged(run, tmp_path):

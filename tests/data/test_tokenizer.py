@@ -62,11 +62,6 @@ def test_any_ids_decode_alike_as_bytes_and_as_text(tokenizer, ids):
     assert len(raw) == tokenizer.token_bytes[ids].sum()
 
 
-def test_every_byte_has_a_token(tokenizer):
-    single = {tokenizer.decode_bytes([id]) for id in range(tokenizer.vocab_size)}
-    assert {bytes([byte]) for byte in range(256)} <= single
-
-
 @pytest.mark.parametrize("text", ["<s>", "a</s>b", "<s></s><s>", "if x<s>y"])
 def test_special_tokens_spelled_out_are_ordinary_text(tokenizer, text):
     ids = tokenizer.encode(text)
@@ -87,12 +82,6 @@ def test_batches_equal_single_texts(tokenizer):
     assert tokenizer.encode_batch([]) == []
 
 
-def test_training_twice_gives_the_same_file(tokenizer, tmp_path):
-    train_tokenizer(TEXTS, 320).save(tmp_path / "again.json")
-    tokenizer.save(tmp_path / "first.json")
-    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "first.json").read_bytes()
-
-
 def test_saved_and_loaded_is_the_same(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "t.json")
     loaded = Tokenizer.load(tmp_path / "t.json")
@@ -107,15 +96,6 @@ def test_truncation_asked_for_by_a_file_is_turned_off(tokenizer, tmp_path):
     raw.enable_truncation(2)
     raw.enable_padding(length=50)
     assert Tokenizer(raw.to_str()).encode(TEXTS[1]) == tokenizer.encode(TEXTS[1])
-
-
-def test_a_small_corpus_gives_a_small_vocabulary():
-    assert train_tokenizer(["ab" * 5], 1000).vocab_size <= 262
-
-
-def test_a_vocabulary_without_room_for_the_bytes_is_refused():
-    with pytest.raises(InputError, match="at least 258"):
-        train_tokenizer(TEXTS, 200)
 
 
 def test_bytes_of_a_llama_style_tokenizer():

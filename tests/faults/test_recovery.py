@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lory_jax.data.batches import Lookahead, TrainingBatches
+from lory_jax.data.batches import Lookahead, TrainingInstances
+from lory_jax.data.prepared import PreparedData
 from lory_jax.errors import InputError
 from lory_jax.run.directory import check_same_run
 from lory_jax.run.lock import WorkdirLock, holder
@@ -196,15 +197,12 @@ def flipped(path: Path, offset: int, bit: int) -> bytes:
     return before
 
 
-SIZES = {"sequence_length": 24, "vocab_size": 300, "global_batch_size": 4, "seed": 0}
-
-
 def test_a_flipped_bit_in_a_shard_is_named_or_changes_nothing(tmp_path):
     data = write_prepared(tmp_path / "data")
     shard = next((data / "train").iterdir())
 
     def read_all():
-        source = TrainingBatches(data, **SIZES)._source
+        source = TrainingInstances(PreparedData.open(data).manifest, data)
         return np.stack([source[i] for i in range(len(source))])
 
     expected, rng, named = read_all(), random.Random(0), 0

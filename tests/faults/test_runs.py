@@ -8,9 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-from lory_jax.data.batches import TrainingBatches
+from lory_jax.data.batches import TrainingInstances
+from lory_jax.data.prepared import PreparedData
 from lory_jax.errors import InputError
-from tests.faults.test_recovery import SIZES, flipped
+from tests.faults.test_recovery import flipped
 from tests.support.faults import Run, assert_same_run, last_step, lines_of
 from tests.support.tiny import (
     ROOT,
@@ -22,6 +23,8 @@ from tests.support.tiny import (
 )
 
 pytestmark = pytest.mark.faults
+
+SIZES = {"sequence_length": 24, "vocab_size": 300, "global_batch_size": 4, "seed": 0}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,7 @@ def test_a_run_without_numbers_stops_and_says_where(site):
     lines = map(json.loads, (run.workdir / "metrics.jsonl").read_text().splitlines())
     skipped = [line["step"] for line in lines if line.get("skipped")]
     assert found["step"] == skipped[2] and found["in_a_row"] == 3
-    ids = TrainingBatches(site / "data", **SIZES).record_ids(found["step"] - 1)
+    ids = PreparedData.open(site / "data").training_batches(**SIZES).record_ids(found["step"] - 1)
     assert found["record_ids"] == ids.tolist()
     assert len(found["gradient_norms"]["layers.attention_norm"]) == 2  # layer by layer
     assert max(found["parameter_norms"]["layers.ffn.gate"]) > 1e20
@@ -72,12 +75,10 @@ def test_a_damaged_shard_stops_the_run_with_everything_saved(site, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(site / "data", data)
     shard = next((data / "train").iterdir())
-    source = TrainingBatches(data, **SIZES)._source
-    use = {
-        int(record): step
-        for step in range(20)
-        for record in TrainingBatches(data, **SIZES).record_ids(step)
-    }
+    prepared = PreparedData.open(data)
+    source = TrainingInstances(prepared.manifest, data)
+    batches = prepared.training_batches(**SIZES)
+    use = {int(record): step for step in range(20) for record in batches.record_ids(step)}
     used = np.flatnonzero(np.frombuffer(shard.read_bytes(), np.uint8))  # most is padding
     for offset in used[len(used) // 4 :: 31].tolist():
         before = flipped(shard, offset, 0)
@@ -168,13 +169,13 @@ def test_retention_of_a_run_and_what_the_doctor_says(site):
 AUDIT = """
 import sys, lory_jax
 from pathlib import Path
-from lory_jax.data.manifest import load_tokenizer, read_manifest
-from lory_jax.data.batches import evaluation_sets
+from lory_jax.data.prepared import PreparedData
 
 def read():
     lory_jax.load(sys.argv[1])
-    load_tokenizer(read_manifest(sys.argv[2]), sys.argv[2])
-    evaluation_sets(sys.argv[2], "test")
+    data = PreparedData.open(sys.argv[2])
+    data.tokenizer
+    data.held_out("test")
 
 read()  # imports what is imported late
 FORBIDDEN = ("pickle.find_class", "marshal.loads", "exec", "compile", "import", "os.system",

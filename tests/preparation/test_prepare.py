@@ -4,17 +4,15 @@ import random
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lory_jax import prepare
-from lory_jax.data.batches import TrainingBatches, evaluation_sets
-from lory_jax.data.manifest import load_tokenizer, read_manifest
+from lory_jax.data.prepared import PreparedData
 from lory_jax.errors import InputError
+from tests.support.tiny import ROOT
 
-ROOT = Path(__file__).parents[1]
 WORDS = {
     "code": ["def", "return", "self", "import", "class", "None", "while", "yield", "lambda"],
     "prose": ["the", "river", "was", "slow", "and", "quiet", "under", "an", "old", "bridge"],
@@ -94,13 +92,13 @@ def test_the_files_are_those_of_the_contract(prepared):
         for domain in WORDS:
             assert any(name.startswith(f"{split}/{domain}/part-00000-of-") for name in names)
     assert any(name.startswith("train/part-00000-of-") for name in names)
-    manifest = read_manifest(prepared)
+    manifest = PreparedData.open(prepared).manifest
     assert set(manifest.files) == names - {"manifest.json"}
 
 
 def test_the_counts_are_those_of_the_files(prepared):
-    manifest = read_manifest(prepared)
-    tokenizer = load_tokenizer(manifest, prepared)
+    data = PreparedData.open(prepared)
+    manifest, tokenizer = data.manifest, data.tokenizer
     train = read_train(prepared)
     counts = manifest.counts["train"]
     assert len(train) == counts["instances"]
@@ -118,13 +116,13 @@ def test_the_counts_are_those_of_the_files(prepared):
 
 
 def read_train(directory):
-    manifest = read_manifest(directory)
-    count = manifest.counts["train"]["instances"]
-    data = TrainingBatches(
-        directory, sequence_length=64, vocab_size=300, global_batch_size=count, seed=0
+    data = PreparedData.open(directory)
+    count = data.manifest.counts["train"]["instances"]
+    batches = data.training_batches(
+        sequence_length=64, vocab_size=300, global_batch_size=count, seed=0
     )
-    batch = next(data.iterate(0))
-    return batch[np.argsort(data.record_ids(0))]
+    batch = next(batches.iterate(0))
+    return batch[np.argsort(batches.record_ids(0))]
 
 
 def documents_of(stream, tokenizer):
@@ -140,14 +138,17 @@ def test_orders_differ_and_hold_the_same_documents(prepared, corpus, tmp_path):
     again(corpus, out, "--order=random")
     texts = []
     for directory in (prepared, out):
-        tokenizer = load_tokenizer(read_manifest(directory), directory)
+        tokenizer = PreparedData.open(directory).tokenizer
         rows = read_train(directory)
         texts.append(documents_of(np.append(rows[:, :-1].ravel(), rows[-1, -1]), tokenizer))
     lines = (json.loads(line)["text"] for line in corpus.read_text().splitlines())
     assert set(texts[0]) | set(texts[1]) <= set(lines)
     # The cut-off remainder holds at most one document of this size.
     assert len(set(texts[0]) ^ set(texts[1])) <= 4 and texts[0] != texts[1]
-    similarity, other = read_manifest(prepared).similarity, read_manifest(out).similarity
+    similarity, other = (
+        PreparedData.open(prepared).manifest.similarity,
+        PreparedData.open(out).manifest.similarity,
+    )
     assert similarity == other
     assert similarity["similar"]["mean_cosine"] > similarity["random"]["mean_cosine"]
     assert similarity["similar"]["same_domain_rate"] > 0.8
@@ -157,12 +158,12 @@ def test_orders_differ_and_hold_the_same_documents(prepared, corpus, tmp_path):
 def test_train_and_test_share_no_origin(prepared, corpus):
     records = (json.loads(line) for line in corpus.read_text().splitlines())
     origin = {record["text"]: record["source"] for record in records}
-    tokenizer = load_tokenizer(read_manifest(prepared), prepared)
+    tokenizer = PreparedData.open(prepared).tokenizer
     rows = read_train(prepared)
     train = documents_of(np.append(rows[:, :-1].ravel(), rows[-1, -1]), tokenizer)
     train_origins = {origin[text] for text in train}
     for split in ("validation", "test"):
-        for domain, instances in evaluation_sets(prepared, split).items():
+        for domain, instances in PreparedData.open(prepared).held_out(split).items():
             texts = documents_of(instances[:, :-1].ravel(), tokenizer)
             assert texts and all(origin[text].startswith(domain) for text in texts)
             assert not train_origins & {origin[text] for text in texts}
@@ -180,11 +181,9 @@ def test_a_given_tokenizer_is_used(prepared, corpus, tmp_path):
     out = tmp_path / "data"
     again(corpus, out, f"--tokenizer={given}")
     assert contents(out)["tokenizer.json"] == given.read_bytes()
-    assert (
-        read_manifest(out).settings["tokenizer"]
-        == read_manifest(out).files["tokenizer.json"]["sha256"]
-    )
-    with pytest.raises(InputError, match=r"has 300 tokens, takes at most config.model.vocab_size"):
+    manifest = PreparedData.open(out).manifest
+    assert manifest.settings["tokenizer"] == manifest.files["tokenizer.json"]["sha256"]
+    with pytest.raises(InputError, match=r"^tokenizer: has 300 .*config.model.vocab_size \(280\)"):
         again(corpus, out, f"--tokenizer={given}", "--config.model.vocab_size=280")
 
 
@@ -225,7 +224,7 @@ def test_what_an_interrupted_run_left_is_removed(corpus, prepared, tmp_path):
 
 def test_a_directory_of_something_else_is_left_alone(corpus, tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(InputError, match=r"exists and has no manifest\.json"):
+    with pytest.raises(InputError, match=r"^out: .*manifest\.json"):
         again(corpus, tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
@@ -252,9 +251,9 @@ def small(directory):
 @pytest.mark.parametrize(
     ("make", "flags", "status", "message"),
     [
-        (lambda d: d, [], 1, ""),
-        (empty, [], 1, ""),
-        (undecodable, [], 1, ""),
+        (lambda d: d, [], 1, "source: got"),
+        (empty, [], 1, "empty corpus"),
+        (undecodable, [], 1, "domain/a.txt"),
         (small, ["--config.model.sequence_length=20000"], 1, "corpus too small"),
         (small, ["--config.data.test_fraction=0.01"], 1, "corpus too small"),
         (small, ["--tokenizer=/none/tokenizer.json"], 1, "/none/tokenizer.json"),
@@ -271,3 +270,20 @@ def test_bad_input_is_one_line(tmp_path, make, flags, status, message):
     assert len(errors) == 1 and done.stderr.splitlines()[-1] == errors[0]
     assert "Traceback" not in done.stderr and message in errors[0]
     assert sorted(os.listdir(tmp_path)) in (["source"], [])
+
+
+def test_the_flags_are_read_before_slow_imports():
+    """What `--help` and a wrong flag do without: they answer at once."""
+    code = (
+        "import sys\n"
+        "from lory_jax import cli, prepare\n"
+        "sys.argv[1:] = ['--no_such_flag']\n"
+        "try:\n"
+        "    cli.run(prepare.main)\n"
+        "except SystemExit as end:\n"
+        "    print(end.code)\n"
+        "slow = {'array_record', 'grain', 'numba', 'scann', 'scipy', 'sklearn', 'tokenizers'}\n"
+        "print(sorted(slow & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["2", "[]"], done.stderr

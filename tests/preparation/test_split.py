@@ -105,7 +105,7 @@ def test_three_big_origins_give_one_to_each_side():
 @pytest.mark.parametrize("count", [1, 2])
 def test_too_few_origins_name_the_domain(count):
     documents = [*corpus(10), *(Document("some text", "tiny", f"t{i}") for i in range(count))]
-    with pytest.raises(InputError, match=f"'tiny': has {count} origins, takes at least 3"):
+    with pytest.raises(InputError, match=f"'tiny': has {count} origins, .* 3 "):
         split(documents)
 
 

@@ -1,0 +1,53 @@
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lory_jax.preparation.packing import count_instances, cut_instances, tokenize, write_shards
+from lory_jax.preparation.tokenizer_training import train_tokenizer
+from tests.support.packed import DOCUMENTS, as_tokenized
+
+
+def packed_by_loop(documents, order, length):
+    """Fills one instance at a time, token by token."""
+    instances, current = [], []
+    for i in order:
+        for token in [0, *documents[i], 1]:
+            current.append(token)
+            if len(current) == length + 1:
+                instances.append(current)
+                current = [token]
+    return instances
+
+
+@given(DOCUMENTS, st.integers(1, 15), st.randoms(use_true_random=False))
+@settings(deadline=None, max_examples=300)
+def test_packing_equals_a_loop(documents, length, random):
+    order = list(range(len(documents)))
+    random.shuffle(order)
+    tokenized = as_tokenized(documents)
+    stream = tokenized.stream(np.array(order, np.int64))
+    instances = cut_instances(stream, length)
+    assert instances.tolist() == packed_by_loop(documents, order, length)
+    assert len(instances) == count_instances(len(stream), length)
+    # Every token but the first is a target once, up to the dropped remainder.
+    assert instances[:, 1:].ravel().tolist() == stream[1 : 1 + len(instances) * length].tolist()
+    assert len(stream) - 1 - instances[:, 1:].size < length
+
+
+def test_a_document_is_bos_tokens_eos():
+    texts = ["hello world", "x", "<s>"]
+    tokenizer = train_tokenizer(texts, 300)
+    tokenized = tokenize(texts, tokenizer, "tokenizing")
+    assert tokenized.tokens_T.dtype == np.uint16
+    for i, text in enumerate(texts):
+        ids = tokenized.stream(np.array([i])).tolist()
+        assert ids == [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+    assert tokenized.lengths_N.sum() == len(tokenized.tokens_T)
+    assert len(tokenize([], tokenizer, "nothing").tokens_T) == 0
+
+
+def test_shards_are_the_same_bytes_every_time(tmp_path):
+    instances = np.random.default_rng(0).integers(0, 999, (10, 9)).astype("<u2")
+    first = write_shards(tmp_path / "a", instances, per_shard=4)
+    second = write_shards(tmp_path / "b", instances, per_shard=4)
+    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
