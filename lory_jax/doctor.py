@@ -3,12 +3,12 @@
     python -m lory_jax.doctor [--size=small|full] [--scratch=DIR|gs://...]
     python -m lory_jax.doctor --workdir=RUN_DIR [--data=DIR]
 
-Without --workdir it is the first thing to run on a new machine: it lists the devices, compares each
-kernel with its reference in values and gradients, runs 20 training steps and measures their MFU, and
-saves and restores a checkpoint, in a few minutes.
+Without --workdir it is the first thing to run on a new machine. In a few minutes it lists the
+devices, compares each kernel with its reference in values and gradients, runs 20 training steps and
+measures their MFU, and saves and restores a checkpoint.
 
-With --workdir it reads every checkpoint and compares its sums, and hashes every file of the prepared
-data. It changes nothing and requires memory for one train state.
+With --workdir it reads every checkpoint and compares its sums, and hashes every file of the
+prepared data. It changes nothing and requires memory for one train state.
 
 The exit status is 1 if there is any problem.
 """

@@ -67,9 +67,7 @@ def examine_devices(size: str | None, scratch: Path | None, findings: Findings) 
     findings.say(devices_line())
     with jax.set_mesh(mesh):
         check_kernels(model_config, mesh, findings)
-        state = check_training(
-            model_config, mesh, SEQUENCES_PER_DEVICE[size] * mesh.size, findings
-        )
+        state = check_training(model_config, mesh, SEQUENCES_PER_DEVICE[size] * mesh.size, findings)
     if scratch is not None:
         check_checkpoint(model_config, mesh, state, scratch / "doctor", findings)
     elif jax.process_count() == 1:

@@ -1,6 +1,6 @@
 """Each kernel of this platform against its reference: how large the error is.
 
-Letters: B batch, L sequence, D model, F FFN, E experts, S segments of the whole batch, V vocabulary.
+Letters: B batch, L sequence, D model, F FFN, E experts, S segments of the batch, V vocabulary.
 """
 
 import functools

@@ -34,12 +34,12 @@ def analysis_page(analysis: dict[str, Any]) -> str:
         ),
         html.heading("Routing by domain and layer"),
         html.figure(
-            plots.to_svg(plots.routing_weights(weights)),
+            plots.to_svg(plots.routing_heat_map(weights)),
             "Mean routing weight of every expert, by domain and layer.",
         ),
         html.heading("Do domains differ more than documents do?"),
         html.figure(
-            plots.to_svg(plots.routing_distance(analysis["routing_distance"])),
+            plots.to_svg(plots.distance_by_layer(analysis["routing_distance"])),
             "Distance between the mean routing weights of two domains, against random halves of "
             "one domain.",
         ),

@@ -204,12 +204,12 @@ def _specialisation(name: str, analysis: Mapping[str, Any]) -> list[str]:
             f"variation, against {widest['within']:.3f} between random halves of one domain."
         ),
         html.figure(
-            plots.to_svg(plots.routing_weights(analysis["routing_weights"])),
+            plots.to_svg(plots.routing_heat_map(analysis["routing_weights"])),
             "Mean routing weight of every expert by domain and layer, over the segments of test "
             "documents that were routed by the segment before them.",
         ),
         html.figure(
-            plots.to_svg(plots.routing_distance(analysis["routing_distance"])),
+            plots.to_svg(plots.distance_by_layer(analysis["routing_distance"])),
             "How far routing differs between domains: the largest total-variation distance between "
             "the mean weights of two domains, against that between random halves of one domain.",
         ),

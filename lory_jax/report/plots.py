@@ -113,7 +113,7 @@ def perplexity_change(perplexity: Mapping[str, Mapping[str, float]]) -> "Figure"
         return figure
 
 
-def routing_weights(weights: Mapping[str, Sequence[Sequence[float]]]) -> "Figure":
+def routing_heat_map(weights: Mapping[str, Sequence[Sequence[float]]]) -> "Figure":
     """A heat map of domain x expert for every layer, all on one scale: `{domain: [Y][E]}`.
 
     Pale is uniform, 1/E: layers that route all domains alike are pale all over.
@@ -156,7 +156,7 @@ def routing_weights(weights: Mapping[str, Sequence[Sequence[float]]]) -> "Figure
         return figure
 
 
-def routing_distance(distances: Sequence[Mapping[str, Any]]) -> "Figure":
+def distance_by_layer(distances: Sequence[Mapping[str, Any]]) -> "Figure":
     """Largest distance between two domains per layer, against random halves of one domain."""
     with _style():
         figure, axes = _figure(2.8)
