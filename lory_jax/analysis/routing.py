@@ -106,7 +106,7 @@ def routing_distances(weights: Mapping[str, np.ndarray], seed: int) -> list[dict
         raise InputError(
             "test set: comparing routing requires at least 2 domains of at least 2 instances; got "
             f"{len(weights)} domains"
-            + (f", of which too few instances are in {', '.join(small)}" if small else "")
+            + (f", with too few instances in {', '.join(small)}" if small else "")
         )
     between = {
         (a, b): total_variation(weights[a].mean(axis=1), weights[b].mean(axis=1))

@@ -19,7 +19,7 @@ def test_random_halves_of_equal_instances_do_not_differ():
         assert 0.02 < row["within"] < 0.3 and row["between"] < 0.3
     with pytest.raises(InputError, match="at least 2 domains"):
         routing_distances({"a": same}, seed=0)
-    with pytest.raises(InputError, match="too few in b"):
+    with pytest.raises(InputError, match="too few instances in b"):
         routing_distances({"a": same, "b": other[:, :1]}, seed=0)
 
 

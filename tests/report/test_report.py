@@ -155,7 +155,7 @@ def test_the_page_opens_with_the_table(checked):
     assert (
         "5.0 % lower than that of dense (geometric mean over 3 domains; lower in 0 of them)" in text
     )
-    assert "1.50 times the training time" in text
+    assert "Its training took 1.50 times as long" in text
 
 
 def test_costs_and_tasks_stand_beside_their_differences(checked):
