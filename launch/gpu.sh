@@ -151,6 +151,7 @@ for ((attempt = 0; ; attempt++)); do
   wait_for_all || status=$?
   [ "$status" -ne 0 ] || exit 0
   case " $FINAL_STATUSES " in *" $status "*) exit "$status" ;; esac
+  [ "$verb" != doctor ] || exit "$status" # it would find the same problems again
   [ "$attempt" -lt "$restarts" ] || fail "a process failed with status $status after $restarts restarts, and --restarts=$restarts allows no more"
   echo "a process failed with status $status: restarting all of them ($((attempt + 1)) of at most $restarts)" >&2
 done

@@ -1,4 +1,4 @@
-"""Checks this machine; or a run directory and its data, and says what a resume would do.
+"""Checks the devices of this machine, or a run directory and its data.
 
     python -m lory_jax.doctor [--size=small|full] [--scratch=DIR|gs://...]
     python -m lory_jax.doctor --workdir=RUN_DIR [--data=DIR]

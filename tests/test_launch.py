@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.emulators import free_port
-from tests.support.tiny import ROOT, write_prepared, write_recipe
+from tests.support.tiny import ROOT, assert_one_line_error, write_prepared, write_recipe
 
 SCRIPTS = [
     *sorted(ROOT.glob("launch/*.sh")),
@@ -398,6 +398,14 @@ def test_a_run_that_always_fails_ends(site, change, status, starts):
     assert result.returncode == status
     assert (site / "starts").read_text().count("start") == starts
     assert ("--restarts=1 allows" in result.stderr) == (status == 1)
+
+
+def test_the_doctor_is_not_restarted(site):
+    (site / "starts").unlink(missing_ok=True)
+    script = str(ROOT / "launch" / "gpu.sh")
+    result = gpu(site, ["bash", script, "doctor", f"--workdir={site / 'nothing'}"])
+    assert_one_line_error(result, 1, "config.json")
+    assert (site / "starts").read_text().count("start") == 1
 
 
 def test_a_signal_saves_and_stops(site):
