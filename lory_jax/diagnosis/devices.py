@@ -146,7 +146,7 @@ def check_training(
         f"{parameter_counts(model_config)['total'] / 1e6:,.1f}M parameters, "
         f"loss {first:.3f} to {last:.3f}, {seconds:.3f} s a step, {tokens / seconds:,.0f} tok/s, "
         f"{mfu_text(model_config, tokens / seconds, mesh.size)} "
-        f"(the first step, with its compilation, took {compiled - begin:.0f} s)",
+        f"(the first step and its compilation took {compiled - begin:.0f} s)",
     )
     return state
 
@@ -155,7 +155,7 @@ def mfu_text(model_config: ModelConfig, tokens_per_second: float, devices: int) 
     """The MFU as text, where the peak of the devices is known."""
     peak = peak_flops(jax.devices()[0].device_kind)
     if not peak:
-        return "MFU unknown (no peak FLOP/s known for this device)"
+        return "MFU unknown on this device"
     return f"MFU {tokens_per_second * flops_per_token(model_config) / (peak * devices):.1%}"
 
 
