@@ -1,37 +1,39 @@
 #!/usr/bin/env bash
-# Runs `python -m lory_jax.VERB ARGUMENTS` on NVIDIA GPUs, of one host or of many:
+# Runs `python -m lory_jax.VERB ARGUMENTS` on the NVIDIA GPUs of one or many hosts:
 #
 #   bash launch/gpu.sh [OPTIONS] VERB ARGUMENTS
 #
+# First        bash launch/gpu.sh doctor     checks the GPUs of this host
 # One host     bash launch/gpu.sh train --config=configs/lory_0_3b.py --data=D --workdir=W
-# Plain hosts  on each of N, with I from 0:
+# Many hosts   on each of N hosts, with its own I from 0 to N - 1:
 #              bash launch/gpu.sh --hosts=N --host=I --coordinator=HOST0:PORT train ...
-# SLURM        one task a host: srun --ntasks-per-node=1 --gpus-per-node=8 bash launch/gpu.sh train ...
+# SLURM        one task per host: srun --ntasks-per-node=1 --gpus-per-node=8 bash launch/gpu.sh train ...
 #
 # Options
 #   --processes=N         processes on this host, which share its GPUs evenly (default 1: all GPUs)
-#   --hosts=N --host=I    number of hosts, and which one this is (default: SLURM's, else 1 and 0)
+#   --hosts=N --host=I    number of hosts, and the index of this one (default: SLURM's, else 1 and 0)
 #   --coordinator=H:P     address and free port of host 0 (default: SLURM's, else this machine)
-#   --restarts=N          if one process dies the others are stopped and all start again, at most N
+#   --restarts=N          if one process dies, stop the others and restart all of them, at most N
 #                         times (default 3)
 #
-# $PYTHON and $VENV choose interpreter and environment; $XLA_FLAGS is added to what is set here.
+# $PYTHON and $VENV choose the interpreter and the environment; $XLA_FLAGS is appended to the flags
+# that this script sets.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/setup.sh
 
 PORT=12321       # of the coordinator, unless --coordinator says otherwise
-SAVE_SECONDS=600 # to save and stop when asked to, before a process is killed
-PEER_SECONDS=10  # to stop when another process has died: a save would take all of them
-# A wrong flag or field, a run that diverged: starting again would not help.
+SAVE_SECONDS=600 # that a process has to save when it is stopped, before it is killed
+PEER_SECONDS=10  # the same if another process died; a save would require all of them
+# After a wrong flag or field, or a run that diverged, a restart would not help.
 FINAL_STATUSES='2 3'
 
-# Reasons. What XLA does by itself is not repeated here.
+# Flags whose defaults do not suit this program, and why.
 FLAGS=(
-  # Schedules collectives early and waits for them late, so that they run beside the computation;
-  # off by default. FSDP gathers parameters and scatters gradients in every layer.
+  # Starts collectives early and waits for them late, so that they overlap with computation; off by
+  # default. FSDP gathers parameters and scatters gradients in every layer.
   --xla_gpu_enable_latency_hiding_scheduler=true
-  # Lets the gather of the next layer start in the scan's iteration before; off by default.
+  # Lets the gather for a layer start in the previous iteration of the scan; off by default.
   --xla_gpu_enable_pipelined_all_gather=true
 )
 
@@ -50,15 +52,15 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-[ $# -gt 0 ] || fail "takes a verb, such as train --config=... --data=... --workdir=..."
+[ $# -gt 0 ] || fail "VERB: missing, such as train --config=... --data=... --workdir=..."
 for number in "--processes=$processes" "--hosts=$hosts" "--host=$host" "--restarts=$restarts"; do
-  case ${number#*=} in *[!0-9]* | '') fail "${number%%=*}: got '${number#*=}', takes a number" ;; esac
+  case ${number#*=} in *[!0-9]* | '') fail "${number%%=*}: got '${number#*=}', must be a number" ;; esac
 done
-[ "$processes" -ge 1 ] || fail "--processes: got $processes, takes at least 1"
-[ "$host" -lt "$hosts" ] || fail "--host: got $host, takes a number below --hosts=$hosts"
+[ "$processes" -ge 1 ] || fail "--processes: got $processes, must be at least 1"
+[ "$host" -lt "$hosts" ] || fail "--host: got $host, must be less than --hosts=$hosts"
 if [ -z "$coordinator" ] && [ "$hosts" -gt 1 ]; then
-  [ -n "${SLURM_JOB_NODELIST:-}" ] || fail "--coordinator: missing; takes HOST:PORT of host 0"
-  [ "${SLURM_NTASKS_PER_NODE:-1}" = 1 ] || fail "srun: takes --ntasks-per-node=1; a task sees all GPUs of its host"
+  [ -n "${SLURM_JOB_NODELIST:-}" ] || fail "--coordinator: missing; must be HOST:PORT of host 0"
+  [ "${SLURM_NTASKS_PER_NODE:-1}" = 1 ] || fail "srun: requires --ntasks-per-node=1; a task sees all GPUs of its host"
   coordinator=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$PORT
 fi
 coordinator=${coordinator:-localhost:$PORT}
@@ -67,16 +69,16 @@ shift
 
 # ---------------------------------------------------------------- set-up
 setup requirements-cuda.txt
-# A process takes 90 % of each GPU's memory instead of 75 %: cuDNN and NCCL need little.
+# JAX may reserve 90 % of the memory of each GPU instead of 75 %: cuDNN and NCCL need little.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9}
 export XLA_FLAGS="${FLAGS[*]} ${XLA_FLAGS:-}"
 gpus=0
 case ${JAX_PLATFORMS:-cuda} in
   *cuda* | *gpu*)
     gpus=$(nvidia-smi --list-gpus | grep -c .) ||
-      fail "nvidia-smi: finds no GPU; is the driver installed? (JAX_PLATFORMS=cpu does without)"
+      fail "nvidia-smi: found no GPU; is the driver installed? (JAX_PLATFORMS=cpu requires none)"
     [ $((gpus % processes)) -eq 0 ] ||
-      fail "--processes: got $processes, takes a divisor of the $gpus GPUs here"
+      fail "--processes: got $processes, must divide the $gpus GPUs of this host"
     ;;
 esac
 
@@ -91,7 +93,7 @@ start() {
     if [ $((hosts * processes)) -gt 1 ]; then
       settings+=("LORY_COORDINATOR=$coordinator" "LORY_NUM_PROCESSES=$((hosts * processes))"
         "LORY_PROCESS_ID=$((host * processes + i))")
-      # Else JAX would take one GPU a task, where it sees SLURM.
+      # Without this JAX would use one GPU per task under SLURM.
       if [ "$gpus" -gt 0 ]; then
         first=$((i * per_process))
         settings+=("JAX_LOCAL_DEVICE_IDS=$(seq -s, "$first" $((first + per_process - 1)))")
@@ -102,7 +104,7 @@ start() {
   done
 }
 
-# Waits until all have ended well, or one has not: then stops the others and returns its status.
+# Waits until all have succeeded. If one fails, it stops the others and returns its status.
 wait_for_all() {
   local running=("${children[@]}") still child status
   while [ ${#running[@]} -gt 0 ]; do
@@ -138,7 +140,7 @@ stop_all() { # seconds
 stop() {
   trap '' INT TERM
   if [ ${#children[@]} -gt 0 ]; then stop_all "$SAVE_SECONDS"; fi
-  echo "stopped; the same command goes on from here" >&2
+  echo "stopped; run the same command again to resume" >&2
   exit 143
 }
 trap stop INT TERM
@@ -149,6 +151,7 @@ for ((attempt = 0; ; attempt++)); do
   wait_for_all || status=$?
   [ "$status" -ne 0 ] || exit 0
   case " $FINAL_STATUSES " in *" $status "*) exit "$status" ;; esac
-  [ "$attempt" -lt "$restarts" ] || fail "a process ended with status $status, and --restarts=$restarts are used up"
-  echo "a process ended with status $status: starting all again ($((attempt + 1)) of at most $restarts)" >&2
+  [ "$verb" != doctor ] || exit "$status" # it would find the same problems again
+  [ "$attempt" -lt "$restarts" ] || fail "a process failed with status $status after $restarts restarts, and --restarts=$restarts allows no more"
+  echo "a process failed with status $status: restarting all of them ($((attempt + 1)) of at most $restarts)" >&2
 done

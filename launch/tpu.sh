@@ -4,23 +4,27 @@
 #   bash launch/tpu.sh COMMAND --name=NAME --zone=ZONE [OPTIONS] [-- VERB ARGUMENTS]
 #
 # Commands
-#   check    get the TPU ready and run lory_jax.check on it: the first thing to do
-#   run      get the TPU ready and run `python -m lory_jax.VERB ARGUMENTS` on all workers, following
-#            the log; after a preemption, ask for the TPU again and run the same command again
-#   create   ask for the TPU                      wait     until it is there
-#   install  this commit and its requirements, on all workers
-#   logs     follow the log of what runs          status   of the TPU
-#   stop     what runs, which saves first         delete   the TPU: it costs money until then
+#   check    get the TPU ready and run `python -m lory_jax.doctor` on it: the first thing to do
+#   run      get the TPU ready, run `python -m lory_jax.VERB ARGUMENTS` on all workers and follow the
+#            log; after a preemption, request the TPU again and run the same command again
+#   create   request the TPU
+#   wait     wait until the TPU is there
+#   install  install this commit and its requirements on all workers
+#   logs     follow the log of the command that is running
+#   status   print the state of the TPU
+#   stop     stop the command that is running; it saves first
+#   delete   delete the TPU, which costs money until then
 #
 # Options
-#   --type=TYPE      accelerator type, such as v5litepod-256, v5p-128, v6e-64 (to create)
-#   --slices=N       slices of that type, joined over the data centre's network (default 1)
-#   --version=V      software version (default: by type)
-#   --project=P      default: gcloud's own
-#   --spot           cheaper, can be preempted; or --reserved; default: on demand
-#   --restarts=N     times a preempted TPU is asked for again, or all processes are started again
+#   --type=TYPE      accelerator type, such as v5litepod-256, v5p-128, v6e-64; required to create
+#   --slices=N       number of slices of that type, joined by the data centre's network (default 1)
+#   --version=V      software version (default: depends on the type)
+#   --project=P      project (default: gcloud's own)
+#   --spot           request a TPU that is cheaper but can be preempted
+#   --reserved       request a reserved TPU (default without either: on demand)
+#   --restarts=N     how often a preempted TPU is requested again, or all processes are restarted
 #                    because one died (default 20)
-#   --dry-run        print every command, run none
+#   --dry-run        print every command, but run none
 #
 # Example
 #   bash launch/tpu.sh run --name=lory --zone=us-west4-a --type=v5litepod-256 --spot -- \
@@ -30,8 +34,8 @@ cd "$(dirname "$0")/.."
 source launch/setup.sh
 
 POLL_SECONDS=${LORY_POLL_SECONDS:-30}
-LOST_CONNECTIONS=10 # while the TPU is still there
-# Worker 0 died, or says that another one did: aborted, killed, segmentation fault, peer is gone.
+LOST_CONNECTIONS=10 # in a row, while the TPU is still there
+# Worker 0 died, or reports that another one did: aborted, killed, segmentation fault, peer died.
 DEATHS='134 137 139 75'
 
 # ---------------------------------------------------------------- what is asked for
@@ -51,26 +55,26 @@ while [ $# -gt 0 ]; do
     --dry-run) dry_run=1 ;;
     --) shift && words=("$@") && break ;;
     --*) fail "$1: unknown or without a value; see --help" ;;
-    *) [ -z "$command" ] || fail "$1: takes one command, got $command already (VERB goes after --)"
+    *) [ -z "$command" ] || fail "$1: got a second command after $command; VERB and its arguments go after --"
       command=$1 ;;
   esac
   shift
 done
 case $command in
   check | run | create | wait | install | logs | status | stop | delete) ;;
-  '') fail "takes a command: check, run, create, wait, install, logs, status, stop or delete; see --help" ;;
-  *) fail "$command: unknown command; takes check, run, create, wait, install, logs, status, stop or delete" ;;
+  '') fail "COMMAND: missing; must be check, run, create, wait, install, logs, status, stop or delete; see --help" ;;
+  *) fail "$command: unknown command; must be check, run, create, wait, install, logs, status, stop or delete" ;;
 esac
 [ -n "$name" ] || fail "--name: missing"
 [ -n "$zone" ] || fail "--zone: missing"
 for number in "--slices=$slices" "--restarts=$restarts"; do
-  case ${number#*=} in *[!0-9]* | '') fail "${number%%=*}: got '${number#*=}', takes a number" ;; esac
+  case ${number#*=} in *[!0-9]* | '') fail "${number%%=*}: got '${number#*=}', must be a number" ;; esac
 done
-[ "$slices" -ge 1 ] || fail "--slices: got $slices, takes at least 1"
+[ "$slices" -ge 1 ] || fail "--slices: got $slices, must be at least 1"
 case $command in
-  check) words=(check ${words[@]+"${words[@]}"}) ;;
-  run) [ ${#words[@]} -gt 0 ] || fail "run: takes -- VERB ARGUMENTS, such as -- train --config=..." ;;
-  *) [ ${#words[@]} -eq 0 ] || fail "$command: takes no -- arguments" ;;
+  check) words=(doctor ${words[@]+"${words[@]}"}) ;;
+  run) [ ${#words[@]} -gt 0 ] || fail "run: requires -- VERB ARGUMENTS, such as -- train --config=..." ;;
+  *) [ ${#words[@]} -eq 0 ] || fail "$command: got arguments after --; only run and check accept them" ;;
 esac
 if [ -z "$version" ]; then
   case $type in
@@ -121,7 +125,7 @@ state() {
       echo "$found" && return
     fi
     case $found in *NOT_FOUND*) echo MISSING && return ;; esac
-    sleep "$attempt" # the network, or Google: it passes
+    sleep "$attempt" # a failure of the network or of the cloud is likely to pass
   done
   fail "$(echo "$found" | grep -m 1 ERROR || echo "gcloud: ${found:-no answer}")"
 }
@@ -129,13 +133,13 @@ state() {
 # ---------------------------------------------------------------- the commands
 create() {
   local nodes=("--node-id=$name") found=MISSING
-  [ -n "$type" ] || fail "--type: missing; takes an accelerator type such as v5litepod-256"
+  [ -n "$type" ] || fail "--type: missing; must be an accelerator type such as v5litepod-256"
   if [ "$slices" -gt 1 ]; then nodes=("--node-count=$slices" "--node-prefix=$name"); fi
   if [ -z "$dry_run" ]; then found=$(state) || exit 1; fi
   case $found in
     MISSING) ;;
     FAILED | SUSPENDING | SUSPENDED | DELETING)
-      echo "$name is $found: deleting what is left of it"
+      echo "$name is $found: deleting it before requesting it again"
       delete
       ;;
     *)
@@ -147,7 +151,7 @@ create() {
     ${tier:+"$tier"}
 }
 
-# Returns 1 if it was preempted before it came.
+# Returns 1 if the TPU was preempted before it was ready.
 wait_until_active() {
   local found last=''
   if [ -n "$dry_run" ]; then
@@ -176,17 +180,17 @@ is_active() {
   [ "$found" = ACTIVE ]
 }
 
-install() { # returns 1 if a worker could not
+install() { # returns 1 if it fails on a worker
   local directory=/tmp
   if [ -n "$dry_run" ]; then
     print_command git archive --prefix=lory_jax/ "--output=$directory/lory_jax.tar.gz" HEAD
   else
     directory=$(mktemp -d)
     if [ -n "$(git status --porcelain --untracked-files=no)" ]; then
-      echo "note: installing the last commit, without the changes since" >&2
+      echo "note: installing the last commit, without uncommitted changes" >&2
     fi
     git archive --prefix=lory_jax/ "--output=$directory/lory_jax.tar.gz" HEAD ||
-      fail "install: takes a git checkout"
+      fail "install: requires a git checkout"
   fi
   queued scp "$directory/lory_jax.tar.gz" "$name:" --node=all --worker=all || return 1
   [ -n "$dry_run" ] || rm -r "$directory"
@@ -198,26 +202,26 @@ run() {
   local attempt=0 ending what
   while :; do
     create
-    what="was preempted: asking for it again"
+    what="was preempted: requesting it again"
     if wait_until_active && install && on_all start "${words[@]}"; then
       ending=0
       until_it_ends || ending=$?
       [ "$ending" -ne 0 ] || return 0
       if [ "$ending" -eq 2 ]; then
-        what="lost a process: starting all again"
+        what="lost a process: restarting all of them"
         on_all kill || true
       fi
     else
-      ! is_active || fail "$name: a worker could not install or start; see above"
+      ! is_active || fail "$name: installing or starting failed on a worker; see above"
     fi
     attempt=$((attempt + 1))
-    [ "$attempt" -le "$restarts" ] || fail "$name: ${what%%:*}, and --restarts=$restarts are used up"
+    [ "$attempt" -le "$restarts" ] || fail "$name ${what%%:*} again after $restarts restarts, and --restarts=$restarts allows no more"
     echo "$name $what ($attempt of at most $restarts)"
   done
 }
 
-# Returns 0 if the run has ended well, 1 if the TPU is gone, 2 if a process died; exits if the run
-# has failed.
+# Returns 0 if the run succeeded, 1 if the TPU is gone, 2 if a process died; exits if the run
+# failed.
 until_it_ends() {
   local result lost=0
   while :; do
@@ -225,16 +229,16 @@ until_it_ends() {
     [ -z "$dry_run" ] || return 0
     result=$(on_first result) || result=''
     if [ "$result" = 0 ]; then
-      echo "done; $name costs money until bash launch/tpu.sh delete --name=$name ${where[*]}"
+      echo "done; $name costs money until you run: bash launch/tpu.sh delete --name=$name ${where[*]}"
       return 0
     fi
-    sleep "$POLL_SECONDS" # workers see a preemption before the queue does
+    sleep "$POLL_SECONDS" # workers notice a preemption before the queue does
     is_active || return 1
     case " $DEATHS " in *" ${result:-none} "*) return 2 ;; esac
-    [ -z "$result" ] || fail "the run ended with status $result; $name is still there"
+    [ -z "$result" ] || fail "the run failed with status $result; $name is still there"
     lost=$((lost + 1))
     [ "$lost" -lt "$LOST_CONNECTIONS" ] || fail "$name: lost the connection $lost times"
-    echo "lost the connection: following again"
+    echo "lost the connection: reconnecting"
   done
 }
 
@@ -253,8 +257,8 @@ delete() {
 case $command in
   check | run) run ;;
   create) create ;;
-  wait) wait_until_active || fail "$name: preempted; create it again" ;;
-  install) install || fail "$name: a worker could not install; see above" ;;
+  wait) wait_until_active || fail "$name: was preempted; create it again" ;;
+  install) install || fail "$name: installing failed on a worker; see above" ;;
   logs) on_first follow ;;
   stop) on_all stop ;;
   delete) delete ;;

@@ -17,7 +17,6 @@ VERBS = (
     "convert",
     "compare",
     "plan",
-    "check",
     "doctor",
 )
 

@@ -1,198 +1,77 @@
-"""Whether the experts specialise: how routing differs between domains, and how many are in use.
+"""Shows whether the experts specialise: how routing differs between domains, and how many are used.
 
-    python -m lory_jax.analyze --workdir=W [--out=DIR]
-    python -m lory_jax.analyze --workdir=W --text=FILE [--out=DIR]
+    python -m lory_jax.analyze --workdir=RUN_DIR [--out=DIR]
+    python -m lory_jax.analyze --workdir=RUN_DIR --text=FILE [--out=DIR]
 
-Writes DIR/analysis.html, one page with everything inside, DIR/analysis.json and pictures. Routing
-weights are those of segments k > 1 of the test set, which the segment before decides (paper,
-section 5.4); utilisation is the training run's (G.1). With --text, writes DIR/text.html instead:
-the text, and under each of its segments which experts read it.
+Writes DIR/analysis.html, a self-contained page, DIR/analysis.json and the pictures of the page. The
+routing weights are those of the test set, over segments k > 1, which the segment before decides
+(section 5.4 of the paper). The utilisation was logged during training (appendix G.1). With --text,
+it writes DIR/text.html instead: the text, and under each of its segments which experts read it.
 """
 
-import itertools
+import argparse
 import json
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+from lory_jax import cli
 
-from lory_jax import api, cli
-from lory_jax.analysis.texts import telling_texts, text_segments
-from lory_jax.console import progress
-from lory_jax.errors import InputError
-from lory_jax.evaluation.held_out import batches_of, held_out_sets
-from lory_jax.report import plots
-from lory_jax.report.analysis import analysis_page, text_page
-from lory_jax.run.directory import (
-    data_directory,
-    read_config,
-    read_metrics,
-    write_atomically,
-)
-
-ANALYSIS, PAGE, TEXT_PAGE = "analysis.json", "analysis.html", "text.html"
-HALVINGS = 100
+PAGE, TEXT_PAGE = "analysis.html", "text.html"
 
 
 def main(argv: list[str]) -> None:
     parser = cli.Parser("analyze", __doc__)
-    parser.add_argument("--workdir", required=True, type=Path, help="a run of the verb train")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: W/analysis")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="where the prepared data are now")
-    parser.add_argument("--seed", type=int, default=0, help="of the random halves (default: 0)")
-    parser.add_argument(
-        "--text", type=Path, metavar="FILE", help="show which experts each segment of it uses"
-    )
+    add = parser.add_argument
+    add("--workdir", required=True, type=Path, metavar="RUN_DIR", help="the run to analyze")
+    add("--out", type=Path, metavar="DIR", help="where to write (default: RUN_DIR/analysis)")
+    add("--data", type=Path, metavar="DIR", help="where the prepared data are, if they were moved")
+    add("--seed", type=int, default=0, help="seed of the random halves of a domain (default: 0)")
+    add("--text", type=Path, metavar="FILE", help="show which experts each segment of FILE uses")
     args = parser.parse(argv)
     out = args.out or args.workdir / "analysis"
     if args.text:
-        analyze_text(args.workdir, args.text, out)
-        return
-    analysis = analyze(args.workdir, args.data, args.seed)
+        write_text_page(args, out)
+    else:
+        write_analysis(args, out)
+
+
+def write_analysis(args: argparse.Namespace, out: Path) -> None:
+    """Analyzes the run on its test set; writes the figures, the page and its pictures."""
+    # These start JAX and matplotlib, which --help and a wrong flag do not wait for.
+    from lory_jax.analysis.routing import ANALYSIS, analyze_run, distance_table
+    from lory_jax.report import plots
+    from lory_jax.report.analysis import analysis_page
+    from lory_jax.run.directory import write_atomically
+
+    analysis = analyze_run(args.workdir, args.data, args.seed)
     out.mkdir(parents=True, exist_ok=True)
-    plots.write_png(plots.routing_weights(analysis["routing_weights"]), out / "routing_weights.png")
-    plots.write_png(plots.routing_distance(analysis["routing_distance"]), out / "distance.png")
-    plots.write_png(plots.utilisation(analysis["utilisation"]), out / "utilisation.png")
+    for name, picture in (
+        ("routing_weights", plots.routing_heat_map(analysis["routing_weights"])),
+        ("distance", plots.distance_by_layer(analysis["routing_distance"])),
+        ("utilisation", plots.utilisation(analysis["utilisation"])),
+    ):
+        plots.write_png(picture, out / f"{name}.png")
     write_atomically(out / PAGE, analysis_page(analysis))
     write_atomically(out / ANALYSIS, json.dumps(analysis, indent=1) + "\n")
-    print(table(analysis["routing_distance"]))
+    print(distance_table(analysis["routing_distance"]))
     print(f"wrote {out / PAGE}, {out / ANALYSIS} and its pictures")
 
 
-def analyze(workdir: Path, data: Path | None = None, seed: int = 0) -> dict[str, Any]:
-    """Returns what `analysis.json` holds.
+def write_text_page(args: argparse.Namespace, out: Path) -> None:
+    """Writes the page of a text's routing, and prints the strongest experts of each segment."""
+    text = cli.read_text(args.text, "--text")
 
-    routing_weights: `{domain: [Y][E]}`, mean weights of every layer.
-    routing_distance: per layer, see `routing_distances`.
-    telling_texts: see `evaluation.specialisation.telling_texts`.
-    utilisation: `step` and `experts_active` lists, and the number of `pairs` (layer, expert).
-    """
-    model = api.load(workdir)
-    if not model.config.num_experts:
-        raise InputError(f"{workdir}: a dense model, which routes nothing; give a run with experts")
-    if model.config.sequence_length <= model.config.segment_length:
-        raise InputError(f"{workdir}: instances are one segment, so none is routed by another")
-    sets = held_out_sets(data_directory(workdir, data), "test")
-    by_segment = segment_weights(model, sets, read_config(workdir)["train"]["global_batch_size"])
-    weights = {
-        d: r_YxIxNxE[:, :, 1:].mean(axis=2, dtype=np.float64) for d, r_YxIxNxE in by_segment.items()
-    }
-    lines = [m for m in read_metrics(workdir) if m["experts_active"] is not None]
-    return {
-        "step": model.step,
-        "instances": {domain: len(rows) for domain, rows in sets.items()},
-        "routing_weights": {d: w_YxIxE.mean(axis=1).tolist() for d, w_YxIxE in weights.items()},
-        "routing_distance": routing_distances(weights, seed),
-        "telling_texts": telling_texts(by_segment, sets, model),
-        "utilisation": {
-            "step": [line["step"] for line in lines],
-            "experts_active": [line["experts_active"] for line in lines],
-            "pairs": model.config.num_layers * model.config.num_experts,
-        },
-    }
+    # These start JAX, as above.
+    from lory_jax import api
+    from lory_jax.analysis.texts import strongest_experts, text_segments
+    from lory_jax.report.analysis import text_page
+    from lory_jax.run.directory import write_atomically
 
-
-def analyze_text(workdir: Path, text: Path, out: Path) -> None:
-    """Writes the page of a text's routing, and prints the strongest experts of each segment.
-
-    Raises:
-      InputError: the run or the text cannot be read, or routes nothing.
-    """
-    contents = cli.read_text(text, "--text")
-    segments, r_YxNxE = text_segments(api.load(workdir), contents)
+    segments, r_YxNxE = text_segments(api.load(args.workdir), text)
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        out / TEXT_PAGE, text_page(f"Which experts read {text.name}", segments, r_YxNxE)
-    )
-    print("segment  strongest expert of each layer, and its weight")
-    for n in range(len(segments)):
-        best = [f"{r_E.argmax()} ({r_E.max():.2f})" for r_E in r_YxNxE[:, n]]
-        print(f"{n + 1:7}  " + "  ".join(best))
+    page = text_page(f"Which experts read {args.text.name}", segments, r_YxNxE)
+    write_atomically(out / TEXT_PAGE, page)
+    print(strongest_experts(r_YxNxE))
     print(f"wrote {out / TEXT_PAGE}")
-
-
-def segment_weights(
-    model: api.Model, sets: dict[str, np.ndarray], batch_size: int
-) -> dict[str, np.ndarray]:
-    """Routing weights of every segment of every instance: `{domain: [Y, I, N, E]}`."""
-    batches = batches_of(sets, batch_size)
-    weights: dict[str, list[np.ndarray]] = {domain: [] for domain in sets}
-    for domain, rows in progress(batches, len(batches), "routing", "batches"):
-        # Filled up with the last instance, so that one shape is compiled.
-        filled = rows[np.minimum(np.arange(batch_size), len(rows) - 1)]
-        weights[domain].append(model.routing_weights(filled[:, :-1])[:, : len(rows)])
-    return {domain: np.concatenate(parts, axis=1) for domain, parts in weights.items()}
-
-
-def routing_distances(weights: dict[str, np.ndarray], seed: int) -> list[dict[str, Any]]:
-    """How far routing differs between domains, against how far it differs within one.
-
-    Args:
-      weights: `{domain: [Y, I, E]}`, mean weights of every instance.
-      seed: of the random halves.
-
-    Returns:
-      for every layer `between`, the largest total-variation distance between the mean weights of
-      two `domains`; and `within`, the same distance between random halves of one domain, the mean
-      of many halvings, for the domain where it is largest (`within_domain`).
-
-    Raises:
-      InputError: fewer than two domains, or a domain with fewer than two instances.
-    """
-    small = [domain for domain, w_YxIxE in weights.items() if w_YxIxE.shape[1] < 2]
-    if len(weights) < 2 or small:
-        raise InputError(
-            "test set: routing is compared between domains, and between halves of each: takes at "
-            f"least 2 domains (got {len(weights)}) of at least 2 instances"
-            + (f" (too few in {', '.join(small)})" if small else "")
-        )
-    between = {
-        (a, b): total_variation(weights[a].mean(axis=1), weights[b].mean(axis=1))
-        for a, b in itertools.combinations(weights, 2)
-    }
-    rng = np.random.default_rng(seed)
-    within = {domain: _half_distance(w_YxIxE, rng) for domain, w_YxIxE in weights.items()}
-    num_layers = next(iter(weights.values())).shape[0]
-    distances = []
-    for layer in range(num_layers):
-        most_between, pair = max((distance[layer], pair) for pair, distance in between.items())
-        most_within, domain = max((distance[layer], name) for name, distance in within.items())
-        distances.append(
-            {
-                "layer": layer,
-                "between": float(most_between),
-                "domains": list(pair),
-                "within": float(most_within),
-                "within_domain": domain,
-            }
-        )
-    return distances
-
-
-def total_variation(p_xE: np.ndarray, q_xE: np.ndarray) -> np.ndarray:
-    """Half the sum of absolute differences: 0 for equal distributions, 1 for disjoint ones."""
-    return 0.5 * np.abs(p_xE - q_xE).sum(axis=-1)
-
-
-def _half_distance(w_YxIxE: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    count = w_YxIxE.shape[1]
-    distances = []
-    for _ in range(HALVINGS):
-        order = rng.permutation(count)
-        first, second = w_YxIxE[:, order[: count // 2]], w_YxIxE[:, order[count // 2 :]]
-        distances.append(total_variation(first.mean(axis=1), second.mean(axis=1)))
-    return np.mean(distances, axis=0)
-
-
-def table(distances: list[dict[str, Any]]) -> str:
-    """Routing distances as an aligned table."""
-    lines = ["layer  between domains  within a domain  most different"]
-    for row in distances:
-        lines.append(
-            f"{row['layer']:5}  {row['between']:15.3f}  {row['within']:15.3f}  "
-            + " and ".join(row["domains"])
-        )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

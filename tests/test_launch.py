@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.emulators import free_port
-from tests.support.tiny import ROOT, write_prepared, write_recipe
+from tests.support.tiny import ROOT, assert_one_line_error, write_prepared, write_recipe
 
 SCRIPTS = [
     *sorted(ROOT.glob("launch/*.sh")),
@@ -130,7 +130,7 @@ def test_a_preempted_run_is_started_again_with_the_same_command(play):
     play.trainer(f"[ $(grep -c distributed {play.directory}/started) = 3 ] || sleep 60; exit 0")
     result = play.run(*RUN, "--config=a.py")
     assert result.returncode == 0, result.stderr
-    assert "asking for it again (2 of at most 20)" in result.stdout
+    assert "requesting it again (2 of at most 20)" in result.stdout
     assert len(play.calls("create")) == 3 and len(play.calls("delete")) == 2
     assert len(set(play.calls("create"))) == 1
     assert play.started() == [*play.started()[:4]] * 3
@@ -140,7 +140,7 @@ def test_a_run_that_lost_a_process_is_started_again_on_the_same_tpu(play):
     play.trainer(f"[ $(grep -c distributed {play.directory}/started) = 2 ] || exit 134; exit 0")
     result = play.run(*RUN, "--config=a.py")
     assert result.returncode == 0, result.stderr
-    assert "lost a process: starting all again (1 of at most 20)" in result.stdout
+    assert "lost a process: restarting all of them (1 of at most 20)" in result.stdout
     assert len(play.calls("create")) == 1
     assert any("worker.sh kill" in call for call in play.calls("ssh"))
     assert play.started() == [*play.started()[:4]] * 2
@@ -150,14 +150,14 @@ def test_restarts_are_bounded(play):
     play.set("plan", "preempted")
     play.trainer("sleep 60")
     result = play.run("--restarts=2", *RUN, "--config=a.py")
-    fails(result, "--restarts=2 are used up")
+    fails(result, "--restarts=2")
     assert len(play.calls("create")) == 3
 
 
 def test_a_failing_run_is_not_started_again(play):
     play.trainer("echo error: no such file; exit 7")
     result = play.run(*RUN)
-    fails(result, "the run ended with status 7; lory is still there")
+    fails(result, "status 7; lory is still there")
     assert "no such file" in result.stdout
     assert play.started().count("distributed 1") == 1 and len(play.calls("create")) == 1
 
@@ -167,7 +167,7 @@ def test_a_lost_connection_is_followed_again_without_a_second_start(play):
     play.trainer("sleep 2; exit 0")
     result = play.run(*RUN)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("lost the connection: following again") == 2
+    assert result.stdout.count("lost the connection: reconnecting") == 2
     assert play.started().count("distributed 1") == 1
 
 
@@ -184,7 +184,7 @@ def test_a_refused_request_says_why(play):
     (play.directory / "refuse").unlink()
     result = play.run(*RUN)  # what is left of it goes away first
     assert result.returncode == 0, result.stderr
-    assert "lory is FAILED: deleting what is left of it" in result.stdout
+    assert "lory is FAILED: deleting it" in result.stdout
 
 
 def test_commands_can_be_repeated(play):
@@ -223,7 +223,7 @@ def test_stop_lets_the_run_save(play):
             break
     assert play.run("stop", *BASE).returncode == 0
     output, errors = process.communicate(timeout=60)
-    assert "saved" in output and "the run ended with status 143" in errors
+    assert "saved" in output and "the run failed with status 143" in errors
 
 
 def test_another_run_is_not_mistaken_for_this_one(play):
@@ -252,23 +252,23 @@ def test_dry_run_prints_every_command_and_runs_none(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert "worker.sh start check" in check.stdout and check.returncode == 0
+    assert "worker.sh start doctor" in check.stdout and check.returncode == 0
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "takes a command: check, run, create"),
-        (("fly", *BASE), "fly: unknown command; takes check, run"),
+        ((), "COMMAND: missing; must be check, run, create"),
+        (("fly", *BASE), "fly: unknown command; must be check, run"),
         (("create", "--zone=z"), "--name: missing"),
         (("create", "--name=n"), "--zone: missing"),
-        (("create", *BASE), "--type: missing; takes an accelerator type"),
-        (("create", *BASE, "--slices=two"), "--slices: got 'two', takes a number"),
-        (("create", *BASE, "--slices=0"), "--slices: got 0, takes at least 1"),
+        (("create", *BASE), "--type: missing"),
+        (("create", *BASE, "--slices=two"), "--slices: got 'two'"),
+        (("create", *BASE, "--slices=0"), "--slices: got 0"),
         (("create", *BASE, "--spoon"), "--spoon: unknown"),
-        (("run", *BASE), "run: takes -- VERB ARGUMENTS"),
-        (("create", *BASE, "--", "train"), "create: takes no -- arguments"),
-        (("create", "wait", *BASE), "wait: takes one command, got create already"),
+        (("run", *BASE), "run: requires -- VERB ARGUMENTS"),
+        (("create", *BASE, "--", "train"), "create: got arguments after --"),
+        (("create", "wait", *BASE), "wait: got a second command after create"),
     ],
 )
 def test_wrong_arguments_are_one_line(play, arguments, message):
@@ -377,7 +377,7 @@ def test_if_one_process_dies_all_start_again(site, one_process):
             os.kill(trainers(process.pid)[1], signal.SIGKILL)
     assert process.wait(timeout=60) == 0, "".join(output)
     text = "".join(output)
-    assert "starting all again (1 of at most 3)" in text and "resuming" in text
+    assert "restarting all of them (1 of at most 3)" in text and "resuming" in text
     assert_same(losses(site / "killed"), one_process)
 
 
@@ -397,7 +397,15 @@ def test_a_run_that_always_fails_ends(site, change, status, starts):
     result = gpu(site, [*command(site, "failing", "--restarts=1"), change])
     assert result.returncode == status
     assert (site / "starts").read_text().count("start") == starts
-    assert ("--restarts=1 are used up" in result.stderr) == (status == 1)
+    assert ("--restarts=1 allows" in result.stderr) == (status == 1)
+
+
+def test_the_doctor_is_not_restarted(site):
+    (site / "starts").unlink(missing_ok=True)
+    script = str(ROOT / "launch" / "gpu.sh")
+    result = gpu(site, ["bash", script, "doctor", f"--workdir={site / 'nothing'}"])
+    assert_one_line_error(result, 1, "config.json")
+    assert (site / "starts").read_text().count("start") == 1
 
 
 def test_a_signal_saves_and_stops(site):
@@ -445,11 +453,11 @@ def test_slurm_variables_place_the_processes(site, tmp_path, one_process):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--hosts=2", "train"], "--coordinator: missing; takes HOST:PORT of host 0"),
-        (["--hosts=2", "--host=2", "train"], "--host: got 2, takes a number below --hosts=2"),
-        (["--processes=0", "train"], "--processes: got 0, takes at least 1"),
+        (["--hosts=2", "train"], "--coordinator: missing"),
+        (["--hosts=2", "--host=2", "train"], "--host: got 2, must be less than --hosts=2"),
+        (["--processes=0", "train"], "--processes: got 0"),
         (["--gpus=2", "train"], "--gpus=2: unknown"),
-        ([], "takes a verb, such as train"),
+        ([], "VERB: missing"),
     ],
 )
 def test_wrong_options_are_one_line(site, options, message):
@@ -461,7 +469,7 @@ def test_no_gpu_says_so(site, tmp_path):
     (tmp_path / "nvidia-smi").chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
     result = gpu(site, command(site, "none"), JAX_PLATFORMS="cuda", PATH=path)
-    fails(result, "nvidia-smi: finds no GPU")
+    fails(result, "nvidia-smi: found no GPU")
 
 
 def test_xla_flags_exist_in_this_jax():

@@ -2,7 +2,7 @@
 
     python tools/comparison.py
 
-The JSON is what launch/baselines.sh wrote.
+launch/baselines.sh writes the JSON.
 """
 
 import json
@@ -14,11 +14,11 @@ PAGE, FIGURES = ROOT / "docs" / "baselines.md", ROOT / "docs" / "comparison" / "
 
 
 def main() -> None:
-    replace_marked(PAGE, "tools/comparison.py", table(json.loads(FIGURES.read_text())))
+    replace_marked(PAGE, "tools/comparison.py", runs_table(json.loads(FIGURES.read_text())))
 
 
-def table(figures: dict[str, Any]) -> str:
-    """A row per run: perplexity, against the first run's, and what it takes."""
+def runs_table(figures: dict[str, Any]) -> str:
+    """One row per run: its perplexity, the change from the first run, and its costs."""
     domains = figures["test"]["instances"]
     rows = []
     first = next(iter(figures["models"]))

@@ -1,9 +1,9 @@
-"""Puts the figures of a finished local run where the README shows them.
+"""Writes the figures of a finished local run to where the README shows them.
 
     bash launch/local.sh
     python tools/local.py [--run=runs/local]
 
-Writes docs/local.json (the run's report without its texts, the date and the processor),
+Writes docs/local.json (the run's report without its texts, with the date and the processor),
 docs/local.png and the table of the README.
 """
 
@@ -31,18 +31,22 @@ def main() -> None:
     figures |= {"date": datetime.date.today().isoformat(), "processor": processor()}
     write(FIGURES, json.dumps(figures, indent=1) + "\n")
     plots.write_png(plots.perplexity_change(report["perplexity"]), ROOT / "docs" / "local.png")
-    replace_marked(ROOT / "README.md", "tools/local.py", table(figures) + "\n\n" + line(figures))
+    replace_marked(
+        ROOT / "README.md",
+        "tools/local.py",
+        perplexity_table(figures) + "\n\n" + summary_line(figures),
+    )
 
 
 def processor() -> str:
-    """The processor's name, where Linux tells it."""
+    """The name of the processor, if Linux tells it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [text.split(":")[1].strip() for text in lines if text.startswith("model name")]
     return names[0] if names else "unknown processor"
 
 
-def table(figures: dict[str, Any]) -> str:
+def perplexity_table(figures: dict[str, Any]) -> str:
     measures = [figures["perplexity"], figures["bits_per_byte"]]
     rows = []
     for domain in measures[0]["dense"]:
@@ -59,7 +63,7 @@ NAMES = ("dense", "lory")
 
 
 def cells(*values: float) -> list[str]:
-    """Dense, Lory and their difference, twice."""
+    """Dense, Lory and the change from one to the other, for perplexity and for bits per byte."""
     texts = []
     for dense, lory, digits in ((*values[:2], 2), (*values[2:], 3)):
         texts += [f"{dense:.{digits}f}", f"{lory:.{digits}f}", f"{100 * (lory / dense - 1):+.1f} %"]
@@ -70,7 +74,7 @@ def mean(values: dict[str, float]) -> float:
     return math.fsum(values.values()) / len(values)
 
 
-def line(figures: dict[str, Any]) -> str:
+def summary_line(figures: dict[str, Any]) -> str:
     seconds = [figures["seconds"][name]["training"] / 60 for name in NAMES]
     cores = figures["versions"]["cores"]
     steps = figures["models"]["lory"]["steps"]

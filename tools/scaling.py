@@ -1,9 +1,10 @@
-"""Plans the recipes on TPU slices and writes the tables of docs/scaling.md.
+"""Plans the recipes for TPU slices and writes the tables of docs/scaling.md.
 
     python tools/scaling.py [--again]
 
-Compiles what docs/plans lacks (or, with --again, everything: ten minutes on two cores), and puts
-the tables between the two marks in docs/scaling.md. Needs libtpu (requirements-plan.txt).
+Compiles the plans that are missing in docs/plans (with --again all of them: ten minutes on two
+cores), and writes the tables between the two marks in docs/scaling.md. Requires libtpu
+(requirements-plan.txt).
 """
 
 import argparse
@@ -49,7 +50,7 @@ def main() -> None:
 
 
 def compile_plan(recipe: str, experts: int, topology: str, fields: tuple[str, ...]) -> str:
-    """What `plan --json` prints."""
+    """The output of `plan --json`."""
     command = [sys.executable, "-m", "lory_jax.plan", "--json", f"--topology={topology}"]
     command += [f"--config=configs/{recipe}.py:experts={experts}", *fields]
     return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout

@@ -1,4 +1,4 @@
-"""Markdown tables between two marks of a page, written by the scripts beside this file."""
+"""Markdown tables between two marks of a page, for the scripts beside this file."""
 
 import os
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """Writes under a temporary name and moves into place."""
+    """Writes the file under a temporary name and moves it into place."""
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
@@ -22,7 +22,7 @@ def write(path: Path, text: str) -> None:
 
 
 def replace_marked(page: Path, script: str, text: str) -> None:
-    """Puts `text` between the page's marks `<!-- begin: SCRIPT -->` and `<!-- end -->`."""
+    """Writes `text` between the marks of a page, `<!-- begin: SCRIPT -->` and `<!-- end -->`."""
     begin = f"<!-- begin: {script} -->"
     before, rest = page.read_text().split(begin)
     _, after = rest.split(END, 1)

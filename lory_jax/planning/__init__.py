@@ -1,1 +1,1 @@
-"""What the verb `plan` reads off a training step compiled for a TPU topology that is not there."""
+"""What the verb `plan` does: compile the training step for a TPU that is not there, and read it."""

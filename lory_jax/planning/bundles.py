@@ -1,14 +1,14 @@
-"""What a Pallas kernel costs on a TPU, read off the instruction bundles that libtpu made of it.
+"""The cost of a Pallas kernel on a TPU, from the instruction bundles that libtpu compiled it to.
 
-A TensorCore issues one bundle a cycle if nothing stalls. libtpu writes a kernel's final bundles,
-and how many slots of each kind a bundle uses, when asked to (`dump_arguments`). A loop counts its
-bundles times its turns, which its exit test and its counter's increment tell. The outermost loop is
-the grid's; it turns twice more than the grid has steps, for the pipeline to fill and to drain, and
-skips the kernel's body then: it counts once per grid step. Conditional parts count as if they
-always ran, waits for DMA as if there were none.
+A TensorCore issues one bundle per cycle if nothing stalls. When asked to (`dump_arguments`), libtpu
+writes a kernel's final bundles and how many slots of each kind every bundle uses. The bundles of a
+loop count once per iteration; its exit test and the increment of its counter give the trip count.
+The outermost loop is that of the grid. It runs for two iterations more than the grid has steps,
+which fill and drain the pipeline and skip the kernel's body; so it counts once per grid step.
+Conditional parts count as if they always ran, and waits for DMA as if there were none.
 
-Bundles show neither how long the matrix unit is busy, for products can be issued faster than they
-are worked off, nor what DMA takes: a kernel takes at least the largest of the three.
+Bundles show neither how long the matrix unit is busy, because products can be issued faster than
+they are computed, nor how long DMA takes. A kernel takes at least the longest of the three.
 """
 
 import re
@@ -20,7 +20,7 @@ _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:[\s>]*\{(.*)$")
 _EXIT = re.compile(r"(%\w+) = scmp\.ge\.s32\.totalorder (%\w+), (\d+) /\* loop exit test")
 _BACK = re.compile(r"sbr\.rel \(!(%\w+)\)")
 DELAY = 4  # bundles after a branch that still run
-FILL = 2  # turns of the grid's loop beyond the grid's steps
+FILL = 2  # iterations of the grid's loop beyond the grid's steps
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class Bundle:
 
 @dataclass(frozen=True)
 class KernelCost:
-    """Of one call.
+    """The cost of one call.
 
     Attributes:
-      bundles: executed.
-      slots: instructions issued, by kind of slot.
-      busy: `slots` over bundles times the slots that a bundle has, by kind.
+      bundles: how many bundles are executed.
+      slots: how many instructions are issued, by kind of slot.
+      busy: the share of the slots of all bundles that is used, by kind of slot.
     """
 
     bundles: int
@@ -59,11 +59,11 @@ def dump_arguments(directory: Path) -> str:
 def read_kernel(directory: Path, instruction: str) -> KernelCost:
     """The cost of one call of a kernel, from a dump of the program that it is in.
 
-    Equal kernels are compiled and written once; a call without files of its own has those of the
-    others of its name, if they all cost the same.
+    Equal kernels are compiled and written once, so a call without files of its own has those of the
+    other calls of its name, if these all cost the same.
 
     Args:
-      directory: of the dump.
+      directory: where the dump is.
       instruction: the name of the call in the optimised HLO.
 
     Raises:
@@ -96,7 +96,7 @@ def _dumped(directory: Path, name: str) -> list[tuple[Path, Path]]:
 
 
 def count(bundles_text: str, slots_text: str) -> KernelCost:
-    """Bundles and slots, each times how often it runs."""
+    """The bundles and slots of one call, each counted as often as it runs."""
     bundles = parse_bundles(bundles_text)
     kinds, capacity, used = parse_slots(slots_text)
     if len(bundles) != len(used):
@@ -112,7 +112,7 @@ def count(bundles_text: str, slots_text: str) -> KernelCost:
 
 
 def parse_bundles(text: str) -> list[Bundle]:
-    """Bundles in order."""
+    """The bundles, in order."""
     found = (_BUNDLE.match(line) for line in text.splitlines())
     return [Bundle(match[1] or "", match[2]) for match in found if match]
 
@@ -121,7 +121,7 @@ def repetitions(bundles: list[Bundle]) -> list[int]:
     """How often each bundle runs.
 
     Raises:
-      ValueError: a loop's turns cannot be told.
+      ValueError: the trip count of a loop cannot be read.
     """
     times = [1] * len(bundles)
     text = "\n".join(bundle.text for bundle in bundles)
@@ -147,7 +147,7 @@ def repetitions(bundles: list[Bundle]) -> list[int]:
 
 
 def parse_slots(text: str) -> tuple[list[str], list[int], list[list[int]]]:
-    """Kinds of slots, how many of each a bundle has, and how many each bundle uses."""
+    """The kinds of slots, how many of each a bundle has, and how many each bundle uses."""
     lines = text.splitlines()
     kinds = [kind.strip() for kind in lines[1].split(",")]
     capacity = [int(number) for number in lines[2].split()]

@@ -1,9 +1,9 @@
 """Bytes that the collectives of a compiled program move, by kind and mesh axis.
 
 The bytes of a collective are those of the whole array that its group of devices works on, as one
-device sees it: what an all-gather puts out, what an all-reduce, a reduce-scatter, an all-to-all or
-a collective-permute takes in. `received` is what a device must receive for it at the least: that
-times (n - 1) / n for a group of n, twice that for an all-reduce, all of it for a permute.
+device sees it: the output of an all-gather; the input of an all-reduce, a reduce-scatter, an
+all-to-all or a collective-permute. `received` is the least that a device must receive for it: these
+bytes times (n - 1) / n in a group of n, twice that for an all-reduce, all of them for a permute.
 """
 
 import math
@@ -51,13 +51,13 @@ class Collective:
 def find_collectives(
     module: Module, runs: Executions, mesh_shape: Mapping[str, int]
 ) -> list[Collective]:
-    """All collectives of the program, each start and done pair (or chain on TPUs) once.
+    """All collectives of the program; a pair of start and done, or a TPU's chain, counts once.
 
     Args:
       module: the parsed program.
       runs: how often its computations run.
-      mesh_shape: sizes of the mesh axes, in the mesh's order: device i of the program is the i-th
-        of the mesh.
+      mesh_shape: sizes of the mesh axes, in the order of the mesh: device i of the program is the
+        i-th of the mesh.
     """
     found = []
     for name, computation in module.computations.items():
@@ -83,9 +83,9 @@ def find_collectives(
 
 
 def _is_repetition(instruction: Instruction, computation: Computation) -> bool:
-    """Whether this is a later link of a chain of fusions over which a TPU spreads a collective.
+    """Whether this is not the first link of a chain of fusions that a TPU splits a collective into.
 
-    Every link repeats the collective; the first one feeds it to `AsyncCollectiveStart`.
+    Every link repeats the collective; the first feeds it to `AsyncCollectiveStart`.
     """
     if "chain_id=" not in instruction.attributes:
         return False
@@ -96,7 +96,7 @@ def _is_repetition(instruction: Instruction, computation: Computation) -> bool:
 
 
 def bytes_by_kind_and_axis(collectives: list[Collective]) -> dict[str, dict[str, int]]:
-    """`{kind: {axis: bytes per device and execution}}`; axes joined by + act as one."""
+    """`{kind: {axis: bytes per device and execution}}`; axes joined by + are used together."""
     totals: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for collective in collectives:
         if collective.axis:
@@ -108,7 +108,7 @@ def bytes_by_kind_and_axis(collectives: list[Collective]) -> dict[str, dict[str,
 
 
 def axes_of(groups: list[list[int]], mesh_shape: Mapping[str, int]) -> str:
-    """The mesh axes that a collective's groups extend over, joined by +; "" for one device each."""
+    """The mesh axes that a collective's groups span, joined by +; "" for groups of one device."""
     sizes = tuple(mesh_shape.values())
     crossed = np.zeros(len(sizes), bool)
     for group in groups:
@@ -120,7 +120,7 @@ def axes_of(groups: list[list[int]], mesh_shape: Mapping[str, int]) -> str:
 
 
 def device_groups(attributes: str, num_devices: int) -> list[list[int]]:
-    """The devices of every group of a collective, from the ways that HLO has to write them.
+    """The devices of every group of a collective, from any of the notations of HLO.
 
     Raises:
       ValueError: the attributes name no groups.

@@ -1,10 +1,10 @@
 """The TPU compiler's own estimates of how long a program computes, by part of the model.
 
-Every fusion of the optimised program carries `estimated_cycles`; they are summed up with loops
-multiplied in. Two kinds of work carry none: collectives, which are bounded by their bytes
-(`lory_jax.planning.collectives`), and Pallas kernels. A kernel counts by its own cost estimate if
-it has one; splash attention by the FLOPs of causal attention; both at the peak of the matrix unit.
-Kernels that are neither are named, so that nobody takes the sum for the whole.
+Every fusion of the optimised program has `estimated_cycles`; they are summed, a loop body once per
+iteration. Two kinds of work have none: collectives, which are bounded by their bytes
+(`lory_jax.planning.collectives`), and Pallas kernels. A kernel counts the FLOPs of its own cost
+estimate if it has one, and splash attention those of causal attention, both at the peak of the
+matrix unit. All other kernels are listed as uncounted, so that nobody takes the sum for the whole.
 """
 
 import re
@@ -25,14 +25,17 @@ SCOPES = {
 COPIES = "layout_copies"
 OTHER = "other"
 
-# Matrix products of [L, K] by [K, L] in one causal attention of splash's kernels; the fused
-# backward pass computes the scores again.
+# Matrix products of [L, K] by [K, L] in each of splash's kernels; the fused backward pass computes
+# the scores again.
 SPLASH_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5, "splash_mha_dq": 3}
 
 
 @dataclass(frozen=True)
 class Cycles:
-    """Estimated cycles of one execution by scope; `uncounted` are kernels without any, by calls."""
+    """Estimated cycles of one execution by scope and, included in them, by kernel.
+
+    `uncounted` holds the kernels without an estimate, and how often each is called.
+    """
 
     by_scope: Mapping[str, float]
     kernels: Mapping[str, float]
@@ -44,7 +47,7 @@ class Cycles:
 
 
 def count_cycles(module: Module, runs: Executions, flops_per_cycle: float) -> Cycles:
-    """Sums the compiler's estimates up, and adds what Pallas kernels take at the least.
+    """Sums the compiler's estimates, and adds the least that Pallas kernels can take.
 
     Args:
       module: the parsed program, optimised for a TPU.
@@ -56,7 +59,7 @@ def count_cycles(module: Module, runs: Executions, flops_per_cycle: float) -> Cy
     uncounted: dict[str, int] = defaultdict(int)
     for name, computation in module.computations.items():
         if name in runs.fused or not runs.times[name]:
-            continue  # what a fusion holds is in the fusion's estimate
+            continue  # the estimate of a fusion covers the computation inside it
         for instruction in computation.instructions.values():
             estimate = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
             if estimate:
@@ -77,7 +80,7 @@ def count_cycles(module: Module, runs: Executions, flops_per_cycle: float) -> Cy
 def scope_of(instruction: Instruction, module: Module) -> str:
     """The part of the model that an instruction belongs to; copies are a part of their own.
 
-    A fusion whose own path tells nothing is where most of what it holds is.
+    A fusion whose own path names no part belongs where most of its instructions belong.
     """
     if instruction.opcode == "copy" or re.match(r"(?:copy|transpose)\b", instruction.name):
         return COPIES
@@ -96,14 +99,14 @@ def _scope_of_path(op_name: str) -> str:
 
 
 def kernel_flops(instruction: Instruction, computation: Computation) -> float | None:
-    """FLOPs of a Pallas kernel by its cost estimate, or by splash attention's; else None."""
+    """FLOPs of a Pallas kernel from its cost estimate, or of splash attention; otherwise None."""
     estimate = re.search(r'"cost_estimate":\{[^}]*?"flops":"?(\d+)', instruction.attributes)
     if estimate:
         return float(estimate[1])
     for prefix, products in SPLASH_PRODUCTS.items():
         if instruction.name.startswith(prefix):
-            # Of the operands, only queries, keys and values are [..., H, L, K] in 16 or 32 bits
-            # and come first, the queries before the others.
+            # Queries, keys and values come first, the queries before the others, and only they are
+            # [..., H, L, K] in 16 or 32 bits.
             shapes = (computation.instructions[name].shape for name in instruction.operands)
             found = (re.match(r"(?:bf16|f32)\[([\d,]+)\]", shape) for shape in shapes)
             query = next(shape[1] for shape in found if shape)

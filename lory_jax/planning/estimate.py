@@ -1,4 +1,4 @@
-"""From a compiled training step to the numbers of a plan: memory, communication, bounds of time."""
+"""The numbers of a plan from a compiled training step: memory, communication, bounds of time."""
 
 import math
 from typing import Any
@@ -14,36 +14,38 @@ from lory_jax.planning.hlo import executions, parse
 from lory_jax.planning.program import compile_step
 from lory_jax.planning.topology import Device
 
-# A device should hold whole tiles of a matrix's D: a TPU's tile of bfloat16 is 16 x 128. With parts
-# of tiles, the compiler turns gathers and scatters into sums of whole matrices.
+# Each device should hold whole tiles of a matrix along D: a TPU's tile of bfloat16 is 16 x 128. If
+# tiles are split, the compiler turns gathers and scatters into sums of whole matrices.
 TILE_ROWS = 16
 
 
-def default_mesh(model: ModelConfig, sequences: int, devices: int) -> tuple[int, int, int]:
-    """The mesh (data, fsdp, tensor) for a number of devices when nobody chose one.
+def default_mesh(model_config: ModelConfig, sequences: int, devices: int) -> tuple[int, int, int]:
+    """The mesh (data, fsdp, tensor) for a number of devices if the user chose none.
 
-    `tensor` is 1 as long as every device gets a sequence; with more devices than sequences (and
-    `attention_sharding=heads`) it takes what is too many. `fsdp` takes as many of the others as
-    leave each device a multiple of `TILE_ROWS` rows of a matrix's D; `data` takes what remains.
+    `tensor` is 1 as long as every device gets a sequence. If there are more devices than sequences
+    (and `attention_sharding=heads`), `tensor` is the number of devices per sequence. `fsdp` is the
+    largest number of the remaining devices that leaves each a multiple of `TILE_ROWS` rows of a
+    matrix along D; `data` is the rest.
 
     Args:
-      model: the model.
-      sequences: in a microbatch.
-      devices: how many there are.
+      model_config: the model.
+      sequences: how many sequences a microbatch has.
+      devices: how many devices there are.
     """
     tensor = 1
-    if model.attention_sharding == "heads" and devices > sequences:
+    if model_config.attention_sharding == "heads" and devices > sequences:
         tensor = devices // math.gcd(devices, sequences)
     rest = devices // tensor
+    embed_dim = model_config.embed_dim
     whole_tiles = [
-        n for n in range(1, rest + 1) if rest % n == 0 and model.embed_dim % (n * TILE_ROWS) == 0
+        n for n in range(1, rest + 1) if rest % n == 0 and embed_dim % (n * TILE_ROWS) == 0
     ]
     fsdp = max(whole_tiles, default=1)
     return rest // fsdp, fsdp, tensor
 
 
 def plan_step(config: ConfigDict, mesh: Mesh, device: Device) -> dict[str, Any]:
-    """Compiles a recipe's training step for a mesh and reads it off; the fields are the plan's.
+    """Compiles a recipe's training step for a mesh; returns the fields of a plan that it shows.
 
     Raises:
       ConfigError: the recipe does not fit the mesh.
@@ -68,7 +70,7 @@ def plan_step(config: ConfigDict, mesh: Mesh, device: Device) -> dict[str, Any]:
 
 
 def read_program(text: str, config: ConfigDict, mesh: Mesh, device: Device) -> dict[str, Any]:
-    """`collective_bytes`, and `estimate`: bounds of the step's time from the compiler's cycles."""
+    """`collective_bytes` and `estimate`, which bounds the step's time by the compiler's cycles."""
     module = parse(text)
     runs = executions(module)
     collectives = find_collectives(module, runs, mesh.shape)
@@ -76,8 +78,8 @@ def read_program(text: str, config: ConfigDict, mesh: Mesh, device: Device) -> d
     computing = cycles.total / device.clock
     moving = sum(c.received * c.times for c in collectives) / device.ici_bandwidth
     seconds = max(computing, moving)
-    model = ModelConfig.for_platform(config.model, mesh.devices.flat[0].platform)
-    tokens = config.train.global_batch_size * model.sequence_length
+    model_config = ModelConfig.for_platform(config.model, mesh.devices.flat[0].platform)
+    tokens = config.train.global_batch_size * model_config.sequence_length
     peak = peak_flops(mesh.devices.flat[0].device_kind)
     rate = tokens / seconds / mesh.devices.size
     return {
@@ -91,6 +93,6 @@ def read_program(text: str, config: ConfigDict, mesh: Mesh, device: Device) -> d
             "collective_seconds": moving,
             "step_seconds_lower_bound": seconds,
             "tokens_per_second_per_device_upper_bound": rate,
-            "mfu_upper_bound": rate * flops_per_token(model) / peak if peak else None,
+            "mfu_upper_bound": rate * flops_per_token(model_config) / peak if peak else None,
         },
     }

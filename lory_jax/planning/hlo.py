@@ -1,8 +1,8 @@
-"""Reads the text of an optimised HLO module: computations, and how often each of them runs.
+"""Reads the text of an optimised HLO module: its computations, and how often each of them runs.
 
-The text is what `jax.stages.Compiled.as_text()` gives. A loop body counts as often as the loop
-turns: from the compiler's own note where it leaves one (CPU, GPU), else by running the loop's
-counter (TPU).
+The text is that of `jax.stages.Compiled.as_text()`. A loop body counts once per iteration. The trip
+count is the compiler's own note where it leaves one (on CPUs and GPUs); otherwise the counter of
+the loop is evaluated (on TPUs).
 """
 
 import itertools
@@ -24,7 +24,7 @@ BITS |= {
     "c128": 128,
 }
 
-MAX_TURNS = 100_000  # a loop that is run for its trip count is given up after these
+MAX_TURNS = 100_000  # iterations after which evaluating a loop's counter is given up
 
 # Called computations, by attribute; reducers (`to_apply`) belong to their caller's cost.
 _CALLED = re.compile(r"(?:calls|body|true_computation|false_computation)=%?([\w.\-]+)")
@@ -63,7 +63,7 @@ class Instruction:
 
 @dataclass
 class Computation:
-    """Instructions by name, in order; `root` is the result's."""
+    """Instructions by name, in order; `root` names the one that is the result."""
 
     name: str
     instructions: dict[str, Instruction] = field(default_factory=dict)
@@ -77,7 +77,7 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """Parses a module.
+    """Parses the text of a module.
 
     Raises:
       ValueError: the text has no entry computation.
@@ -99,7 +99,7 @@ def parse(text: str) -> Module:
 
 
 def _logical_lines(text: str) -> Iterator[str]:
-    """Lines, with those that a line break inside a string cut apart put together again."""
+    """Lines, where those that were split by a line break inside a string are joined again."""
     pending = ""
     for line in text.splitlines():
         if pending and not (_START.match(line) or _HEADER.match(line) or line == "}"):
@@ -136,7 +136,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def shape_bytes(shape: str) -> int:
-    """Bytes of an array or of all arrays of a tuple; layouts and padding are left aside."""
+    """Bytes of an array or of all arrays of a tuple, without padding."""
     total = 0
     for dtype, dimensions in _ARRAY.findall(shape):
         count = 1
@@ -153,7 +153,7 @@ def shape_bytes(shape: str) -> int:
 class Executions:
     """How often each computation runs in one execution of the module.
 
-    `fused` are the computations inside fusions, whose cost is their fusion's. `unknown_loops`
+    `fused` are the computations inside fusions; their cost is part of the fusion's. `unknown_loops`
     are the loops whose trip count could not be found; their bodies count once.
     """
 
@@ -198,7 +198,7 @@ def _called(instruction: Instruction) -> list[str]:
 
 
 def trip_count(module: Module, caller: Computation, loop: Instruction) -> int | None:
-    """How often a `while` of `caller` turns, or None when it cannot be told from the text."""
+    """The trip count of a `while` in `caller`, or None if the text does not determine it."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known[1])
@@ -207,7 +207,7 @@ def trip_count(module: Module, caller: Computation, loop: Instruction) -> int | 
     carried = caller.instructions[loop.operands[0]]
     if carried.opcode != "tuple":
         return None
-    values: dict[tuple[int, int], int] = {}  # of element k of the loop's tuple before turn t
+    values: dict[tuple[int, int], int] = {}  # element k of the loop's tuple before iteration t
 
     def before(t: int) -> Callable[[int], int]:
         return lambda k: value(k, t)
@@ -261,10 +261,14 @@ _DIRECTIONS: dict[str, Callable[[int, int], bool]] = {
 def _evaluate(
     module: Module, computation: Computation, name: str, element: Callable[[int], int]
 ) -> int:
-    """An integer scalar of a computation; `element` gives its parameter(s), by index.
+    """An integer scalar of a computation.
 
-    In a loop's condition and body the one parameter is a tuple, and the index is of its element;
-    in a fusion the index is of the parameter.
+    Args:
+      module: the module.
+      computation: where the instruction is.
+      name: the instruction.
+      element: the value of a parameter by its index. The condition and the body of a loop have one
+        parameter, a tuple, and the index is that of its element.
     """
     instruction = computation.instructions[name]
     opcode = instruction.opcode

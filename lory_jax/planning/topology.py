@@ -1,6 +1,7 @@
 """TPU topologies by the names that Google Cloud gives them, and what a device of each can do.
 
-`v5e-256` and `v6e-64` count chips; `v5p-128` and `tpu7x-128` count TensorCores, two to a chip.
+`v5e-256` and `v6e-64` count chips; `v5p-128` and `tpu7x-128` count TensorCores, of which a chip has
+two.
 """
 
 import importlib.util
@@ -8,10 +9,12 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import jax
+from typing import TYPE_CHECKING
 
 from lory_jax.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    import jax
 
 GIB = 2**30
 
@@ -23,16 +26,16 @@ class Device:
     Attributes:
       generation: name of the generation for libtpu.
       units_per_chip: what the cloud's name counts per chip (chips or TensorCores).
-      memory_limit: bytes of HBM that a program may use, as libtpu names it when a program
-        needs more ("exceeds available HBM (15.75G)").
+      memory_limit: bytes of HBM that a program may use, as libtpu reports them when a program
+        requires more ("exceeds available HBM (15.75G)").
       clock: cycles per second.
-      flops_per_cycle: of bf16 matrix products, peak. Together with the clock the vendor's peak
-        (docs.cloud.google.com/tpu, one page per generation); the compiler's estimates of large
-        products come within 2 to 15 % of it: 126,900, 256,300, 455,700 and 444,800 FLOP a cycle.
-      ici_bandwidth: bytes per second that all its links to other chips take in together: half of
+      flops_per_cycle: peak of bf16 matrix products. Times the clock, this is the vendor's peak
+        (docs.cloud.google.com/tpu, one page per generation). The compiler's estimates of large
+        products are within 2 to 15 % of it: 126,900, 256,300, 455,700 and 444,800 FLOP per cycle.
+      ici_bandwidth: bytes per second that all links to other chips can receive together: half of
         the vendor's bidirectional bandwidth per chip.
-      hbm_bandwidth: bytes per second between HBM and the device, the vendor's peak.
-      cores: TensorCores of one device; a v5p's two share a kernel's grid.
+      hbm_bandwidth: the vendor's peak, in bytes per second between HBM and the device.
+      cores: TensorCores of one device; the two of a v5p share a kernel's grid.
     """
 
     generation: str
@@ -53,50 +56,49 @@ DEVICES = {
     "tpu7x": Device("tpu7x", 2, int(94.74 * GIB), 2.2e9, 524_288, 300e9, 3690e9),
 }
 
-# Shapes in chips that the cloud offers, by their number of chips.
+# The shapes that the cloud offers, in chips, by their number of chips.
 PLANES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"}
 CUBES |= {512: "8x8x8", 1024: "8x8x16", 2048: "8x16x16", 4096: "16x16x16"}
 SHAPES = {"v5e": PLANES, "v6e": PLANES, "v5p": CUBES, "tpu7x": CUBES}
 
-# The version that JAX's extra `tpu` takes. The programs of newer ones cannot always be read: the
-# HLO that they write (async-update of several operands) is not that of this jaxlib.
+# The version that JAX's extra `tpu` requires. This jaxlib cannot read every program of newer ones,
+# because they write other HLO (async-update with several operands).
 PIP = "pip install libtpu==0.0.42.1"
 
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice: `name` as the cloud has it, `libtpu_name` such as v5p:4x4x4."""
+    """A slice: `name` is the cloud's, `libtpu_name` is such as v5p:4x4x4."""
 
     name: str
     libtpu_name: str
     device: Device
 
-    def devices(self) -> Sequence[jax.Device]:
-        """Descriptions of its devices, to compile for.
+    def devices(self) -> "Sequence[jax.Device]":
+        """Descriptions of its devices, for which programs can be compiled.
 
         Raises:
           InputError: libtpu is not installed.
         """
         if importlib.util.find_spec("libtpu") is None:
             raise InputError(
-                "libtpu: not found, and compiling for TPUs takes it (no TPU, though); "
-                f"{PIP}, or --no_compile"
+                f"libtpu: not found; compiling for TPUs requires it (but no TPU): {PIP}"
             )
-        # Nothing here asks the machine for a TPU: no lock, no look-up of what this host is.
+        # libtpu must not look for a TPU here: neither take its lock nor ask what this host is.
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         from jax.experimental import topologies
 
-        # A host has four chips, unless told; the smallest slice has one.
+        # libtpu assumes four chips per host; the smallest slice has one.
         bounds = {"chips_per_host_bounds": (1, 1, 1)} if self.libtpu_name.endswith(":1x1") else {}
         return topologies.get_topology_desc(self.libtpu_name, platform="tpu", **bounds).devices
 
 
 def parse_topology(name: str) -> Topology:
-    """The topology of a cloud name, without libtpu.
+    """The topology that the cloud calls `name`; does not need libtpu.
 
     Raises:
       ConfigError: there is no such topology.
@@ -104,7 +106,7 @@ def parse_topology(name: str) -> Topology:
     found = re.fullmatch(r"(v5e|v5litepod|v5p|v6e|tpu7x)-(\d+)", name)
     if not found:
         raise ConfigError(
-            f"--topology: got {name!r}, takes the cloud's name of a slice: v5e-CHIPS, v6e-CHIPS, "
+            f"topology: got {name!r}, must be the cloud's name of a slice: v5e-CHIPS, v6e-CHIPS, "
             "v5p-CORES or tpu7x-CORES, such as v5e-256 or v5p-128"
         )
     generation = found[1].replace("v5litepod", "v5e")
@@ -112,5 +114,5 @@ def parse_topology(name: str) -> Topology:
     chips, remainder = divmod(int(found[2]), device.units_per_chip)
     if remainder or chips not in shapes:
         sizes = ", ".join(str(count * device.units_per_chip) for count in shapes)
-        raise ConfigError(f"--topology: got {name!r}, takes {found[1]}- and one of {sizes}")
+        raise ConfigError(f"topology: got {name!r}, must be {found[1]}- and one of {sizes}")
     return Topology(name, f"{generation}:{shapes[chips]}", device)

@@ -1,16 +1,16 @@
-"""Bytes that a compiled TPU program moves between HBM and the chip, read off its optimised HLO.
+"""Bytes that a compiled TPU program moves between HBM and the chip, from its optimised HLO.
 
 Every fusion, copy and product reads its operands and writes its result once. Arrays that the
-compiler placed in on-chip memory (marked S(1)) count nothing, an operand of which a fusion takes
-slices only counts those, and an operand that is updated in place counts its update. A Pallas kernel
-counts what its cost estimate says.
+compiler placed in on-chip memory (marked S(1)) count nothing. An operand of which a fusion reads
+only slices counts those slices, and an operand that is updated in place counts its update. A Pallas
+kernel counts as much as its cost estimate says.
 """
 
 import re
 
 from lory_jax.planning.hlo import Computation, Executions, Instruction, Module, shape_bytes
 
-# These move nothing themselves.
+# These opcodes move nothing themselves.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call"}
 _FREE |= {"conditional", "after-all", "partition-id", "replica-id", "iota", "copy-done"}
 _FREE |= {"async-done", "slice-done", "opt-barrier", "custom-call-done"}
@@ -18,7 +18,7 @@ _SLICES = ("slice", "dynamic-slice")
 
 
 def hbm_bytes(module: Module, runs: Executions) -> int:
-    """Bytes of one execution, loop bodies as often as they turn."""
+    """Bytes of one execution; a loop body counts once per iteration."""
     total = 0
     for name, computation in module.computations.items():
         if name in runs.fused or not runs.times[name]:
@@ -56,7 +56,7 @@ def _off_chip(shape: str) -> int:
 
 
 def _part_read(called: Computation, index: int) -> int | None:
-    """Bytes of the slices that a fusion takes of a parameter; None if it reads all of it."""
+    """Bytes of the slices that a fusion reads of a parameter; None if it reads all of it."""
     parameter = next(
         i
         for i in called.instructions.values()
@@ -75,7 +75,7 @@ def _part_read(called: Computation, index: int) -> int | None:
 
 
 def _kept_in_place(called: Computation, fusion: Instruction) -> int:
-    """Of a fusion's result, the bytes that an update in place does not write."""
+    """Bytes of a fusion's result that an update in place does not write."""
     root = called.instructions[called.root]
     if root.opcode != "dynamic-update-slice" or "S(1)" in fusion.shape:
         return 0

@@ -23,35 +23,41 @@ STYLE = """
 
 
 def analysis_page(analysis: dict[str, Any]) -> str:
-    """The page of a run; `analysis` is what analysis.json holds."""
+    """The page of a run.
+
+    Args:
+      analysis: the contents of analysis.json.
+    """
     weights, texts = analysis["routing_weights"], analysis["telling_texts"]
     pieces = [
         html.style(STYLE),
         html.paragraph(
-            f"Step {analysis['step']:,}. Routing weights are those of segments k > 1 of the test "
-            "set, which the segment before decides.",
+            f"Step {analysis['step']:,}. The routing weights are those of the test set, over "
+            "segments k > 1, each of which is routed by the segment before it.",
             "lead",
         ),
         html.heading("Routing by domain and layer"),
         html.figure(
-            plots.to_svg(plots.routing_weights(weights)),
+            plots.to_svg(plots.routing_heat_map(weights)),
             "Mean routing weight of every expert, by domain and layer.",
         ),
         html.heading("Do domains differ more than documents do?"),
         html.figure(
-            plots.to_svg(plots.routing_distance(analysis["routing_distance"])),
-            "Distance between the mean routing weights of two domains, against random halves of "
-            "one domain.",
+            plots.to_svg(plots.distance_by_layer(analysis["routing_distance"])),
+            "The largest distance between the mean routing weights of two domains, and that "
+            "between random halves of one domain.",
         ),
         html.heading("Experts in use during training"),
         html.figure(
             plots.to_svg(plots.utilisation(analysis["utilisation"])),
-            "(Layer, expert) pairs with a weight above 2/E at least once in 10 steps.",
+            "Pairs of layer and expert that had a routing weight above 2/E at least once in the "
+            "last 10 steps.",
         ),
-        html.heading("The most telling texts of each expert"),
+        html.heading("The texts that each expert is chosen for"),
         html.paragraph(
-            "Segments of the test set that give an expert its greatest weights, at most one of an "
-            "instance, at the bottom, in the middle and at the top.",
+            "For each expert of the bottom, the middle and the top layer: the segments of the test "
+            "set that give it the greatest weights in the segment after them, at most one segment "
+            "per instance.",
             "note",
         ),
     ]
@@ -67,12 +73,12 @@ def analysis_page(analysis: dict[str, Any]) -> str:
 
 
 def text_page(title: str, segments: Sequence[str], r_YxNxE: np.ndarray) -> str:
-    """A text, segment by segment, each over a strip per layer: as wide as an expert weighs.
+    """The page of a text: under each segment, one strip per layer shows the weights of the experts.
 
     Args:
-      title: of the html.
-      segments: their texts.
-      r_YxNxE: routing weights of every segment.
+      title: the title of the page.
+      segments: the texts of the segments.
+      r_YxNxE: the routing weights of every segment.
     """
     num_layers, _, num_experts = r_YxNxE.shape
     colours = [
@@ -81,9 +87,9 @@ def text_page(title: str, segments: Sequence[str], r_YxNxE: np.ndarray) -> str:
     pieces = [
         html.style(STYLE),
         html.paragraph(
-            "Under each segment, one strip per layer, the bottom layer first. A colour is as wide "
-            "as its expert's weight in the FFN that reads the segment. A segment is routed by the "
-            "one before it, the first by itself.",
+            "Under each segment is one strip per layer, the bottom layer first. The width of a "
+            "colour is the weight of its expert in the merged FFN that processes the segment. Each "
+            "segment is routed by the one before it; the first is routed by itself.",
             "note",
         ),
         _key(colours),
@@ -103,7 +109,7 @@ def _key(colours: Sequence[str]) -> str:
 
 
 def _strip(r_E: np.ndarray, layer: int, colours: Sequence[str]) -> str:
-    """One bar; what it shows is also its label, for readers who do not see it."""
+    """One bar; its label says what it shows, for readers who cannot see it."""
     parts = [
         f'<i style="width:{100 * weight:.2f}%;background:{colour}"></i>'
         for weight, colour in zip(r_E, colours, strict=True)

@@ -1,4 +1,4 @@
-"""The page of `compare`: the table of the runs, the pictures, samples, settings and times."""
+"""The page of `compare`: tables of the results and costs, pictures, samples, settings and times."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,8 +18,8 @@ def comparison_page(
 
     Args:
       report: what `compare` writes as JSON.
-      metrics: the lines of metrics.jsonl by run.
-      analyses: analysis.json of the runs with experts.
+      metrics: the lines of metrics.jsonl, by run.
+      analyses: the contents of analysis.json, by run; only of runs with experts.
     """
     first, *others = report["perplexity"]
     pieces = _opening(report)
@@ -27,15 +27,16 @@ def comparison_page(
         pieces.append(
             html.figure(
                 plots.to_svg(plots.perplexity_change(report["perplexity"])),
-                f"Test perplexity of each domain over positions ≥ T, against that of {first}.",
+                f"Test perplexity of each domain over positions ≥ T, compared with that of "
+                f"{first}.",
             )
         )
     pieces += [
         html.heading("Loss"),
         html.figure(
             plots.to_svg(plots.loss_curves(metrics)),
-            "Loss over the training. Thin: on training batches, averaged over 2 % of the run. "
-            "Marked: on validation documents, positions ≥ T.",
+            "Loss during training. Thin lines: on training batches, averaged over 2 % of the run. "
+            "Lines with markers: on validation documents, positions ≥ T.",
         ),
     ]
     pieces += _costs(report)
@@ -67,8 +68,8 @@ def _opening(report: Report) -> list[str]:
         lead.append(
             f"The test perplexity of {name} is {abs(100 * ratio):.1f} % "
             f"{'lower' if ratio < 0 else 'higher'} than that of {first} (geometric mean over "
-            f"{len(domains)} domains; lower in {lower} of them), for {time:.2f} times the training "
-            "time."
+            f"{len(domains)} domains; lower in {lower} of them). Its training took {time:.2f} "
+            "times as long."
         )
 
     changes = ["change"] if len(others) == 1 else [f"change, {name}" for name in others]
@@ -109,15 +110,15 @@ def _opening(report: Report) -> list[str]:
         *(html.paragraph(text, "lead") for text in lead),
         html.table(header, rows, groups=groups, strong_rows=[len(rows) - 2], judged_columns=judged),
         html.paragraph(
-            "Over the positions ≥ T of held-out test documents. Over all positions, routed as in "
-            f"training, the geometric means are: {listed}.",
+            "These figures are for positions ≥ T of held-out test documents. Over all positions, "
+            f"routed as in training, the geometric means of perplexity are: {listed}.",
             "note",
         ),
     ]
 
 
 def _costs(report: Report) -> list[str]:
-    """What each run took, and how soon it was as good as the first."""
+    """What each run cost, and how soon it reached the loss of the first."""
     models, seconds, against = report["models"], report["seconds"], report["against_first"]
     first, *others = models
 
@@ -166,16 +167,17 @@ def _costs(report: Report) -> list[str]:
         html.table(["", *models, *changes], rows, judged_columns=judged),
         html.paragraph(
             "FLOPs are those of training, forward and backward. Tokens to the final validation "
-            "loss are read off the line between two validations. Experts in use: pairs of layer "
-            "and expert with a mean weight above 2/E in a segment of the last 10 steps. Dropped: "
-            "tokens or segments that no expert took, the mean over the training.",
+            "loss are interpolated linearly between two validations. Experts in use: pairs of "
+            "layer and expert that had a routing weight above 2/E at least once in the last 10 "
+            "steps. Dropped: the share of tokens or segments that no expert processed, averaged "
+            "over the training.",
             "note",
         ),
     ]
 
 
 def _tasks(report: Report) -> list[str]:
-    """The figure of every task, if any was run."""
+    """The main metric of every task, if any was evaluated."""
     first, *others = report["models"]
     if not report["tasks"]:
         return []
@@ -200,23 +202,24 @@ def _specialisation(name: str, analysis: Mapping[str, Any]) -> list[str]:
         html.heading(f"What the experts of {name} do"),
         html.paragraph(
             f"In layer {widest['layer']} the mean routing weights of "
-            f"{' and '.join(widest['domains'])} differ most: by {widest['between']:.3f} in total "
-            f"variation, against {widest['within']:.3f} between random halves of one domain."
+            f"{' and '.join(widest['domains'])} differ most. Their total-variation distance is "
+            f"{widest['between']:.3f}; between random halves of one domain it is "
+            f"{widest['within']:.3f} on average."
         ),
         html.figure(
-            plots.to_svg(plots.routing_weights(analysis["routing_weights"])),
-            "Mean routing weight of every expert by domain and layer, over the segments of test "
-            "documents that were routed by the segment before them.",
+            plots.to_svg(plots.routing_heat_map(analysis["routing_weights"])),
+            "Mean routing weight of every expert by domain and layer, over the segments of the "
+            "test set that are routed by the segment before them.",
         ),
         html.figure(
-            plots.to_svg(plots.routing_distance(analysis["routing_distance"])),
+            plots.to_svg(plots.distance_by_layer(analysis["routing_distance"])),
             "How far routing differs between domains: the largest total-variation distance between "
-            "the mean weights of two domains, against that between random halves of one domain.",
+            "the mean weights of two domains, and that between random halves of one domain.",
         ),
         html.figure(
             plots.to_svg(plots.utilisation(analysis["utilisation"])),
-            "Experts in use: pairs of layer and expert with a routing weight above 2/E at least "
-            "once in the last 10 steps.",
+            "Experts in use: pairs of layer and expert that had a routing weight above 2/E at "
+            "least once in the last 10 steps.",
         ),
     ]
 
@@ -226,14 +229,14 @@ def _samples(samples: Mapping[str, Any]) -> list[str]:
         f"{key.replace('_', ' ')} {value}" for key, value in samples["settings"].items()
     )
     return [
-        html.heading(f"What {samples['run']} writes"),
+        html.heading(f"Samples from {samples['run']}"),
         html.paragraph(
-            "The beginning of a test document of each domain, and its continuation (marked). The "
-            f"experts are merged once, by the prompt; {listed}.",
+            "Each sample is the beginning of a test document and the model's continuation "
+            f"(marked). Experts are merged once, by the prompt. Settings: {listed}.",
             "note",
         ),
         *(
-            html.sample(domain, text["prompt"], text["continuation"])
+            html.sample_box(domain, text["prompt"], text["continuation"])
             for domain, text in samples["texts"].items()
         ),
     ]
@@ -270,7 +273,9 @@ def _settings(report: Report) -> list[str]:
     return [
         html.heading("Settings"),
         html.table(["", *names], rows),
-        html.paragraph(f"Instances of the {report['test']['split']} set: {counts}.", "note"),
+        html.paragraph(
+            f"Number of instances in the {report['test']['split']} set: {counts}.", "note"
+        ),
         html.heading("Times"),
         html.table(["", "time"], times),
         html.paragraph(f"Made with {versions}.", "note"),

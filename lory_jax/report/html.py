@@ -1,6 +1,6 @@
-"""One self-contained HTML page: no scripts, no links, pictures inside, all text escaped.
+"""Self-contained HTML pages: no scripts, no links, pictures embedded, all text escaped.
 
-Every function returns a piece of HTML; `page` puts pieces together.
+Every function returns a piece of HTML; `page` joins the pieces.
 """
 
 import base64
@@ -46,12 +46,12 @@ pre mark { unicode-bidi: isolate; background: #dcecf7; color: #003e63; border-ra
 """
 
 
-# HTML has no place for control characters other than tab and newline.
+# HTML allows no control characters other than tab and newline.
 CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 
 def escape(text: str) -> str:
-    """Text as HTML, in or outside an attribute."""
+    """Text as HTML, safe inside and outside of attributes."""
     return html.escape(text.translate(CONTROLS))
 
 
@@ -67,7 +67,7 @@ def page(title: str, pieces: Iterable[str]) -> str:
 
 
 def style(rules: str) -> str:
-    """Rules of a page's own, which must come from code, never from data."""
+    """CSS rules for one page. They must come from code, never from data."""
     return f"<style>{rules}</style>"
 
 
@@ -76,7 +76,7 @@ def heading(text: str) -> str:
 
 
 def paragraph(text: str, kind: str = "") -> str:
-    """Text of a `kind`: "" plain, "lead" larger, "note" smaller."""
+    """A paragraph of a `kind`: "" for plain text, "lead" for larger or "note" for smaller text."""
     return f'<p class="{escape(kind)}">{escape(text)}</p>'
 
 
@@ -94,10 +94,10 @@ def table(
     Args:
       header: one name per column.
       rows: cells as text.
-      groups: names over the header, each with the number of columns that it spans.
-      strong_rows: indices of rows that sum the others up.
-      judged_columns: indices of columns of differences, where a minus is better.
-      is_text: cells hold text rather than figures.
+      groups: names above the header, each with the number of columns that it spans.
+      strong_rows: indices of the rows that summarise the others.
+      judged_columns: indices of the columns with differences, where a minus is better.
+      is_text: whether the cells hold text rather than figures.
     """
     strong, judged = set(strong_rows), set(judged_columns)
     spans = "".join(
@@ -124,7 +124,7 @@ def table(
 
 
 def figure(svg: bytes, caption: str) -> str:
-    """An SVG picture, held by the page itself; its caption also is its alternative text."""
+    """An SVG picture, embedded in the page; its caption is its alternative text, too."""
     data = base64.b64encode(svg).decode()
     return (
         f'<figure><img alt="{escape(caption)}" src="data:image/svg+xml;base64,{data}">'
@@ -132,8 +132,8 @@ def figure(svg: bytes, caption: str) -> str:
     )
 
 
-def sample(title: str, prompt: str, continuation: str) -> str:
-    """A prompt and, marked, what a model made of it."""
+def sample_box(title: str, prompt: str, continuation: str) -> str:
+    """A prompt and, marked, the continuation by a model."""
     return (
         f'<div class="sample"><h3>{escape(title)}</h3>'
         f"<pre>{escape(prompt)}<mark>{escape(continuation)}</mark></pre></div>"

@@ -1,6 +1,7 @@
 """The pictures of a report. Every function returns a matplotlib figure.
 
-Colours are Okabe and Ito's, which the colour-blind tell apart; lines differ in more than colour.
+The colours are those of Okabe and Ito, which colour-blind readers can tell apart; lines differ in
+more than their colour.
 """
 
 import io
@@ -19,7 +20,7 @@ MARKERS = ("o", "D", "s", "^", "v", "P", "X")
 DIVERGING = ("#c8701f", "#f0c69c", "#f2f3f5", "#5aa6d6", "#00385c")
 INK, FAINT = "#1f2933", "#d9dee3"
 WIDTH = 7.2  # inches, of a picture as wide as the page
-SMOOTHING = 0.02  # of the training loss: the share of the run that a point averages over
+SMOOTHING = 0.02  # the share of the run that a point of the training loss averages over
 STYLE: dict[str, Any] = {
     "font.size": 10,
     "axes.titlesize": 10,
@@ -113,10 +114,11 @@ def perplexity_change(perplexity: Mapping[str, Mapping[str, float]]) -> "Figure"
         return figure
 
 
-def routing_weights(weights: Mapping[str, Sequence[Sequence[float]]]) -> "Figure":
+def routing_heat_map(weights: Mapping[str, Sequence[Sequence[float]]]) -> "Figure":
     """A heat map of domain x expert for every layer, all on one scale: `{domain: [Y][E]}`.
 
-    Pale is uniform, 1/E: layers that route all domains alike are pale all over.
+    Pale stands for the uniform weight 1/E, so a layer that routes all domains alike is pale
+    everywhere.
     """
     import matplotlib.pyplot as plt
     from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
@@ -156,7 +158,7 @@ def routing_weights(weights: Mapping[str, Sequence[Sequence[float]]]) -> "Figure
         return figure
 
 
-def routing_distance(distances: Sequence[Mapping[str, Any]]) -> "Figure":
+def distance_by_layer(distances: Sequence[Mapping[str, Any]]) -> "Figure":
     """Largest distance between two domains per layer, against random halves of one domain."""
     with _style():
         figure, axes = _figure(2.8)
@@ -179,8 +181,8 @@ def routing_distance(distances: Sequence[Mapping[str, Any]]) -> "Figure":
 def loss_by_position(series: Mapping[str, Sequence[float]], segment_length: int) -> "Figure":
     """Mean loss at the positions of an instance, by how its first segment is routed.
 
-    The first two segments are shown, a band marking the first. Only there does the rule differ, and
-    with `self` the band's losses are too low by what leaks.
+    It shows the first two segments, the first of them shaded. Only there the two rules differ: with
+    `self`, its losses are too low by what leaks.
     """
     with _style():
         figure, axes = _figure(3.0)

@@ -95,7 +95,7 @@ def test_a_damaged_shard_stops_the_run_with_everything_saved(site, tmp_path):
     assert saved == last_step(run.workdir) and step - 2 <= saved <= step
     sick = doctor(site, run.workdir)
     assert sick.returncode == 1 and f"PROBLEM  {shard}: damaged" in sick.stdout, sick.stderr
-    assert f"train would go on at step {saved} of 12" in sick.stdout
+    assert f"train would resume at step {saved} of 12" in sick.stdout
     shard.write_bytes(before)
     assert f"at step {saved} of 12" in Run(site, "shard", f"--data={data}").finish()
     assert_same_run(site / "whole", run.workdir, 12)
@@ -158,7 +158,7 @@ def test_retention_of_a_run_and_what_the_doctor_says(site):
         "PROBLEM  checkpoint 12: " in report.stdout and "ok       checkpoint 8: " in report.stdout
     )
     assert "13.orbax-checkpoint-tmp: half-written" in report.stdout
-    assert "train would go on at step 8 of 12, phase experts" in report.stdout
+    assert "train would resume at step 8 of 12, phase experts" in report.stdout
     assert "metrics.jsonl: 12 lines, 4 of steps that would run again" in report.stdout
     well = doctor(site, site / "whole")
     assert well.returncode == 0 and "the run is finished, at step 12" in well.stdout, well.stdout

@@ -15,6 +15,7 @@ from lory_jax.planning import topology
 from lory_jax.planning.estimate import default_mesh
 from lory_jax.planning.program import memory_needed
 from lory_jax.planning.topology import parse_topology
+from tests.support.tiny import assert_one_line_error
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason=f"needs {topology.PIP}"
@@ -32,7 +33,7 @@ def planned(*flags: str) -> dict:
     return json.loads(result.stdout)
 
 
-def model(**fields) -> ModelConfig:
+def model_config(**fields) -> ModelConfig:
     defaults = dict(vocab_size=320, num_layers=2, embed_dim=1024, num_heads=4, mlp_dim=256)
     defaults |= dict(num_experts=4, sequence_length=256, segment_length=128)
     return ModelConfig(**(defaults | fields))
@@ -60,10 +61,10 @@ def test_cloud_names_of_topologies(name, libtpu_name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v5e-3", "v5e-3.*takes v5e- and one of 1, 4, 8, 16"),
-        ("v5p-4", "takes v5p- and one of 8, 16, 32"),
-        ("v5p-9", "takes v5p-"),
-        ("h100-8", "the cloud's name of a slice"),
+        ("v5e-3", "topology: .*v5e-3.* 1, 4, 8, 16"),
+        ("v5p-4", "topology: .* 8, 16, 32"),
+        ("v5p-9", "topology: "),
+        ("h100-8", "topology: "),
     ],
 )
 def test_other_names_say_what_is_accepted(name, message):
@@ -81,12 +82,12 @@ def test_a_mesh_is_three_positive_integers(text):
 @pytest.mark.parametrize(
     ("config", "sequences", "devices", "mesh"),
     [
-        (model(), 256, 64, (1, 64, 1)),
-        (model(), 256, 256, (4, 64, 1)),  # 256 would leave 4 rows of D
-        (model(embed_dim=1536), 256, 64, (2, 32, 1)),  # 64 would leave one tile and a half
-        (model(embed_dim=4096), 256, 256, (1, 256, 1)),
-        (model(attention_sharding="heads"), 64, 256, (1, 64, 4)),
-        (model(attention_sharding="heads"), 256, 256, (4, 64, 1)),
+        (model_config(), 256, 64, (1, 64, 1)),
+        (model_config(), 256, 256, (4, 64, 1)),  # 256 would leave 4 rows of D
+        (model_config(embed_dim=1536), 256, 64, (2, 32, 1)),  # 64 would leave one tile and a half
+        (model_config(embed_dim=4096), 256, 256, (1, 256, 1)),
+        (model_config(attention_sharding="heads"), 64, 256, (1, 64, 4)),
+        (model_config(attention_sharding="heads"), 256, 256, (4, 64, 1)),
     ],
 )
 def test_default_meshes(config, sequences, devices, mesh):
@@ -118,13 +119,14 @@ TINY = (
     "--config.model.sequence_length=256",
     "--config.model.segment_length=128",
     "--config.model.compute_dtype=bfloat16",
-    "--topology=v5e-4",
 )
 
 
-def test_without_compiling_only_counts():
+def test_without_compiling_only_counts_and_requires_no_topology():
     result = planned("--no_compile", *TINY)
-    config = model(vocab_size=1024, embed_dim=128, num_heads=2, num_experts=4, sequence_length=256)
+    config = model_config(
+        vocab_size=1024, embed_dim=128, num_heads=2, num_experts=4, sequence_length=256
+    )
     assert result == {
         "parameters": parameter_counts(config),
         "flops_per_token": flops_per_token(config),
@@ -136,16 +138,24 @@ def test_the_table_sets_every_baseline_side_by_side():
     assert result.returncode == 0, result.stderr
     rows = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if line}
     for name, config in baselines(
-        model(vocab_size=1024, embed_dim=128, num_heads=2, sequence_length=256)
+        model_config(vocab_size=1024, embed_dim=128, num_heads=2, sequence_length=256)
     ).items():
         counts = parameter_counts(config)
         assert rows[name][:2] == [f"{counts[k] / 1e6:,.1f}M" for k in ("total", "active")]
         assert rows[name][2] == f"{flops_per_token(config) / 1e9:.3f}"
 
 
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [((), "--topology"), (("--topology=v5e-3",), "topology"), (("--mesh=8",), "--topology")],
+)
+def test_wrong_flags_are_one_line(flags, name):
+    assert_one_line_error(run_plan(*TINY, *flags), 2, name)
+
+
 @needs_libtpu
 def test_a_tiny_step_compiles_for_a_tpu():
-    result = planned(*TINY, "--mesh=2,2,1")
+    result = planned(*TINY, "--topology=v5e-4", "--mesh=2,2,1")
     for version, has_experts in ((result, True), (result["dense"], False)):
         memory, estimate = version["bytes_per_device"], version["estimate"]
         assert memory["fits"] and memory["limit"] == int(15.75 * 2**30)

@@ -155,7 +155,7 @@ def test_the_page_opens_with_the_table(checked):
     assert (
         "5.0 % lower than that of dense (geometric mean over 3 domains; lower in 0 of them)" in text
     )
-    assert "1.50 times the training time" in text
+    assert "Its training took 1.50 times as long" in text
 
 
 def test_costs_and_tasks_stand_beside_their_differences(checked):
@@ -192,10 +192,10 @@ FIGURES = {
     "loss": lambda: plots.loss_curves({"dense": metrics(), "lory": metrics(seed=1)}),
     "loss of one step": lambda: plots.loss_curves({"a": metrics(1)}),
     "perplexity": lambda: plots.perplexity_change(report(("a", "b", "c"))["perplexity"]),
-    "weights": lambda: plots.routing_weights(analysis()["routing_weights"]),
-    "weights, 24 layers": lambda: plots.routing_weights(analysis(24, 32)["routing_weights"]),
-    "weights, 1 layer": lambda: plots.routing_weights(analysis(1, 1)["routing_weights"]),
-    "distance": lambda: plots.routing_distance(analysis()["routing_distance"]),
+    "weights": lambda: plots.routing_heat_map(analysis()["routing_weights"]),
+    "weights, 24 layers": lambda: plots.routing_heat_map(analysis(24, 32)["routing_weights"]),
+    "weights, 1 layer": lambda: plots.routing_heat_map(analysis(1, 1)["routing_weights"]),
+    "distance": lambda: plots.distance_by_layer(analysis()["routing_distance"]),
     "positions": lambda: plots.loss_by_position(
         {"self": np.linspace(6, 3, 16), "uniform": np.linspace(6, 3, 16) + 0.1}, 4
     ),

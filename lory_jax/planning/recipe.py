@@ -1,0 +1,68 @@
+"""Plans a recipe, and its dense baseline beside it, for a TPU topology."""
+
+import copy
+import sys
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from lory_jax.model.config import ModelConfig
+from lory_jax.parallel import make_mesh
+from lory_jax.planning.estimate import default_mesh, plan_step
+from lory_jax.planning.topology import Topology
+
+MeshShape = tuple[int, int, int]  # data, fsdp, tensor
+
+
+def plan_recipe(
+    config: ConfigDict, topology: Topology, shape: MeshShape | None = None
+) -> dict[str, Any]:
+    """Compiles a recipe, and its dense baseline if it has experts, for a topology.
+
+    Args:
+      config: the recipe.
+      topology: the slice to compile for.
+      shape: devices on the mesh axes; by default those of `config.parallel` if it sets any, else
+        `default_mesh`.
+
+    Returns:
+      The fields of a plan other than `parameters` and `flops_per_token`; `dense` holds the plan of
+      the baseline.
+
+    Raises:
+      InputError: libtpu is missing, or the recipe does not fit the mesh.
+    """
+    devices = topology.devices()
+    mesh = make_mesh(*(shape or mesh_shape(config, len(devices))), devices=devices)
+    versions = with_baseline(config)
+    plans = []
+    for i, (name, version) in enumerate(versions.items()):
+        print(f"compiling {i + 1} of {len(versions)}: {name}", file=sys.stderr, flush=True)
+        plans.append(plan_step(version, mesh, topology.device))
+    return {
+        "topology": topology.name,
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+        "mesh": dict(mesh.shape),
+        **plans[0],
+        "dense": plans[1] if len(plans) > 1 else None,
+    }
+
+
+def mesh_shape(config: ConfigDict, devices: int) -> MeshShape:
+    """The mesh of `config.parallel` if it sets any of its fields, else the default."""
+    parallel = config.parallel
+    if (parallel.data, parallel.fsdp, parallel.tensor) != (1, 0, 1):
+        return parallel.data, parallel.fsdp, parallel.tensor
+    sequences = config.train.global_batch_size // config.train.microbatches
+    return default_mesh(ModelConfig.for_platform(config.model, "tpu"), sequences, devices)
+
+
+def with_baseline(config: ConfigDict) -> dict[str, ConfigDict]:
+    """A recipe and, if it has experts, its dense baseline, by name."""
+    if not config.model.num_experts:
+        return {"dense": config}
+    dense = copy.deepcopy(config)
+    dense.model.num_experts = 0
+    routing = config.model.routing
+    return {"Lory" if routing == "causal" else routing: config, "dense": dense}

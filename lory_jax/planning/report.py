@@ -1,0 +1,84 @@
+"""A plan as text on the screen."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lory_jax.model.config import ModelConfig
+from lory_jax.model.flops import baselines, flops_per_token, parameter_counts
+from lory_jax.parallel import MESH_AXES
+
+
+def plan_table(plan: Mapping[str, Any]) -> str:
+    """A plan for the screen, with the recipe and its dense baseline side by side."""
+    counts = plan["parameters"]
+    lines = [
+        f"parameters        {counts['total'] / 1e6:,.1f}M total, {counts['active'] / 1e6:,.1f}M "
+        "active",
+        f"FLOPs per token   {plan['flops_per_token'] / 1e9:,.2f} G",
+    ]
+    if "topology" not in plan:
+        return "\n".join(lines)
+    shape = " x ".join(f"{axis}={plan['mesh'][axis]}" for axis in MESH_AXES)
+    lines += [f"{plan['topology']:<17} {plan['devices']} of {plan['device']}, mesh {shape}"]
+    columns = [plan] if plan["dense"] is None else [plan, plan["dense"]]
+    if len(columns) > 1:
+        lines += ["", f"{'per device and step':<36}{'experts':>12}{'dense':>12}"]
+    rows = [figures_of(column) for column in columns]
+    names = [name for row in rows for name in row]
+    for name in dict.fromkeys(names):
+        lines.append(f"{name:<36}" + "".join(f"{row.get(name, '-'):>12}" for row in rows))
+    for column in columns:
+        lines += omissions_of(column)
+    return "\n".join(lines)
+
+
+def figures_of(plan: Mapping[str, Any]) -> dict[str, str]:
+    """One column of the table: figures as text, by the name of their row."""
+    memory = plan["bytes_per_device"]
+    rows = {
+        f"{name}, GiB": f"{memory[name] / 2**30:.2f}"
+        for name in ("arguments", "temporaries", "total", "limit")
+    }
+    rows["fits"] = "yes" if memory["fits"] else "NO"
+    for kind, axes in (plan["collective_bytes"] or {}).items():
+        rows |= {f"{kind} over {axis}, GB": f"{b / 1e9:.3f}" for axis, b in axes.items()}
+    rows["compile, s"] = f"{plan['compile_seconds']:.0f}"
+    estimate = plan["estimate"]
+    if estimate is None:
+        return rows
+    for scope, cycles in estimate["cycles"].items():
+        rows[f"{scope.replace('_', ' ')}, M cycles"] = f"{cycles / 1e6:,.1f}"
+    for kernel, cycles in estimate["kernel_cycles"].items():
+        rows[f"  of which {kernel}"] = f"{cycles / 1e6:,.1f}"
+    rows["computing, s"] = f"{estimate['compute_seconds']:.4f}"
+    rows["collectives, s"] = f"{estimate['collective_seconds']:.4f}"
+    rows["step at least, s"] = f"{estimate['step_seconds_lower_bound']:.4f}"
+    rate = estimate["tokens_per_second_per_device_upper_bound"]
+    rows["tokens/s per device at most"] = f"{rate:,.0f}"
+    mfu = estimate["mfu_upper_bound"]
+    rows["MFU at most"] = "unknown" if mfu is None else f"{mfu:.1%}"
+    return rows
+
+
+def omissions_of(plan: Mapping[str, Any]) -> list[str]:
+    """What the cycles of a plan leave out, one line each."""
+    if plan["estimate"] is None:
+        return []
+    kernels, loops = (plan["estimate"][key] for key in ("uncounted_kernels", "loops_counted_once"))
+    return [
+        *(f"not counted: kernel {kernel}, {calls} calls" for kernel, calls in kernels.items()),
+        *(f"counted once: loop {loop}, whose trip count is not known" for loop in loops),
+    ]
+
+
+def baselines_table(model_config: ModelConfig) -> str:
+    """Parameters and FLOPs of a recipe and of the baselines it is compared with, side by side."""
+    title = f"with {model_config.num_experts} experts"
+    lines = [f"{title:<24}{'total':>12}{'active':>12}{'FLOPs/token':>14}"]
+    for name, baseline in baselines(model_config).items():
+        counts, flops = parameter_counts(baseline), flops_per_token(baseline)
+        lines.append(
+            f"{name:<24}{counts['total'] / 1e6:>11,.1f}M{counts['active'] / 1e6:>11,.1f}M"
+            f"{flops / 1e9:>12,.3f} G"
+        )
+    return "\n".join(lines)
