@@ -15,8 +15,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import cast
 
-from etils import epath
-
 from lory_jax.errors import InputError
 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # by scheme
@@ -41,9 +39,15 @@ def storage_path(text: str | Path) -> Path:
     if not separator:
         return Path(text)
     if scheme not in PACKAGES:
-        raise UnusablePath(f"{text}: got scheme {scheme}://, takes a directory, gs:// or s3://")
-    if importlib.util.find_spec(PACKAGES[scheme]) is None:
-        raise UnusablePath(f"{text}: needs pip install -r requirements-storage.txt")
+        raise UnusablePath(
+            f"{text}: got scheme {scheme}://, must be a directory, or an address at gs:// or s3://"
+        )
+    package = PACKAGES[scheme]
+    if importlib.util.find_spec(package) is None:
+        raise UnusablePath(f"{text}: requires the package {package}; pip install {package}")
+    # Imported here so that verbs start fast.
+    from etils import epath
+
     return cast(Path, epath.Path(str(text)))
 
 
