@@ -19,7 +19,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, verb: str, description: str | None):
         super().__init__(
-            prog=f"python -m lory_jax.{verb}",
+            prog=f"lory {verb}"
+            if Path(sys.argv[0]).name == "lory"
+            else f"python -m lory_jax.{verb}",
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,

@@ -1,4 +1,4 @@
-"""What is installed: a wheel with recipes, task files and types, and the versions that it requires."""
+"""What is installed: a wheel with recipes, task files and types, and the versions it requires."""
 
 import os
 import re
@@ -82,11 +82,9 @@ def lory(wheel, tmp_path_factory):
     """Runs the installed `lory` in an empty directory, with the packages of these tests."""
     directory = tmp_path_factory.mktemp("installed")
     python = directory / "venv" / "bin" / "python"
-    subprocess.run(
-        [sys.executable, "-m", "venv", "--without-pip", directory / "venv"], check=True
-    )
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", directory / "venv"], check=True)
     site = directory / "venv" / Path(sysconfig.get_path("purelib")).relative_to(sys.prefix)
-    # Not as a site directory: its own .pth files, such as that of an editable lory_jax, are not read.
+    # Python does not read .pth files in there, such as that of an editable lory_jax.
     packages = [path for path in sys.path if path.endswith("site-packages")]
     (site / "tests.pth").write_text("".join(f"{path}\n" for path in packages))
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-index"]
