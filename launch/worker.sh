@@ -32,8 +32,8 @@ case ${1:-} in
     echo "$*" >run/command
     verb=$1
     shift
-    # Detached, so that it outlives the connection. The inner shell ignores signals to the group until
-    # it has written the result.
+    # Detached, so that it outlives the connection. A signal to the group must not end the inner shell
+    # before it has written the result.
     # shellcheck disable=SC2016
     LORY_DISTRIBUTED=1 nohup setsid bash -c 'trap : TERM; "$@"; echo $? >run/result' start \
       .venv/bin/python -m "lory_jax.$verb" "$@" >run/log 2>&1 </dev/null &
