@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Lory and everything it is compared with, on the local corpus, one run after the other:
+# Trains Lory and all its baselines on the local corpus, one run after the other:
 #
 #   bash launch/baselines.sh [--steps=N] [--data=DIR] [--out=DIR]
 #
-# Trains N steps each (default 600) on the data of launch/local.sh (default runs/local/data) into
-# runs/baselines/, and writes DIR/comparison.json, .html and how.txt (default docs/comparison). Run
-# again, it goes on where it stopped. $PYTHON and $VENV choose interpreter and environment.
+# Every run trains N steps (default 600) on the data of launch/local.sh (default runs/local/data) into
+# runs/baselines/. The script writes comparison.json, comparison.html and how.txt to --out (default
+# docs/comparison). Run it again to resume. $PYTHON and $VENV name the Python interpreter to start from
+# (default python3) and the virtual environment (default .venv).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/setup.sh
@@ -13,15 +14,15 @@ source launch/setup.sh
 steps=600 data=runs/local/data out=docs/comparison runs=runs/baselines
 for argument in "$@"; do
   case $argument in
-    --steps=*[!0-9]* | --steps=) fail "--steps: got '${argument#--steps=}', takes a number" ;;
+    --steps=*[!0-9]* | --steps=) fail "--steps: got '${argument#--steps=}', must be a number" ;;
     --steps=*) steps=${argument#--steps=} ;;
     --data=?*) data=${argument#--data=} ;;
     --out=?*) out=${argument#--out=} ;;
-    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0" && exit 0 ;;
-    *) fail "$argument: unknown; takes --steps=N, --data=DIR and --out=DIR" ;;
+    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0" && exit 0 ;;
+    *) fail "$argument: unknown option; the options are --steps=N, --data=DIR and --out=DIR" ;;
   esac
 done
-[ -f "$data/manifest.json" ] || fail "$data: holds no prepared data; make them with bash launch/local.sh --steps=60"
+[ -f "$data/manifest.json" ] || fail "$data: no prepared data found; prepare it with bash launch/local.sh --steps=60"
 
 setup requirements.txt
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# The whole flow on this machine, from the documents of the Python installation to a report:
+# Runs the whole flow on this machine, from the documents of the Python installation to a report:
 #
 #   bash launch/local.sh [--steps=N] [--out=DIR]
 #
-# Trains Lory (8 experts) and its dense baseline side by side into runs/local/ (or DIR). Run again, it
-# goes on where it stopped; Ctrl-C saves first. $PYTHON and $VENV choose interpreter and environment.
+# It trains Lory (8 experts) and its dense baseline side by side into runs/local/ (or DIR). Ctrl-C
+# saves both runs and stops; run the same command again to resume. $PYTHON and $VENV name the Python
+# interpreter to start from (default python3) and the virtual environment (default .venv).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/setup.sh
@@ -13,11 +14,11 @@ out=runs/local
 overrides=()
 for argument in "$@"; do
   case $argument in
-    --steps=*[!0-9]* | --steps=) fail "--steps: got '${argument#--steps=}', takes a number" ;;
+    --steps=*[!0-9]* | --steps=) fail "--steps: got '${argument#--steps=}', must be a number" ;;
     --steps=*) overrides+=("--config.train.steps=${argument#--steps=}") ;;
     --out=?*) out=${argument#--out=} ;;
-    -h | --help) sed -n '2,7s/^# \{0,1\}//p' "$0" && exit 0 ;;
-    *) fail "$argument: unknown; takes --steps=N and --out=DIR" ;;
+    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0" && exit 0 ;;
+    *) fail "$argument: unknown option; the options are --steps=N and --out=DIR" ;;
   esac
 done
 
@@ -26,7 +27,7 @@ stop() {
   trap '' INT TERM
   if [ ${#children[@]} -gt 0 ]; then kill -TERM "${children[@]}" 2>/dev/null || true; fi
   wait
-  echo "stopped; the same command goes on from here" >&2
+  echo "stopped; run the same command again to resume" >&2
   exit 130
 }
 trap stop INT TERM
@@ -34,13 +35,15 @@ trap stop INT TERM
 # ---------------------------------------------------------------- set-up
 setup requirements.txt
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
-# Large pages for glibc's allocator: XLA's buffers come and go with every step, and in small pages
-# their faults took a fifth of a step.
+export PYTHONUNBUFFERED=1 # lines appear at once, in files and pipes too
+# Large pages for glibc's allocator: XLA allocates and frees its buffers in every step, and with small
+# pages the page faults took a fifth of a step.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 order=similar
-if ! "$PY" -c 'import scann' 2>/dev/null; then
-  echo "ScaNN has no wheel for this platform ($(uname -sm)): documents stay in random order." >&2
-  echo "All else works here; for similarity order run prepare on Linux and copy its directory." >&2
+if ! "$PY" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("scann") is None)'; then
+  echo "ScaNN has no wheel for $("$PY" --version) on $(uname -sm): documents stay in random order." >&2
+  echo "Everything else works. For similarity order, run prepare on Linux with Python 3.11 to 3.13" >&2
+  echo "and copy its output directory to this machine." >&2
   order=random
 fi
 
@@ -48,13 +51,18 @@ fi
 "$PY" -m lory_jax.prepare --config=configs/local.py --source=python --order=$order --out="$out/data"
 
 # ---------------------------------------------------------------- both models, half the cores each
+prefix() { # name; it ends with its input, not by a signal: the trainer still has something to say
+  trap '' INT TERM
+  local line
+  while IFS= read -r line || [ -n "$line" ]; do printf '%s: %s\n' "$1" "$line"; done
+}
 train() { # name, experts, cores
   local on_cores=(env)
   if command -v taskset >/dev/null; then on_cores=(taskset -c "$3"); fi
-  # exec: the job's process is the trainer itself, so that a signal reaches it.
+  # exec makes the trainer the job's process, so that signals reach it.
   exec "${on_cores[@]}" "$PY" -m lory_jax.train --config="configs/local.py:experts=$2" \
     ${overrides[@]+"${overrides[@]}"} --data="$out/data" --workdir="$out/$1" \
-    > >(sed "s/^/$1: /") 2>&1
+    > >(prefix "$1") 2>&1
 }
 read -r first second < <("$PY" -c '
 import os
@@ -72,11 +80,15 @@ children=()
 
 # ---------------------------------------------------------------- evaluation and report
 for name in dense lory; do
-  if [ ! -f "$out/$name/evaluation.json" ]; then
+  if [ -f "$out/$name/evaluation.json" ]; then
+    echo "$name: already evaluated"
+  else
     "$PY" -m lory_jax.evaluate --workdir="$out/$name" --out="$out/$name/evaluation.json"
   fi
 done
-if [ ! -f "$out/lory/analysis/analysis.json" ]; then
+if [ -f "$out/lory/analysis/analysis.json" ]; then
+  echo "lory: already analyzed"
+else
   "$PY" -m lory_jax.analyze --workdir="$out/lory"
 fi
 "$PY" -m lory_jax.compare "dense=$out/dense" "lory=$out/lory" --out="$out/report"

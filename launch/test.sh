@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks and tests:  bash launch/test.sh [pytest arguments]
+# Runs the checks and the tests:  bash launch/test.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/setup.sh
@@ -8,5 +8,5 @@ setup requirements-dev.txt
 "$PY" -m ruff check .
 "$PY" -m ruff format --check .
 "$PY" -m mypy
-# Two processes, each with whole files: fixtures are made once.
+# Each of the two processes runs whole files, so that every fixture is created once.
 "$PY" -m pytest -n 2 --dist loadfile "$@"

@@ -7,6 +7,10 @@ model.generate(["def read(self"])
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lory_jax import interrupts
+
+interrupts.install_in_commands()
+
 if TYPE_CHECKING:
     from lory_jax.api import Model
 

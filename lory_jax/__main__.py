@@ -35,7 +35,7 @@ def dispatch(argv: list[str]) -> None:
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"lory: got {verb!r}, takes one of {', '.join(VERBS)}{hint}")
+        raise ConfigError(f"lory: got {verb!r}, must be one of {', '.join(VERBS)}{hint}")
     importlib.import_module(f"lory_jax.{verb}").main(rest)
 
 

@@ -5,9 +5,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lory_jax.config import describe_fields, load_config
+from lory_jax import interrupts, recipes
 from lory_jax.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 
 class Parser(argparse.ArgumentParser):
@@ -15,36 +19,59 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, verb: str, description: str | None):
         super().__init__(
-            prog=f"python -m lory_jax.{verb}",
+            prog=f"lory {verb}"
+            if Path(sys.argv[0]).name == "lory"
+            else f"python -m lory_jax.{verb}",
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        self._has_config = False
 
     def error(self, message: str) -> None:  # type: ignore[override]
         raise ConfigError(f"{message}; see {self.prog} --help")
 
     def add_config_flag(self, default: str | None = None) -> None:
-        """Adds `--config=FILE[:argument]` and `--config.field=value`."""
+        """Adds `--config=RECIPE[:argument]` and `--config.field=value`."""
+        self._has_config = True
         self.add_argument(
             "--config",
             default=default,
             required=default is None,
-            metavar="FILE.py[:experts=E]",
-            help="recipe; any field is overridden with --config.SECTION.FIELD=VALUE"
+            metavar="RECIPE[:experts=E]",
+            help=f"one of the package's recipes ({', '.join(recipes.names())}) or the path of a "
+            "Python file; --config.SECTION.FIELD=VALUE overrides any field"
             + (f" (default: {default})" if default else ""),
         )
-        self.epilog = describe_fields()
+
+    def format_help(self) -> str:
+        if self._has_config:
+            # Imported here so that verbs start fast.
+            from lory_jax.config import describe_fields
+
+            self.epilog = describe_fields()
+        return super().format_help()
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parses flags; `args.config` becomes the loaded and validated ConfigDict."""
         plain, overrides = _split_overrides(argv)
         args = self.parse_args(plain)
         if "config" in args:
-            args.config = load_config(args.config, overrides)
+            args.config = _load_config(args.config, overrides)
         elif overrides:
             self.error(f"unrecognized arguments: --config.{overrides[0][0]}")
         return args
+
+
+def _load_config(spec: str, overrides: list[tuple[str, str]]) -> "ConfigDict":
+    # Imported here so that verbs start fast.
+    from lory_jax.config import load_config
+
+    try:
+        path = recipes.resolve(spec)
+    except ConfigError as error:
+        raise ConfigError(f"--config: {error}") from None
+    return load_config(path, overrides)
 
 
 def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -75,13 +102,14 @@ def read_text(path: Path, flag: str) -> str:
 def run(main: Callable[[list[str]], None]) -> None:
     """Runs a verb: `InputError`s become one line on standard error and their exit status."""
     try:
-        main(sys.argv[1:])
+        with interrupts.raised():
+            main(sys.argv[1:])
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.status)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        interrupts.say()
+        sys.exit(interrupts.STATUS)
     except BrokenPipeError:  # the reader of our output went away, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

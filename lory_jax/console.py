@@ -1,4 +1,4 @@
-"""One progress line for long loops: it updates on a terminal and prints now and then elsewhere."""
+"""Progress of long loops: one line updated in place on a terminal, a line every 10 s elsewhere."""
 
 import sys
 import time
@@ -15,10 +15,10 @@ def progress(iterable: Iterable[T], total: int, label: str, unit: str = "docs") 
     """Yields the items of `iterable` and reports count, rate and time left on standard error.
 
     Args:
-      iterable: what to go through.
-      total: how many items it holds; may be 0.
+      iterable: the items.
+      total: the number of items; may be 0.
       label: what is being done, such as "embedding".
-      unit: what the items are, in the plural.
+      unit: the plural name of the items.
     """
     on_terminal = sys.stderr.isatty()
     interval = TERMINAL_SECONDS if on_terminal else LOG_SECONDS
@@ -52,18 +52,21 @@ def _rate(done: int, unit: str, seconds: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Returns seconds as "4.2 s", "3 min 20 s" or "5 h 07 min"."""
-    if seconds < 60:
+    """Returns seconds as "4.2 s", "3 min 20 s", "5 h 07 min" or "2 d 3 h", unlike a time of day."""
+    if seconds < 59.95:  # 60 would read "60.0 s"
         return f"{max(seconds, 0.0):.1f} s"
-    minutes = int(seconds) // 60
+    minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
-        return f"{minutes} min {int(seconds) % 60:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes:02d} min"
+    return f"{hours // 24} d {hours % 24} h"
 
 
 def _write(line: str, on_terminal: bool, end: bool) -> None:
     if on_terminal:
-        # \x1b[K clears what is left of a longer line before.
+        # \x1b[K clears the rest of a longer previous line.
         print(f"\r{line}\x1b[K", end="\n" if end else "", file=sys.stderr, flush=True)
     else:
         print(line, file=sys.stderr, flush=True)

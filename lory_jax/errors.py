@@ -1,11 +1,11 @@
-"""The errors a user can cause. Verbs print them as one line and exit with their status.
+"""Errors that a user can cause. Verbs print them as one line and exit with their status.
 
 Raise them with a message that names the thing, what was found, and what is accepted.
 """
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used: a missing directory, an empty corpus, a damaged file."""
+    """An input cannot be used: a missing directory, an empty corpus, a damaged file."""
 
     status = 1
 
@@ -17,6 +17,6 @@ class ConfigError(InputError):
 
 
 class Diverged(InputError):
-    """Training stopped itself: too many losses or gradients in a row were no numbers."""
+    """Training stopped itself: too many losses or gradients in a row were NaN or infinite."""
 
     status = 3

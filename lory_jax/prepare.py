@@ -1,6 +1,6 @@
 """Makes training instances and evaluation sets from documents.
 
-    python -m lory_jax.prepare --out=DIR [--config=configs/local.py] [--source=python]
+    python -m lory_jax.prepare --out=DIR [--config=local] [--source=python]
 
 Writes DIR/train/*.array_record, DIR/validation/<domain>/, DIR/test/<domain>/, DIR/tokenizer.json
 and DIR/manifest.json. If DIR is already prepared with the same settings, it says so and ends.
@@ -14,7 +14,7 @@ from lory_jax.cli import Parser, run
 def main(argv: list[str]) -> None:
     parser = Parser("prepare", __doc__)
     parser.add_argument("--out", required=True, metavar="DIR", help="directory to make")
-    parser.add_config_flag(default="configs/local.py")
+    parser.add_config_flag(default="local")
     parser.add_argument(
         "--source",
         default="python",

@@ -1,6 +1,6 @@
-"""Where data and runs lie: local directories, or gs:// and s3:// addresses through etils.epath.
+"""Storage of data and runs: local directories, or gs:// and s3:// addresses through etils.epath.
 
-docs/storage.md says which part of a run needs a local copy, and why.
+docs/storage.md says which part of a run requires a local copy, and why.
 """
 
 import argparse
@@ -15,8 +15,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import cast
 
-from etils import epath
-
 from lory_jax.errors import InputError
 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # by scheme
@@ -29,10 +27,10 @@ class UnusablePath(InputError, argparse.ArgumentTypeError):
 
 
 def storage_path(text: str | Path) -> Path:
-    """A local path, or an object store's address with the same methods; a flag's `type`.
+    """Returns a local path, or an object store's address with the same methods; a flag's `type`.
 
-    Remote paths have what `pathlib.Path` has, but the builtin `open` does not take them: use
-    `path.open`.
+    Remote paths have the methods of `pathlib.Path`, but the builtin `open` does not accept them:
+    use `path.open`.
 
     Raises:
       UnusablePath: the package for the scheme is not installed, or the scheme is unknown.
@@ -41,9 +39,15 @@ def storage_path(text: str | Path) -> Path:
     if not separator:
         return Path(text)
     if scheme not in PACKAGES:
-        raise UnusablePath(f"{text}: got scheme {scheme}://, takes a directory, gs:// or s3://")
-    if importlib.util.find_spec(PACKAGES[scheme]) is None:
-        raise UnusablePath(f"{text}: needs pip install -r requirements-storage.txt")
+        raise UnusablePath(
+            f"{text}: got scheme {scheme}://, must be a directory, or an address at gs:// or s3://"
+        )
+    package = PACKAGES[scheme]
+    if importlib.util.find_spec(package) is None:
+        raise UnusablePath(f"{text}: requires the package {package}; pip install {package}")
+    # Imported here so that verbs start fast.
+    from etils import epath
+
     return cast(Path, epath.Path(str(text)))
 
 
@@ -59,7 +63,7 @@ def is_inside(name: str) -> bool:
 
 
 def cache_directory() -> Path:
-    """$LORY_CACHE, by default lory_jax in the user's cache directory; made if missing."""
+    """Returns $LORY_CACHE (default: lory_jax in the user's cache directory), created if missing."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lory_jax"
     directory = Path(os.environ.get("LORY_CACHE", default))
     directory.mkdir(parents=True, exist_ok=True)
@@ -67,7 +71,7 @@ def cache_directory() -> Path:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file that readers see whole or not at all."""
+    """Writes a text file; readers see all of it or nothing."""
     if is_remote(path):  # an object appears when its upload is complete
         path.write_text(text, encoding="utf-8")
         return
@@ -77,7 +81,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def fetch(source: Path, target: Path) -> None:
-    """Copies a remote file to a local one, which appears when it is complete."""
+    """Copies a remote file to a local one, which appears only when it is complete."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     with source.open("rb") as reader, open(temporary, "wb") as writer:
@@ -92,9 +96,10 @@ def send(source: Path, target: Path) -> None:
 
 
 class Staging:
-    """A temporary directory below the cache.
+    """A temporary directory in the cache directory.
 
-    Removed by `close`, with this object, or, if the process is killed, by the next one.
+    It is removed by `close`, or when this object is deleted. If the process is killed, the next
+    `Staging` of the same kind removes it.
     """
 
     def __init__(self, kind: str):
@@ -116,7 +121,7 @@ def _remove(lock: Path, descriptor: int) -> None:
 
 
 def _remove_if_abandoned(lock: Path) -> None:
-    """Removes a staging directory whose process is gone: its lock is free."""
+    """Removes a staging directory whose process died: nobody holds its lock."""
     try:
         descriptor = os.open(lock, os.O_RDWR)
     except FileNotFoundError:
@@ -130,7 +135,7 @@ def _remove_if_abandoned(lock: Path) -> None:
 
 
 class Uploads:
-    """Copies what has changed below a local directory to a remote one, in the background."""
+    """Copies changed files of a local directory to a remote one, in the background."""
 
     def __init__(self, source: Path, target: Path, every_seconds: float = 60.0):
         self._source, self._target = source, target
@@ -141,12 +146,12 @@ class Uploads:
         self._last = time.monotonic()
 
     def poll(self) -> None:
-        """Starts a round of uploads if the last one is long enough ago."""
+        """Starts a round of uploads if the last round began at least `every_seconds` ago."""
         if time.monotonic() - self._last >= self._every_seconds:
             self.start()
 
     def start(self) -> None:
-        """Starts a round of uploads once the one before is done; raises what failed there."""
+        """Waits for the previous round, raises its error if any, and starts the next round."""
         self.wait()
         self._last = time.monotonic()
         self._running = self._pool.submit(self._send_changed)
@@ -156,7 +161,7 @@ class Uploads:
             self._running.result()
 
     def close(self) -> None:
-        """Uploads what is left."""
+        """Uploads the remaining changes and ends the background thread."""
         self.start()
         self.wait()
         self._pool.shutdown()

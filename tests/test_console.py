@@ -43,7 +43,16 @@ def test_a_log_gets_plain_lines_now_and_then(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0.0 s"), (4.24, "4.2 s"), (200, "3 min 20 s"), (18_420, "5 h 07 min")],
+    [
+        (0, "0.0 s"),
+        (4.24, "4.2 s"),
+        (59.94, "59.9 s"),
+        (59.96, "1 min 00 s"),
+        (200, "3 min 20 s"),
+        (3599.7, "1 h 00 min"),
+        (18_420, "5 h 07 min"),
+        (270_000, "3 d 3 h"),
+    ],
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text

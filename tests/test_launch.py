@@ -232,7 +232,7 @@ def test_another_run_is_not_mistaken_for_this_one(play):
     play.run(*RUN)
     result = play.run(*RUN, "--other")
     assert result.returncode == 1
-    assert "error: runs something else: train; stop it first" in result.stderr
+    assert "error: another command is running: train;" in result.stderr
 
 
 def test_dry_run_prints_every_command_and_runs_none(tmp_path):

@@ -120,19 +120,19 @@ def test_help_names_every_field(monkeypatch, capsys, columns):
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
-        (ConfigError("field: got 1, takes 2"), 2, "error: field: got 1, takes 2\n"),
+        (ConfigError("field: got 1, must be 2"), 2, "error: field: got 1, must be 2\n"),
         (InputError("no such directory"), 1, "error: no such directory\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
-def test_run_turns_errors_into_one_line_and_a_status(capsys, error, status, line):
+def test_run_turns_errors_into_one_line_and_a_status(capfd, error, status, line):
     def main(argv):
         raise error
 
     with pytest.raises(SystemExit) as caught:
         cli.run(main)
     assert caught.value.code == status
-    assert capsys.readouterr().err == line
+    assert capfd.readouterr().err == line
 
 
 def test_run_lets_the_programs_own_faults_through():
