@@ -1,7 +1,7 @@
 """`lory-eval`: lm-evaluation-harness's own command line, with our model and task files.
 
 lory-eval --model lory --model_args workdir=RUN_DIR --tasks lory_paper --output_path results
-lory-eval --model lory --model_args workdir=RUN_DIR,routing=segment,tasks_data=DIR --tasks lory_paper
+lory-eval --model lory --model_args workdir=RUN_DIR,tasks_data=DIR --tasks piqa,boolq
 """
 
 import argparse

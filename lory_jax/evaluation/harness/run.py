@@ -16,7 +16,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
-from yaml import YAMLError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from lory_jax.api import Model
 from lory_jax.errors import ConfigError, InputError
