@@ -3,14 +3,12 @@
 Letters: B batch, L sequence, N segments, E experts, V vocabulary, Y layers.
 """
 
-import codecs
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
@@ -18,8 +16,8 @@ from jax.typing import ArrayLike
 from lory_jax.data.manifest import TOKENIZER_NAME
 from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.errors import InputError
-from lory_jax.generation.loop import ROUTINGS, decode, mesh_of
-from lory_jax.generation.sampling import check_settings, position_keys, sample
+from lory_jax.generation.loop import continue_prompts, mesh_of
+from lory_jax.generation.settings import ROUTINGS, Settings
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.routing import Routing
 from lory_jax.model.transformer import Params, assemble, build
@@ -32,7 +30,7 @@ class Model:
     """A Lory, or its dense baseline, with its tokenizer.
 
     Attributes:
-      config: the fields of `config.model`; `num_experts` is 0 for a dense model.
+      config: the fields of `config.model`; `num_experts` is 0 in a dense model.
       params: float32 parameters as a nested dict.
       tokenizer: text to token ids and back.
       step: the training step the parameters come from.
@@ -45,25 +43,25 @@ class Model:
         self.step = step
 
     def with_top_k_experts(self, k: int) -> "Model":
-        """The same parameters, merging in every layer only the k experts of largest weight.
+        """The same model, merging only the k experts of largest weight in every layer.
 
         Raises:
           InputError: the model has fewer than k experts.
         """
         E = 0 if self.config.is_sparse else self.config.num_experts
         if not 1 <= k <= E:
-            takes = f"1 to {E}, the experts there are" if E else "a run with experts that merge"
-            raise InputError(f"top_k_experts: got {k}, takes {takes}")
+            accepted = f"must be 1 to {E}" if E else "requires a model whose experts are merged"
+            raise InputError(f"top_k_experts: got {k}, {accepted}")
         config = dataclasses.replace(self.config, top_k_experts=k)
         return Model(config, self.params, self.tokenizer, self.step)
 
     def merged(self, text: str) -> "Model":
-        """A dense model: the experts merged once, by this text as a prompt.
+        """A dense model whose FFNs are the experts merged once, with this text as the prompt.
 
-        Every prompt then shares that one merge, so a batch reads its weights once a step.
+        All prompts then share that one merge, so each step reads the FFN weights only once.
 
         Raises:
-          InputError: the model is dense, or `text` is no valid text.
+          InputError: the model has no experts to merge, or `text` is not valid Unicode.
         """
         # Imported here: exporting needs what generation does not.
         from lory_jax.generation.merge import merged_params, text_routing
@@ -79,17 +77,17 @@ class Model:
         return Model(config, params, self.tokenizer, self.step)
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a prompt: BOS, which every text begins with, and its own.
+        """The token ids of a prompt: BOS, which begins every document, and the text's own ids.
 
         Raises:
-          InputError: the text holds what is no character, such as bytes that are not UTF-8.
+          InputError: the text holds a lone surrogate, as Python makes of bytes that are not UTF-8.
         """
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise InputError(
-                f"prompt: got {text[error.start]!r} at character {error.start}, takes text (bytes "
-                "on the command line must be UTF-8)"
+                f"prompt: got {text[error.start]!r} at character {error.start}, must be valid "
+                "Unicode (UTF-8 on the command line)"
             ) from None
         return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
 
@@ -103,27 +101,29 @@ class Model:
 
         Args:
           tokens_BxL: token ids; documents begin with `tokenizer.bos_id`.
-          routing: "training" is exactly what the loss sees. "prompt" takes one decision per layer
-            from each row's prompt, for every position. "segment" routes as in training, except that
-            the first segment is routed by the prompt tokens in it. A dense model has no routing.
+          routing: "training" computes exactly what the loss sees. "prompt" makes one decision per
+            layer, from each row's prompt, for all of its positions. "segment" routes as in
+            training, except that the prompt tokens in the first segment route that segment. A
+            dense model ignores it.
           prompt_lengths_B: for "prompt" and "segment", how many tokens of each row are its prompt;
-            0 routes with 1/E for every expert. Only positions from the prompt's last on are free of
-            leaks.
+            None is the whole row, and 0 gives every expert the weight 1/E. Logits before the
+            prompt's last token have seen later tokens through the routing.
 
-        Each token of a sparse baseline takes its own experts with "prompt" and "segment" alike,
-        unless segments do; in "training", tokens compete for them (docs/baselines.md).
+        In a sparse baseline that routes tokens, "prompt" and "segment" are the same: each token is
+        routed to its own experts. In "training", tokens compete for experts (docs/baselines.md).
 
         Raises:
-          InputError: tokens or prompt lengths of a wrong shape, type or range, or an unknown
-            routing.
+          InputError: tokens or prompt lengths have a wrong shape, type or range, or the routing is
+            unknown.
         """
         tokens = self._tokens(tokens_BxL)
         lengths = self._prompt_lengths(tokens.shape, routing, prompt_lengths_B)
         group = self.config.routing_group
         if routing == "training" and self.config.is_sparse and group and len(tokens) % group:
             raise InputError(
-                f"tokens: got {len(tokens)} rows, takes a multiple of config.model.routing_group "
-                f"({group}): in training, so many sequences compete for the experts"
+                f"tokens: got {len(tokens)} rows, must be a multiple of "
+                f"config.model.routing_group ({group}): in training, that many sequences compete "
+                "for the experts"
             )
         kind = None if routing == "training" or not self.config.num_experts else routing
         return np.asarray(_forward(self.config, kind)(self.params, tokens, lengths)[0])
@@ -131,11 +131,11 @@ class Model:
     def routing_weights(self, tokens_BxL: ArrayLike) -> np.ndarray:
         """The routing weights of every layer and segment as in training: float32 `[Y, B, N, E]`.
 
-        Of a sparse baseline: the router's probabilities at evaluation, the mean over each segment
-        where tokens are routed.
+        For a sparse baseline these are the router's probabilities at evaluation; where tokens are
+        routed, their mean over each segment.
 
         Raises:
-          InputError: the model is dense, or the tokens are of a wrong shape, type or range.
+          InputError: the model is dense, or the tokens have a wrong shape, type or range.
         """
         if not self.config.num_experts:
             raise InputError("routing_weights: a dense model has none; load a run with experts")
@@ -148,7 +148,7 @@ class Model:
         self,
         prompts: str | Sequence[str],
         *,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = None,
         temperature: float = 0.8,
         top_k: int = 0,
         top_p: float = 0.95,
@@ -158,45 +158,33 @@ class Model:
     ) -> list[str]:
         """Continues each prompt; returns the continuations alone.
 
-        A row's text depends on its prompt, the settings and the seed, not on the other prompts; the
-        same prompt given twice is continued differently.
+        A row's text depends on its prompt, the settings and the seed, not on the other prompts. A
+        prompt that is given twice is continued in two different ways.
 
         Args:
-          prompts: texts, each with BOS put in front; "" starts from BOS alone.
-          max_new_tokens: at most so many; the end of the document ends it earlier.
-          temperature: 0 takes the most likely token each time.
-          top_k: only the k most likely tokens; 0 for all.
-          top_p: only the most likely tokens that together reach this probability.
-          routing: "prompt" (experts merged once) or "segment" (again at every segment border).
-          seed: of the draws.
+          prompts: texts, each of which is preceded by BOS; "" starts from BOS alone.
+          max_new_tokens: the most tokens to add, unless the document ends earlier; None is 128, or
+            fewer where the model cannot read that many.
+          temperature: 0 always chooses the most likely token.
+          top_k: draws among the k most likely tokens only; 0 is all.
+          top_p: draws among the most likely tokens that together reach this probability.
+          routing: "prompt" merges the experts once, "segment" again at every segment border.
+          seed: decides the draws.
           stop: texts that end a continuation; they are cut off.
 
         Raises:
-          InputError: a setting out of its range, or more tokens than the model reads.
+          InputError: a setting is out of its range, or the model cannot read so many tokens.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        _check_stop(stop)
-        rows: list[list[int]] = [[] for _ in prompts]
-        running = set(range(len(prompts)))
-        settings = self._settings(temperature, top_k, top_p, routing)
-        for tokens_B in self._continue(prompts, max_new_tokens, settings, routing, seed):
-            for row in sorted(running):
-                if tokens_B[row] == self.tokenizer.eos_id:
-                    running.discard(row)
-                    continue
-                rows[row].append(int(tokens_B[row]))
-                if stop and _cut(self._text(rows[row]), stop) is not None:
-                    running.discard(row)
-            if not running:
-                break
-        texts = [self._text(row) for row in rows]
-        return [text if (cut := _cut(text, stop)) is None else cut for text in texts]
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        settings = Settings(max_new_tokens, temperature, top_k, top_p, routing, seed, stop)
+        steps = self._continue(texts, settings)
+        return ["".join(pieces) for pieces in zip(*steps, strict=True)]
 
     def stream(
         self,
         prompt: str,
         *,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = None,
         temperature: float = 0.8,
         top_k: int = 0,
         top_p: float = 0.95,
@@ -204,106 +192,53 @@ class Model:
         seed: int = 0,
         stop: Sequence[str] = (),
     ) -> Iterator[str]:
-        """Yields the continuation of one prompt piece by piece; arguments as in `generate`."""
-        _check_stop(stop)
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        settings = self._settings(temperature, top_k, top_p, routing)
-        held = ""  # what may turn out to be the beginning of a stop
-        longest = max(map(len, stop), default=1)
-        for tokens_B in self._continue([prompt], max_new_tokens, settings, routing, seed):
-            if tokens_B[0] == self.tokenizer.eos_id:
-                break
-            held += decoder.decode(self.tokenizer.decode_bytes(tokens_B))
-            if (cut := _cut(held, stop)) is not None:
-                if cut:
-                    yield cut
-                return
-            ready = len(held) - (longest - 1)
-            if ready > 0:
-                yield held[:ready]
-                held = held[ready:]
-        held += decoder.decode(b"", final=True)
-        if held := held if (cut := _cut(held, stop)) is None else cut:
-            yield held
+        """Yields the continuation of one prompt piece by piece; the arguments of `generate`."""
+        settings = Settings(max_new_tokens, temperature, top_k, top_p, routing, seed, stop)
+        for (piece,) in self._continue([prompt], settings):
+            if piece:
+                yield piece
 
-    def _continue(
-        self,
-        prompts: list[str],
-        max_new_tokens: int,
-        draw: Callable[..., Array],
-        routing: str,
-        seed: int,
-    ) -> Iterator[np.ndarray]:
+    def _continue(self, prompts: list[str], settings: Settings) -> Iterator[list[str]]:
+        # The n-th occurrence of a prompt has the n-th stream of draws, whatever surrounds it.
+        occurrences = [prompts[:row].count(prompt) for row, prompt in enumerate(prompts)]
         ids = [self.encode(prompt) for prompt in prompts]
-        # A prompt's n-th occurrence is row n of its own stream of draws, whatever stands around it.
-        occurrence_B = np.array([prompts[:row].count(text) for row, text in enumerate(prompts)])
-        keys_B = position_keys(
-            jnp.broadcast_to(jax.random.key(seed), len(prompts)), jnp.asarray(occurrence_B, int)
+        return continue_prompts(
+            self.config, self.params, self.tokenizer, ids, settings, occurrences
         )
-
-        def choose(logits_BxV: Array, positions_B: np.ndarray) -> Array:
-            # A model may have more ids than its tokenizer, whose size is what the corpus gave.
-            known_BxV = logits_BxV[:, : self.tokenizer.vocab_size]
-            return draw(known_BxV, position_keys(keys_B, positions_B))
-
-        return decode(
-            self.config,
-            self.params,
-            ids,
-            choose,
-            max_new_tokens=max_new_tokens,
-            routing=routing,
-        )
-
-    def _settings(
-        self, temperature: float, top_k: int, top_p: float, routing: str
-    ) -> Callable[..., Array]:
-        check_settings(temperature, top_k, top_p)
-        if routing not in ROUTINGS:
-            raise InputError(f"routing: got {routing!r}, takes {' or '.join(ROUTINGS)}")
-        return functools.partial(sample, temperature=temperature, top_k=top_k, top_p=top_p)
-
-    def _text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode_bytes(ids).decode("utf-8", "replace")
 
     def _tokens(self, tokens_BxL: ArrayLike) -> np.ndarray:
         try:
             tokens = np.asarray(tokens_BxL)
         except ValueError:
-            raise InputError("tokens: got rows of different lengths, takes [B, L]") from None
+            raise InputError("tokens: got rows of different lengths, must be [B, L]") from None
         if tokens.ndim != 2 or 0 in tokens.shape or not np.issubdtype(tokens.dtype, np.integer):
             raise InputError(
-                f"tokens: got {tokens.dtype} of shape {list(tokens.shape)}, takes integers [B, L] "
-                "with at least one row and one token"
+                f"tokens: got {tokens.dtype} of shape {list(tokens.shape)}, must be integers "
+                "[B, L] with at least one row and one token"
             )
         low, high, V = int(tokens.min()), int(tokens.max()), self.config.vocab_size
         if low < 0 or high >= V:
-            raise InputError(f"tokens: got ids from {low} to {high}, takes 0 to {V - 1}")
+            raise InputError(f"tokens: got ids from {low} to {high}, must be 0 to {V - 1}")
         return tokens.astype(np.int32)
 
     def _prompt_lengths(
         self, shape: tuple[int, ...], routing: str, prompt_lengths_B: ArrayLike | None
     ) -> np.ndarray | None:
         if routing not in ("training", *ROUTINGS):
-            raise InputError(f"routing: got {routing!r}, takes training, {', '.join(ROUTINGS)}")
+            raise InputError(f"routing: got {routing!r}, must be training, {' or '.join(ROUTINGS)}")
         if routing == "training":
             if prompt_lengths_B is not None:
-                raise InputError("prompt_lengths_B: only routing='prompt' or 'segment' takes it")
+                raise InputError("prompt_lengths_B: requires routing='prompt' or 'segment'")
             return None
-        if prompt_lengths_B is None:
-            raise InputError(
-                f"prompt_lengths_B: routing={routing!r} needs it, the number of prompt tokens of "
-                "each row"
-            )
-        lengths = np.asarray(prompt_lengths_B)
         B, L = shape
+        lengths = np.full(B, L) if prompt_lengths_B is None else np.asarray(prompt_lengths_B)
         if (
             lengths.shape != (B,)
             or not np.issubdtype(lengths.dtype, np.integer)
             or not ((lengths >= 0) & (lengths <= L)).all()
         ):
             raise InputError(
-                f"prompt_lengths_B: got {lengths.tolist()}, takes {B} integers from 0 to {L}"
+                f"prompt_lengths_B: got {lengths.tolist()}, must be {B} integers from 0 to {L}"
             )
         return lengths.astype(np.int32)
 
@@ -332,14 +267,3 @@ def _forward(config: ModelConfig, kind: str | None) -> Callable[..., tuple[Array
         return assemble(graph, params)(tokens_BxL, routing)
 
     return forward
-
-
-def _check_stop(stop: Sequence[str]) -> None:
-    if isinstance(stop, str) or not all(stop):
-        raise InputError(f"stop: got {stop!r}, takes a list of non-empty texts")
-
-
-def _cut(text: str, stop: Sequence[str]) -> str | None:
-    """The text before the first of the stops, or None if it holds none of them."""
-    found = [text.index(end) for end in stop if end in text]
-    return text[: min(found)] if found else None

@@ -1,9 +1,10 @@
 """What every verb shares at the command line: the `--config` flags and errors as one line."""
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,6 +62,20 @@ class Parser(argparse.ArgumentParser):
         elif overrides:
             self.error(f"unrecognized arguments: --config.{overrides[0][0]}")
         return args
+
+    @contextlib.contextmanager
+    def named_as_flags(self) -> Iterator[None]:
+        """Within it, a room's error about an argument `name` becomes one about the flag `--name`.
+
+        Rooms begin such an error with the argument's name and a colon.
+        """
+        try:
+            yield
+        except InputError as error:
+            flag = f"--{str(error).partition(':')[0]}"
+            if flag not in self._option_string_actions:
+                raise
+            raise type(error)(f"--{error}") from None
 
 
 def _load_config(spec: str, overrides: list[tuple[str, str]]) -> "ConfigDict":

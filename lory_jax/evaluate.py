@@ -79,7 +79,12 @@ def main(argv: list[str]) -> None:
         action="store_true",
         help="also what segment 1 gains by seeing its own mean, and a picture of loss by position",
     )
-    add("--tasks", metavar="A,B", help="lory_paper, tasks of it, or others of lm-eval, by comma")
+    add(
+        "--tasks",
+        metavar="A,B",
+        help="lory_paper, tasks in it, others of lm-eval or files (task.yaml), separated by commas",
+    )
+    add("--include_path", type=Path, metavar="DIR", help="a directory of more task files (.yaml)")
     add("--limit", type=int, metavar="N", help="the first N documents of each task")
     add("--tasks_data", type=Path, metavar="DIR", help="documents of tasks (default: from the hub)")
     add("--fetch_tasks", type=Path, metavar="DIR", help="write the documents of --tasks, and end")
@@ -126,6 +131,7 @@ def main(argv: list[str]) -> None:
             batch_size=args.batch_size,
             limit=args.limit,
             tasks_data=args.tasks_data,
+            include_path=args.include_path,
         )
         write_atomically(harness_out, json.dumps(found, indent=1) + "\n")
         tasks = _tasks_module().summary(found)
@@ -283,8 +289,8 @@ def _check(parser: cli.Parser, args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name}: got {value}, takes an integer of at least 1")
-    if (args.limit or args.tasks_data) and args.tasks is None:
-        parser.error("--limit and --tasks_data: take --tasks beside them")
+    if (args.limit or args.tasks_data or args.include_path) and args.tasks is None:
+        parser.error("--limit, --tasks_data and --include_path: require --tasks")
     if (args.top_k_experts or args.leakage) and args.split == NO_SPLIT and not args.perplexity_sets:
         parser.error("--top_k_experts and --leakage: take held-out documents or --perplexity_sets")
     if args.split == NO_SPLIT and not (args.tasks or args.perplexity_sets):

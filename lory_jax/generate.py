@@ -1,18 +1,21 @@
 """Continues prompts with a trained model.
 
-    python -m lory_jax.generate --workdir=W --prompt="def read(self"
-    python -m lory_jax.generate --workdir=W --interactive
+    python -m lory_jax.generate --workdir=RUN_DIR --prompt="def read(self"
+    python -m lory_jax.generate --workdir=RUN_DIR --interactive
 
 One prompt streams to the terminal; several are continued as a batch and printed one by one.
-Interactively, every line is a prompt of its own, until the end of the input.
+Interactively, every line is a prompt of its own, until the input ends.
 """
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lory_jax import api, cli
+from lory_jax import cli
 from lory_jax.errors import InputError
 from lory_jax.storage import storage_path
+
+if TYPE_CHECKING:
+    from lory_jax.api import Model
 
 SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "routing", "stop")
 
@@ -20,21 +23,31 @@ SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "routing"
 def main(argv: list[str]) -> None:
     parser = cli.Parser("generate", __doc__)
     add = parser.add_argument
-    add("--workdir", required=True, type=storage_path, help="a run of the verb train")
+    add("--workdir", required=True, type=storage_path, help="the run directory of train")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", action="append", help="text to continue; may be given again")
-    source.add_argument("--interactive", action="store_true", help="read prompts, line by line")
-    add("--max_new_tokens", type=int, default=128, help="default: 128")
-    add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
-    add("--top_k", type=int, default=0, help="only the k likeliest tokens; 0 (default) for all")
+    source.add_argument("--prompt", action="append", help="text to continue; may be repeated")
+    source.add_argument("--interactive", action="store_true", help="read prompts line by line")
+    add(
+        "--max_new_tokens",
+        type=int,
+        help="default: 128, or fewer where the model cannot read that many positions",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=0.8,
+        help="0 always chooses the most likely token (default: 0.8)",
+    )
+    add("--top_k", type=int, default=0, help="draw among the k most likely tokens; 0 (default) all")
     add(
         "--top_p",
         type=float,
         default=0.95,
-        help="only the likeliest tokens that together reach this probability (default: 0.95)",
+        help="draw among the most likely tokens that together reach this probability "
+        "(default: 0.95)",
     )
-    add("--seed", type=int, default=0, help="of the draws (default: 0)")
-    add("--stop", action="append", default=[], help="text to stop at; may be given again")
+    add("--seed", type=int, default=0, help="seed of the draws (default: 0)")
+    add("--stop", action="append", default=[], help="text to stop at; may be repeated")
     add(
         "--routing",
         choices=("prompt", "segment"),
@@ -44,21 +57,27 @@ def main(argv: list[str]) -> None:
     add("--top_k_experts", type=int, metavar="K", help="merge only the K experts of largest weight")
     args = parser.parse(argv)
     settings = {name: getattr(args, name) for name in SETTINGS}
-    model = api.load(args.workdir)
-    if args.top_k_experts is not None:
-        model = model.with_top_k_experts(args.top_k_experts)
-    if args.interactive:
-        converse(model, settings)
-    elif len(args.prompt) == 1:
-        stream(model, args.prompt[0], settings)
-    else:
-        continuations = model.generate(args.prompt, **settings)
-        for number, (prompt, text) in enumerate(zip(args.prompt, continuations, strict=True), 1):
-            print(f"--- prompt {number}\n{prompt}{text}")
+
+    # Imported here, after the flags are checked, so that the command line answers fast.
+    from lory_jax import api
+
+    with parser.named_as_flags():
+        model = api.load(args.workdir)
+        if args.top_k_experts is not None:
+            model = model.with_top_k_experts(args.top_k_experts)
+        if args.interactive:
+            converse(model, settings)
+        elif len(args.prompt) == 1:
+            stream(model, args.prompt[0], settings)
+        else:
+            continuations = model.generate(args.prompt, **settings)
+            pairs = zip(args.prompt, continuations, strict=True)
+            for number, (prompt, text) in enumerate(pairs, start=1):
+                print(f"--- prompt {number}\n{prompt}{text}")
 
 
-def stream(model: api.Model, prompt: str, settings: dict[str, Any]) -> None:
-    """Prints a prompt and, as it comes, its continuation."""
+def stream(model: "Model", prompt: str, settings: dict[str, Any]) -> None:
+    """Prints a prompt and its continuation as it is generated."""
     pieces = model.stream(prompt, **settings)
     first = next(pieces, "")  # before anything is printed: a setting may be refused here
     print(prompt + first, end="", flush=True)
@@ -67,8 +86,8 @@ def stream(model: api.Model, prompt: str, settings: dict[str, Any]) -> None:
     print()
 
 
-def converse(model: api.Model, settings: dict[str, Any]) -> None:
-    """Continues every line of the input; a prompt that is refused is not the end."""
+def converse(model: "Model", settings: dict[str, Any]) -> None:
+    """Continues every line of the input; a refused prompt does not end the conversation."""
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)

@@ -68,8 +68,8 @@ def check_data(workdir: Path, data: Path | None, findings: Findings) -> None:
         prepared = data_directory(workdir, data)
         if prepared.is_remote:
             findings.note(
-                f"{prepared.directory}: its {MANIFEST_NAME} is that of the run; the files themselves "
-                "are checked when they are copied"
+                f"{prepared.directory}: its {MANIFEST_NAME} is that of the run; the files "
+                "themselves are checked when they are copied"
             )
             return
         prepared.verify(hashes=True)

@@ -1,4 +1,4 @@
-"""One dense model out of a Lory: routing weights for a text or a domain, and the merge by them.
+"""Merges a Lory into one dense model, by the routing weights of a text or a domain.
 
 Letters: L sequence, T segment length, N instances, Y layers, E experts.
 """
@@ -29,8 +29,9 @@ BATCH = 8
 def text_routing(config: ModelConfig, params: Params, tokens: Sequence[int]) -> np.ndarray:
     """Routing weights `[Y, E]`, float32, with this text as the prompt (BOS included).
 
-    A text of more than `config.sequence_length` tokens is read in pieces of that many; its weights
-    are their mean, by length. `config.top_k_experts` holds for each piece and for the mean.
+    A text of more than `config.sequence_length` tokens is read in pieces of that many, and the
+    result is the mean of their weights, weighted by length. `config.top_k_experts` applies to each
+    piece and to the mean.
     """
     L = config.sequence_length
     pieces = [tokens[start : start + L] for start in range(0, len(tokens), L)]
@@ -46,10 +47,13 @@ def domain_routing(config: ModelConfig, params: Params, tokens_NxL: np.ndarray) 
     """Mean routing weights `[Y, E]`, float32, over the segments k > 1 of a domain's instances.
 
     Raises:
-      InputError: instances are one segment, so none is routed by another.
+      InputError: instances have one segment only, so no segment routes another.
     """
     if tokens_NxL.shape[1] <= config.segment_length:
-        raise InputError(f"instances of {tokens_NxL.shape[1]} tokens are one routing segment")
+        raise InputError(
+            f"domain: its instances of {tokens_NxL.shape[1]} tokens have one segment of "
+            f"{config.segment_length}, requires at least two"
+        )
     total_YxE = np.zeros((config.num_layers, config.num_experts))
     starts = range(0, len(tokens_NxL), BATCH)
     for start in progress(starts, total=len(starts), label="routing", unit="batches"):
@@ -79,14 +83,14 @@ def _weights(config: ModelConfig, kind: str | None) -> Callable[..., Array]:
 
 
 def merged_params(config: ModelConfig, params: Params, r_YxE: np.ndarray, mesh: Mesh) -> Params:
-    """The parameters of the dense model that routing by `r_YxE` makes of a Lory, float32."""
+    """The float32 parameters of the dense model whose FFNs are the experts merged by `r_YxE`."""
     dense = dataclasses.replace(config, num_experts=0)
 
     def convert(params: Params, r_YxE: Array) -> Params:
         ffn = params["layers"]["ffn"]
 
         def merge_layer(w_ExMxN: Array, r_E: Array) -> Array:
-            # Not the accelerators' short cut for float32: what is exported is kept.
+            # The result is kept, so accelerators must not round float32 products.
             with jax.default_matmul_precision("highest"):
                 return merge(w_ExMxN, r_E[None])[0]
 

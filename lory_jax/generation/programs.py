@@ -1,27 +1,26 @@
-"""The three programs of decoding: read the prompts, take one step, merge again.
+"""The three compiled programs of decoding: read the prompts, take one step, merge again.
 
-`prefill` reads the prompts in one pass. In every layer it decides the routing weights, and the
-experts are merged with them. What it returns are the weights of a dense LLaMA, layer by layer, in
-the compute type: `step` is that model's step with a KV cache, the same program whether an FFN was
-merged or trained. Rows with prompts of their own have an FFN each; rows that share the routing
-share one.
+`prefill` reads the prompts in one pass. In every layer it computes the routing weights and merges
+the experts by them. It returns the weights of a dense LLaMA, layer by layer, in the compute type:
+`step` is that model's step with a KV cache, the same program whether an FFN was merged or trained.
+Rows with different prompts have an FFN each; rows that share the routing share one.
 
-Routing by prompt (paper, section 2.2: inference) never merges again. Routing by segment (its table
-9) does so at every segment border: `remerge` needs nothing but the hidden states of the segment
-just finished, which `step` sums up on the way.
+Routing by prompt (paper, section 2.2: inference) merges only once. Routing by segment (its table 9)
+merges again at every segment border: `remerge` only requires the hidden states of the segment that
+has just ended, whose sums `step` keeps.
 
-Layers are unrolled: a scan would copy the weights and the cache of every layer out of their stacks
-in every step, twice the time of a step on a CPU.
+Layers are unrolled. A scan would copy the weights and the cache of every layer out of their stacks
+in every step, which doubles the time of a step on a CPU.
 
-Under a mesh, weights stay as in training (embed on `fsdp`, mlp on `tensor`) and activations travel;
-no batch size is needed for it.
+Under a mesh, weights stay where they are in training (embed on `fsdp`, mlp on `tensor`) and
+activations travel, so any batch size works.
 
 Letters: B batch, P padded prompt length, M positions in the cache, Y layers, D model, F FFN,
 H heads, G heads of keys and values, K head width, V vocabulary, E experts, T tokens per segment,
 R rows that own an FFN (B, or 1 that all share).
 
-Of the sparse baselines, a token takes its own experts: `step` is that of the trained model, and
-nothing is merged. Where segments are routed, each row keeps its distribution over experts.
+The sparse baselines merge nothing. Where tokens are routed, `step` is the trained model's own;
+where segments are routed, each row keeps its distribution over experts.
 """
 
 import dataclasses
@@ -36,7 +35,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from lory_jax.errors import InputError
+from lory_jax.generation.settings import check_routing
 from lory_jax.model.attention import attend, causal_attention
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.ffn import DenseFFN, MergedFFN, SparseFFN
@@ -45,18 +44,17 @@ from lory_jax.model.routing import Routing, keep_top_k, route
 from lory_jax.model.transformer import Params, Transformer, assemble, build, rms_norm
 from lory_jax.parallel import partition_spec
 
-ROUTINGS = ("prompt", "segment")
-CACHE_AXES = ("fsdp", "tensor")  # of the mesh, over which heads of keys lie if they divide
+CACHE_AXES = ("fsdp", "tensor")  # mesh axes that shard the heads of keys, if they divide
 
 
 class Cache(NamedTuple):
     """The state of a batch being decoded; one array per layer in each tuple.
 
-    positions_B: where each row's next token goes.
+    positions_B: the position of each row's next token.
     keys, values: `[B, G, M, K]` of the positions so far, in the compute type.
-    probabilities: float32 `[B, E]`, the router's for the running segment, of expert choice of
-      segments; else None.
-    totals: float32 `[B, D]`, sums of the FFN inputs over the running segment; None where segments
+    probabilities: float32 `[B, E]`, the router's probabilities in the current segment, for the
+      baseline whose segments choose experts; otherwise None.
+    totals: float32 `[B, D]`, sums of the FFN inputs over the current segment; None where segments
       do not route.
     """
 
@@ -88,8 +86,7 @@ def make_decoder(config: ModelConfig, routing: str, mesh: Mesh | None = None) ->
 
     `mesh` is the one the parameters lie on; None is a single device.
     """
-    if routing not in ROUTINGS:
-        raise InputError(f"routing: got {routing!r}, takes {' or '.join(ROUTINGS)}")
+    check_routing(routing)
     graph, _ = build(config)
     kept = config
     if not config.is_sparse:
@@ -143,7 +140,7 @@ def make_decoder(config: ModelConfig, routing: str, mesh: Mesh | None = None) ->
     block_graph, _ = _split_layers(stack)
 
     def step(weights: Params, cache: Cache, tokens_B: Array) -> tuple[Array, Cache]:
-        # Any layer will do to stand for the stack, which is not used.
+        # The stack of layers is not used here, so any layer can stand for it.
         model = assemble(kept_graph, {**weights, "layers": weights["layers"][0]})
         positions_B = cache.positions_B
         M = cache.keys[0].shape[-2]
@@ -203,7 +200,7 @@ def make_decoder(config: ModelConfig, routing: str, mesh: Mesh | None = None) ->
         fresh = tuple(layer["ffn"] for layer in served(params, merged)["layers"])
         return jax.tree.map(functools.partial(_choose, at_border_B), fresh, ffns), cache
 
-    # Not the other weights, some of which are the trained parameters themselves.
+    # Only the FFNs are donated: some other weights are the trained parameters themselves.
     jitted_merge_again = jax.jit(merge_again, donate_argnums=(1, 2))
 
     def remerge(params: Params, weights: Params, cache: Cache) -> tuple[Params, Cache]:
@@ -225,7 +222,7 @@ def make_decoder(config: ModelConfig, routing: str, mesh: Mesh | None = None) ->
 def _prompt_ffn(
     ffn: DenseFFN | MergedFFN, h_BxPxD: Array, kind: str, lengths_B: Array, shared: bool
 ) -> tuple[Array, Any]:
-    """The FFN's output for the prompt, and what `_merge` makes for the tokens that follow it."""
+    """The FFN's output for the prompt, and the result of `_merge` for the tokens after it."""
     if isinstance(ffn, DenseFFN) or ffn.config.routes_tokens:
         return _apply(ffn, h_BxPxD, None), None
     routing = Routing(kind, lengths_B)
@@ -241,7 +238,7 @@ def _prompt_ffn(
 
 
 def _apply(ffn: DenseFFN | MergedFFN, h_BxLxD: Array, p_BxE: Array | None) -> Array:
-    """A trained or merged FFN, or one whose experts each token or, by `p_BxE`, each row chooses."""
+    """Applies an FFN, merged or not; `p_BxE` chooses experts for each row, None for each token."""
     if isinstance(ffn, DenseFFN):
         return ffn(h_BxLxD)
     if p_BxE is None:
@@ -251,7 +248,7 @@ def _apply(ffn: DenseFFN | MergedFFN, h_BxLxD: Array, p_BxE: Array | None) -> Ar
 
 
 def _merge(ffn: MergedFFN, r_RxE: Array) -> Any:
-    """The FFNs of R rows; where experts are chosen instead, the weights they are chosen by."""
+    """The merged FFNs of R rows, or, where experts are chosen instead, the probabilities."""
     if isinstance(ffn, SparseFFN):
         return r_RxE
     dtype = ffn.config.compute_dtype
@@ -259,7 +256,7 @@ def _merge(ffn: MergedFFN, r_RxE: Array) -> Any:
 
 
 def _running_total(h_BxPxD: Array, lengths_B: Array, segment_length: int) -> Array:
-    """Sum over the prompt's tokens in its last segment, which may be full: float32 `[B, D]`."""
+    """Sums the prompt's tokens in its last segment, which may be full: float32 `[B, D]`."""
     position_P = jnp.arange(h_BxPxD.shape[1])
     last_Bx1 = (lengths_B[:, None] - 1) // segment_length
     counts_BxP = (position_P // segment_length == last_Bx1) & (position_P < lengths_B[:, None])
@@ -267,16 +264,16 @@ def _running_total(h_BxPxD: Array, lengths_B: Array, segment_length: int) -> Arr
 
 
 def _choose(is_new_B: Array, new: Array, old: Array) -> Array:
-    """The new FFNs of some rows; one that all rows share (`[D, F]`) is a single row's."""
+    """The new FFNs where `is_new_B`; an FFN that all rows share (`[D, F]`) follows row 0."""
     rows = jnp.expand_dims(is_new_B, tuple(range(1, old.ndim))) if old.ndim == 3 else is_new_B[0]
     return jnp.where(rows, new, old)
 
 
-# ---------------------------------------------------------------- the weights that are served
+# ---------------------------------------------------------------- the weights of the dense model
 
 
 def _served(kept: ModelConfig, mesh: Mesh | None, params: Params, ffn: Params) -> Params:
-    """The dense model that decodes: the trained parameters around these FFNs, in the compute type.
+    """The dense model that decodes: these FFNs in the trained parameters, in the compute type.
 
     `ffn` holds `[Y, D, F]` matrices or, one for each of R rows, `[Y, R, D, F]`; R = 1 is dropped.
     """
@@ -306,7 +303,7 @@ def _served(kept: ModelConfig, mesh: Mesh | None, params: Params, ffn: Params) -
 
 
 def _in_compute_type(config: ModelConfig, params: Params) -> Params:
-    """Matrices in the type they are used in, once; norms and routers are used in float32."""
+    """Casts matrices once to the type of their use; norms and routers are used in float32."""
 
     def convert(path: Any, w: Array) -> Array:
         name = path[-1].key

@@ -1,6 +1,6 @@
 """Choosing the next token: greedy, temperature, top-k and top-p.
 
-Every row has a key of its own, so what is drawn for a row does not depend on its batch.
+Every row has its own key, so what is drawn for a row does not depend on its batch.
 
 Letters: B batch, V vocabulary.
 """
@@ -18,11 +18,11 @@ from lory_jax.errors import InputError
 def check_settings(temperature: float, top_k: int, top_p: float) -> None:
     """Raises `InputError` for settings that `sample` cannot use."""
     if not (math.isfinite(temperature) and temperature >= 0):
-        raise InputError(f"temperature: got {temperature}, takes a number from 0 (greedy)")
+        raise InputError(f"temperature: got {temperature}, must be at least 0 (greedy)")
     if top_k < 0:
-        raise InputError(f"top_k: got {top_k}, takes a number of tokens, or 0 for all")
+        raise InputError(f"top_k: got {top_k}, must be a number of tokens, or 0 for all")
     if not 0 < top_p <= 1:
-        raise InputError(f"top_p: got {top_p}, takes a number above 0 and up to 1 (all tokens)")
+        raise InputError(f"top_p: got {top_p}, must be above 0 and at most 1 (all tokens)")
 
 
 @functools.partial(jax.jit, static_argnames=("temperature", "top_k", "top_p"))
@@ -39,10 +39,10 @@ def sample(
     Args:
       logits_BxV: unnormalised log-probabilities.
       keys_B: a random key per row.
-      temperature: divides the logits; 0 takes the most likely token.
-      top_k: only the k most likely tokens; 0 for all.
-      top_p: then only the most likely of those that together reach this probability: the smallest
-        such set, at least one token.
+      temperature: divides the logits; 0 chooses the most likely token.
+      top_k: draws among the k most likely tokens only; 0 is all.
+      top_p: among those, keeps the smallest set of most likely tokens that together reach this
+        probability; it has at least one token.
 
     Returns:
       int32 `[B]`.
@@ -57,7 +57,7 @@ def sample(
     if top_p < 1:
         probability_BxV = jax.nn.softmax(scores_BxV, axis=-1)
         before_BxV = jnp.cumsum(probability_BxV, axis=-1) - probability_BxV
-        # The first is kept whatever rounding makes of its sum.
+        # The first is kept, whatever rounding does to its sum.
         is_kept_BxV = (before_BxV < top_p) | (jnp.arange(V) == 0)
         scores_BxV = jnp.where(is_kept_BxV, scores_BxV, -jnp.inf)
     rank_B = jax.vmap(jax.random.categorical)(keys_B, scores_BxV)
@@ -66,5 +66,5 @@ def sample(
 
 @jax.jit
 def position_keys(keys_B: Array, positions_B: Array) -> Array:
-    """The keys of one position of every row."""
+    """Each row's key for one position of its own."""
     return jax.vmap(jax.random.fold_in)(keys_B, positions_B)

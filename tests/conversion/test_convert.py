@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 import lory_jax
 from lory_jax import convert, evaluate
 from lory_jax.config import load_config
+from lory_jax.conversion import runs
 from lory_jax.data.prepared import PreparedData
 from lory_jax.errors import ConfigError, InputError
 from lory_jax.model.config import ModelConfig
@@ -80,7 +80,7 @@ def test_a_lory_merged_by_a_text_is_the_llama_that_decodes_it(run, flag, tmp_pat
     assert len(re.findall(r"^\| [01] \|( 0\.\d{3} \|){4}$", card, re.MULTILINE)) == 2
 
 
-def test_a_run_begun_before_a_field_existed_goes_on(data, tmp_path):
+def test_a_run_begun_before_a_field_existed_resumes(data, tmp_path):
     workdir = write_run(tmp_path / "old", data)
     config = json.loads((workdir / "config.json").read_text())
     old = {**config, "model": dict(config["model"])}
@@ -94,7 +94,7 @@ def test_a_run_begun_before_a_field_existed_goes_on(data, tmp_path):
 
 def test_the_largest_experts_alone_are_merged(run, tmp_path):
     text = "counting by steps"
-    convert.to_hf(run, tmp_path / "hf", prompt=text, top_k_experts=2)
+    runs.to_hf(run, tmp_path / "hf", prompt=text, top_k_experts=2)
     model = lory_jax.load(run).with_top_k_experts(2)
     tokens = np.array([prompt_tokens(model, text)])
     expected = model.logits(tokens, "prompt", [tokens.shape[1]])
@@ -120,8 +120,8 @@ def test_a_dense_run_needs_no_routing(data, tmp_path):
     tokens = np.arange(20)[None]
     expected = lory_jax.load(dense).logits(tokens)
     np.testing.assert_allclose(their_logits(tmp_path / "hf", tokens), expected, atol=TOLERANCE)
-    with pytest.raises(InputError, match=r"--prompt: .* is a dense model"):
-        convert.to_hf(dense, tmp_path / "no", prompt="a")
+    with pytest.raises(InputError, match=r"prompt: .* is a dense model"):
+        runs.to_hf(dense, tmp_path / "no", prompt="a")
 
 
 def test_the_script_of_the_documentation_runs(run, tmp_path):
@@ -138,7 +138,7 @@ def test_the_script_of_the_documentation_runs(run, tmp_path):
 def test_a_sparse_baseline_is_refused(data, tmp_path):
     workdir = write_run(tmp_path / "sparse", data, routing="top1")
     with pytest.raises(InputError, match="routing is top1, whose experts are chosen, not merged"):
-        convert.to_hf(workdir, tmp_path / "hf", prompt="a")
+        runs.to_hf(workdir, tmp_path / "hf", prompt="a")
 
 
 def test_the_script_of_the_python_page_runs(run, tmp_path):
@@ -162,14 +162,15 @@ def test_the_script_of_the_python_page_runs(run, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({}, "takes one of --prompt, --text, --domain"),
-        ({"domain": "fours"}, "--domain: got 'fours', takes one of ones, threes"),
-        ({"text": Path("nowhere.txt")}, "--text: nowhere.txt: cannot read it"),
+        ([], "exactly one of prompt, text, domain"),
+        (["--domain=fours"], "--domain: got 'fours', .* ones, threes"),
+        (["--text=nowhere.txt"], "--text: nowhere.txt: "),
+        (["--prompt=a", "--top_k_experts=9"], "--top_k_experts: got 9"),
     ],
 )
 def test_what_cannot_be_merged_by_is_refused(run, arguments, message, tmp_path):
     with pytest.raises(InputError, match=message):
-        convert.to_hf(run, tmp_path / "hf", **arguments)
+        convert.main(["to-hf", f"--workdir={run}", f"--out={tmp_path / 'hf'}", *arguments])
     assert not list(tmp_path.iterdir())
 
 
@@ -220,8 +221,8 @@ def test_an_upcycled_llama_computes_what_the_llama_does(start, hf):
 
 
 def test_the_seed_draws_the_router(hf, start, tmp_path):
-    convert.from_hf(hf, tmp_path / "same", experts=8)
-    convert.from_hf(hf, tmp_path / "other", experts=8, seed=1)
+    runs.from_hf(hf, tmp_path / "same", experts=8)
+    runs.from_hf(hf, tmp_path / "other", experts=8, seed=1)
     routers = [
         np.asarray(lory_jax.load(workdir).params["layers"]["ffn"]["router"])
         for workdir in (start, tmp_path / "same", tmp_path / "other")
@@ -232,12 +233,12 @@ def test_the_seed_draws_the_router(hf, start, tmp_path):
 
 def test_a_dense_start_evaluates_and_goes_back(hf, data, tmp_path):
     workdir = tmp_path / "W"
-    convert.from_hf(hf, workdir)
+    runs.from_hf(hf, workdir)
     result = evaluate.evaluate(workdir, data=data)
     assert set(result["perplexity"]) == {"ones", "threes"}
     with pytest.raises(InputError, match="trained elsewhere; say which data with --data"):
         evaluate.evaluate(workdir)
-    convert.to_hf(workdir, tmp_path / "back")
+    runs.to_hf(workdir, tmp_path / "back")
     tokens = np.arange(20)[None]
     np.testing.assert_array_equal(their_logits(tmp_path / "back", tokens), their_logits(hf, tokens))
 

@@ -190,7 +190,7 @@ def test_a_long_context_loses_its_beginning(capsys):
     (found,) = lm.loglikelihood(instances("loglikelihood", [(long, " no")]))
     assert found[0] == pytest.approx(expected_score(model, "prompt", long, " no")[0], abs=1e-5)
     assert "1 of 1 requests are longer than the 48 tokens" in capsys.readouterr().err
-    with pytest.raises(InputError, match=r"continuation: got .* takes at most 48"):
+    with pytest.raises(InputError, match=r"continuation: got .* at most 48"):
         lm.loglikelihood(instances("loglikelihood", [("a", long)]))
 
 
@@ -269,6 +269,12 @@ def test_generation_ends_with_the_document():
     assert LoryLM(ends).generate_until(instances("generate_until", [("The quick", {})])) == [""]
 
 
+def test_a_context_that_is_no_text_is_refused():
+    requests = instances("generate_until", [("a\udcff", {})])
+    with pytest.raises(InputError, match=r"prompt: got '\\udcff' at character 1"):
+        LoryLM(make_model()).generate_until(requests)
+
+
 def test_draws_depend_on_the_request_alone():
     drawn = {"max_gen_toks": 8, "do_sample": True, "temperature": 2.0, "top_p": 0.9, "top_k": 50}
     requests = instances("generate_until", [(text, drawn) for text in ("The", TEXT, "The")])
@@ -288,8 +294,8 @@ def test_draws_depend_on_the_request_alone():
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        ({"beams": 3}, "generation_kwargs: got beams, takes until, max_gen_toks"),
-        ({"max_gen_toks": L}, "max_gen_toks: got 48, takes 1 to 47"),
+        ({"beams": 3}, "generation_kwargs: got beams, .*until, max_gen_toks"),
+        ({"max_gen_toks": L}, "max_gen_toks: got 48, .*1 to 47"),
         ({"do_sample": True, "top_p": 0}, "top_p: got 0"),
     ],
 )
@@ -301,11 +307,11 @@ def test_bad_generation_settings_are_refused(kwargs, message):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: LoryLM(make_model(), "training"), "routing: got 'training', takes prompt or"),
-        (lambda: LoryLM(make_model(), batch_size=0), "batch_size: got 0, takes an integer"),
+        (lambda: LoryLM(make_model(), "training"), "routing: got 'training', .*prompt or"),
+        (lambda: LoryLM(make_model(), batch_size=0), "batch_size: got 0"),
         (lambda: LoryLM(make_model(), batch_size="auto"), "batch_size: got 'auto'"),
-        (lambda: LoryLM.create_from_arg_obj({"path": "x"}), "--model_args: got path, takes"),
-        (lambda: LoryLM.create_from_arg_obj({}), "takes workdir=W"),
+        (lambda: LoryLM.create_from_arg_obj({"path": "x"}), "model_args: got path"),
+        (lambda: LoryLM.create_from_arg_obj({}), "model_args: .*workdir="),
         (lambda: LoryLM.create_from_arg_obj({"workdir": "none"}), "config.json: no such file"),
     ],
 )

@@ -240,7 +240,7 @@ def test_fetching_writes_what_is_read(tmp_path, task_data, monkeypatch):
         "test.parquet",
         "train.parquet",
     ]
-    with pytest.raises(ConfigError, match="--fetch_tasks: got 'mmlu', takes lory_paper or piqa"):
+    with pytest.raises(ConfigError, match=r"tasks: got 'mmlu', .*lory_paper or among piqa"):
         run_tasks.fetch_tasks(tmp_path / "local", "mmlu")
 
 
@@ -254,10 +254,10 @@ def test_missing_and_damaged_documents_are_named(task_data, tmp_path):
     with pytest.raises(InputError, match=r"piqa/validation\.parquet: missing .* --tasks=piqa --fe"):
         run("piqa")
     (local / "yelp" / "train.jsonl").write_text('{"text": "a", "label": 0}\n[1]\n')
-    with pytest.raises(InputError, match=r"yelp/train\.jsonl:2: got '\[1\]', takes a JSON object"):
+    with pytest.raises(InputError, match=r"yelp/train\.jsonl:2: got '\[1\]'"):
         run("yelp")
     (local / "yelp" / "train.jsonl").write_text('{"text": "a", "label": 0}\n')
-    with pytest.raises(InputError, match="yelp: got 1 documents for 16 demonstrations, takes at"):
+    with pytest.raises(InputError, match="yelp: got 1 documents for 16 demonstrations"):
         run("yelp")
     (local / "sst2" / "train.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(InputError, match=r"sst2/train\.parquet: not parquet"):
@@ -272,7 +272,7 @@ def test_missing_and_damaged_documents_are_named(task_data, tmp_path):
     with pytest.raises(InputError, match=r"race_middle: its documents lack a column .*article"):
         run("race_middle")
     (local / "boolq" / "validation.jsonl").write_text("\n")
-    with pytest.raises(InputError, match=r"boolq/validation\.jsonl: no document"):
+    with pytest.raises(InputError, match=r"boolq/validation\.jsonl: no documents"):
         run("boolq")
 
 
@@ -307,8 +307,72 @@ def test_a_group_of_the_harness_is_run_by_its_name(task_data, tmp_path, monkeypa
 
 
 def test_unknown_tasks_are_refused_with_the_nearest_name(task_data):
-    with pytest.raises(ConfigError, match=r"got 'lory_papr', takes .* did you mean lory_paper"):
+    with pytest.raises(ConfigError, match=r"tasks: got 'lory_papr', .* did you mean lory_paper"):
         run_tasks.run_tasks(make_model(), "lory_papr", tasks_data=task_data)
+
+
+def test_a_name_that_is_near_none_gets_no_suggestion():
+    with pytest.raises(ConfigError, match="tasks: got 'my_colours'") as refused:
+        run_tasks.run_tasks(make_model(), "my_colours")
+    assert "did you mean" not in str(refused.value)
+
+
+# ---------------------------------------------------------------- task files of one's own
+
+COLOURS = """\
+task: my_colours
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {path}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{label}}}}"
+metric_list:
+  - {{metric: acc}}
+"""
+
+
+@pytest.fixture
+def colours(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [
+        {"question": "The colour of grain is", "choices": [" yellow", " blue"], "label": 0},
+        {"question": "", "choices": [" a", " b"], "label": 1},
+        {"question": "Long " * 300, "choices": ["", " b"], "label": 1},
+    ]
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mine").mkdir()
+    task_file = tmp_path / "mine" / "colours.yaml"
+    task_file.write_text(COLOURS.format(path=documents))
+    return task_file
+
+
+def test_a_task_file_is_run_by_its_path_and_from_its_directory(colours):
+    by_path = run_tasks.run_tasks(make_model(), str(colours))
+    by_name = run_tasks.run_tasks(make_model(), "my_colours", include_path=colours.parent)
+    assert by_path["results"] == by_name["results"]
+    summary = run_tasks.summary(by_path)["my_colours"]
+    assert (summary["metric"], summary["documents"]) == ("acc,none", 3)
+    assert summary["acc,none"] in (0.0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0)
+
+
+@pytest.mark.parametrize(
+    "contents, reason",
+    [("task: [", "cannot load"), ("a: 1", "cannot load"), ("task: t\nno_field: 1", "no_field")],
+)
+def test_a_damaged_task_file_is_named(colours, contents, reason):
+    colours.write_text(contents)
+    with pytest.raises(InputError, match=rf"colours\.yaml: .*{reason}"):
+        run_tasks.run_tasks(make_model(), str(colours))
+
+
+def test_missing_task_files_and_directories_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"tasks: .*none\.yaml: no such file"):
+        run_tasks.run_tasks(make_model(), str(tmp_path / "none.yaml"))
+    with pytest.raises(InputError, match=r"include_path: .*none: no such directory"):
+        run_tasks.run_tasks(make_model(), "piqa", include_path=tmp_path / "none")
 
 
 def test_the_list_needs_no_model():
@@ -326,4 +390,4 @@ def test_without_the_harness_the_command_says_what_to_install():
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ)
     )
-    assert_one_line_error(result, 1, "needs lm_eval", "requirements-eval.txt")
+    assert_one_line_error(result, 1, "lm_eval", "requirements-eval.txt")

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from lory_jax.errors import InputError
-from lory_jax.generation.loop import decode, make_decoder
+from lory_jax.generation.loop import decode
+from lory_jax.generation.programs import make_decoder
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.routing import Routing
 from lory_jax.model.transformer import assemble, build, init_params
@@ -194,9 +195,11 @@ def test_greedy_choice_of_many_steps_compiles_once(params):
     [
         ([], 1, "at least one"),
         ([[1], []], 1, "at least one"),
-        ([[1] * 60], 41, "got 41 after a prompt of 60 tokens .* takes 1 to 40"),
-        ([[1]], 0, "got 0 after"),
-        ([[1] * 100], 1, "got 100 tokens .* at most 99"),
+        ([[1] * 60], 41, "max_new_tokens: got 41 after a prompt of 60 tokens .* 1 to 40"),
+        ([[1]], 0, "max_new_tokens: got 0 after"),
+        ([[1], [1] * 60], [99, 41], "max_new_tokens: got 41 after a prompt of 60"),
+        ([[1], [1] * 60], [100, 40], "max_new_tokens: got 100 after a prompt of 1 "),
+        ([[1] * 100], 1, "prompt: got 100 tokens .* at most 99"),
     ],
 )
 def test_bad_requests_are_refused(params, prompts, count, message):
@@ -205,7 +208,7 @@ def test_bad_requests_are_refused(params, prompts, count, message):
 
 
 def test_an_unknown_routing_is_refused():
-    with pytest.raises(InputError, match="takes prompt or segment"):
+    with pytest.raises(InputError, match=r"routing: got 'token', .*prompt or segment"):
         make_decoder(CONFIG, "token")
 
 
@@ -214,3 +217,21 @@ def test_the_last_position_is_reached(params):
         return jnp.argmax(logits, -1)
 
     assert len(list(decode(CONFIG, params, [[1] * 96], choose, max_new_tokens=4))) == 4
+
+
+@pytest.mark.parametrize("routing", ["prompt", "segment"])
+def test_a_row_that_has_all_its_tokens_disturbs_no_other(params, routing):
+    """Beside a row of few tokens, one goes on beyond where the first one's cache ends."""
+
+    def choose(logits, positions):
+        return jnp.argmax(logits, -1)
+
+    def continued(prompts, counts):
+        steps = decode(CONFIG, params, prompts, choose, max_new_tokens=counts, routing=routing)
+        return np.stack(list(steps), axis=1)
+
+    long, short = [2] * 96, [1, 5, 9]
+    together = continued([long, short], [4, 40])
+    assert together.shape == (2, 40)
+    np.testing.assert_array_equal(together[0, :4], continued([long], 4)[0])
+    np.testing.assert_array_equal(together[1], continued([short], 40)[0])

@@ -83,6 +83,13 @@ def test_prompt_and_segment_logits(model, tokens):
     )
 
 
+@pytest.mark.parametrize("routing", ["prompt", "segment"])
+def test_the_prompt_is_the_whole_row_unless_lengths_are_given(model, tokens, routing):
+    whole = model.logits(tokens, routing, [tokens.shape[1]] * len(tokens))
+    np.testing.assert_array_equal(model.logits(tokens, routing), whole)
+    assert np.abs(whole - model.logits(tokens, routing, [3] * len(tokens))).max() > 1e-3
+
+
 def test_a_dense_model_has_no_routing(tokens):
     dense = make_model(0)
     np.testing.assert_array_equal(dense.logits(tokens, "prompt", [1, 2, 3]), dense.logits(tokens))
@@ -121,6 +128,21 @@ def test_ids_that_the_tokenizer_lacks_are_never_drawn():
     assert model.tokenizer.vocab_size <= 300
     texts = model.generate(["def"] * 4, max_new_tokens=30, temperature=5.0, top_p=1.0)
     assert len(set(texts)) > 1
+
+
+def test_the_default_length_shrinks_to_what_the_model_reads(model):
+    """The model reads 64 positions: fewer than the default of 128 new tokens."""
+    prompts = ["def", "return self.buffer[:size]", "def"]
+    room = [64 - len(model.encode(prompt)) for prompt in prompts]
+    together = model.generate(prompts)
+    # A row's length is its own, whatever the prompts beside it.
+    alone = [model.generate([prompts[0]] * 2), model.generate(prompts[1])]
+    assert together == [alone[0][0], *alone[1], alone[0][1]]
+    for prompt, count, text in zip(prompts[:2], room, together, strict=False):
+        assert model.generate(prompt, max_new_tokens=count) == [text]
+        assert "".join(model.stream(prompt)) == text
+        with pytest.raises(InputError, match="max_new_tokens: got"):
+            model.generate(prompt, max_new_tokens=count + 1)
 
 
 def test_streaming_gives_the_same_text(model):
@@ -172,25 +194,30 @@ def test_generation_stops_at_a_stop_text_and_at_the_end_of_the_document(model):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda m: m.logits([1, 2]), r"tokens: got int64 of shape \[2\], takes integers"),
+        (lambda m: m.logits([1, 2]), r"tokens: got int64 of shape \[2\]"),
         (lambda m: m.logits([[1, 2], [3]]), "tokens: .*different lengths"),
         (lambda m: m.logits([[0.5]]), "tokens: got float64"),
         (lambda m: m.logits([[]]), "at least one"),
-        (lambda m: m.logits([[1, 300]]), "from 1 to 300, takes 0 to 299"),
-        (lambda m: m.logits([[1]], "token"), "routing: got 'token', takes training, prompt"),
-        (lambda m: m.logits([[1]], "prompt"), "prompt_lengths_B: .* needs it"),
-        (lambda m: m.logits([[1]], "prompt", [2]), "takes 1 integers from 0 to 1"),
-        (lambda m: m.logits([[1]], prompt_lengths_B=[1]), "prompt_lengths_B: only"),
-        (lambda m: m.generate([]), "prompts: takes at least one"),
-        (lambda m: m.generate("a", max_new_tokens=1000), "got 1000 after a prompt of 2 tokens"),
+        (lambda m: m.logits([[1, 300]]), "tokens: got ids from 1 to 300, .* 0 to 299"),
+        (lambda m: m.logits([[1]], "token"), "routing: got 'token', .*training, prompt"),
+        (
+            lambda m: m.logits([[1]], "prompt", [2]),
+            "prompt_lengths_B: got .*1 integers from 0 to 1",
+        ),
+        (lambda m: m.logits([[1]], prompt_lengths_B=[1]), "prompt_lengths_B: "),
+        (lambda m: m.generate([]), "prompts: .*at least one"),
+        (
+            lambda m: m.generate("a", max_new_tokens=1000),
+            "max_new_tokens: got 1000 after a prompt of 2 tokens",
+        ),
         (lambda m: m.generate("a", temperature=-1), "temperature: got -1"),
         (lambda m: m.generate("a", top_p=0), "top_p: got 0"),
-        (lambda m: m.generate("a", routing="training"), "takes prompt or segment"),
+        (lambda m: m.generate("a", routing="training"), "routing: got .*prompt or segment"),
         (lambda m: m.generate("a", stop=[""]), "stop: got"),
-        (lambda m: next(m.stream("a", stop="b")), "stop: got 'b', takes a list"),
-        (lambda m: m.generate("a" * 10_000), "prompt: got .* tokens .* takes at most 63"),
-        (lambda m: m.generate("a\udcff"), r"prompt: got '\\udcff' at character 1, takes text"),
-        (lambda m: m.with_top_k_experts(5), "top_k_experts: got 5, takes 1 to 4"),
+        (lambda m: next(m.stream("a", stop="b")), "stop: got 'b'"),
+        (lambda m: m.generate("a" * 10_000), "prompt: got .* tokens .* at most 63"),
+        (lambda m: m.generate("a\udcff"), r"prompt: got '\\udcff' at character 1"),
+        (lambda m: m.with_top_k_experts(5), "top_k_experts: got 5, .*1 to 4"),
     ],
 )
 def test_bad_arguments_are_refused_with_a_way_out(model, call, message):

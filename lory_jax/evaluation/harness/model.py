@@ -1,9 +1,9 @@
 """A trained model inside lm-evaluation-harness.
 
-    lory-eval --model lory --model_args workdir=W,routing=prompt --tasks lory_paper
+    lory-eval --model lory --model_args workdir=RUN_DIR,routing=prompt --tasks lory_paper
 
-Texts begin with BOS, as in training. The context is the prompt that routes (DESIGN of inference:
-one merged FFN per context, or `routing=segment`); an empty one routes with 1/E for every expert.
+Every text begins with BOS, as in training. The context is the prompt that routes: it merges one FFN
+(or, with `routing=segment`, the first one). An empty context gives every expert the weight 1/E.
 Contexts longer than the model reads lose their beginning.
 """
 
@@ -14,9 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax import Array
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
@@ -25,8 +22,9 @@ from lory_jax.api import Model, load
 from lory_jax.console import progress
 from lory_jax.errors import ConfigError, InputError
 from lory_jax.evaluation.harness.scoring import Continuation, Score, score_continuations
-from lory_jax.generation.loop import ROUTINGS, decode
-from lory_jax.generation.sampling import check_settings, position_keys, sample
+from lory_jax.generation.loop import continue_prompts
+from lory_jax.generation.sampling import check_settings
+from lory_jax.generation.settings import Settings, check_routing
 
 DEFAULT_BATCH_SIZE = 16
 DEFAULT_NEW_TOKENS = 256
@@ -39,9 +37,9 @@ class Generation:
 
     Attributes:
       until: texts that end a continuation; they are cut off.
-      max_gen_toks: new tokens at most; None is 256, or half of L where that is less.
-      do_sample: False takes the most likely token each time.
-      temperature, top_k, top_p: of the draws.
+      max_gen_toks: the most new tokens; None is 256, or half of L where that is less.
+      do_sample: False always chooses the most likely token.
+      temperature, top_k, top_p: how tokens are drawn.
     """
 
     until: tuple[str, ...] = ()
@@ -53,21 +51,28 @@ class Generation:
 
     @classmethod
     def parse(cls, settings: Mapping[str, Any]) -> "Generation":
-        """Raises `InputError` for a setting that this model does not have, or out of its range."""
+        """Raises `InputError` for a setting that is unknown or out of its range."""
         known = [field.name for field in fields(cls)]
         unknown = sorted(settings.keys() - set(known))
         if unknown:
-            raise InputError(f"generation_kwargs: got {unknown[0]}, takes {', '.join(known)}")
+            raise InputError(f"generation_kwargs: got {unknown[0]}, must be {', '.join(known)}")
         until = settings.get("until") or ()
         until = (until,) if isinstance(until, str) else tuple(until)
         generation = cls(**{**settings, "until": tuple(filter(None, until))})
         check_settings(generation.temperature, generation.top_k, generation.top_p)
         return generation
 
+    def settings(self, max_new_tokens: int, routing: str) -> Settings:
+        """The same for the generation loop."""
+        temperature = self.temperature if self.do_sample else 0.0
+        return Settings(
+            max_new_tokens, temperature, self.top_k, self.top_p, routing, stop=self.until
+        )
+
 
 @register_model("lory")
 class LoryLM(LM):
-    """A Lory, or its dense baseline, as the harness wants a language model."""
+    """A Lory, or its dense baseline, behind the harness's interface of a language model."""
 
     def __init__(self, model: Model, routing: str = "prompt", batch_size: int = DEFAULT_BATCH_SIZE):
         """Wraps a model.
@@ -82,10 +87,9 @@ class LoryLM(LM):
           InputError: an unknown routing, or a batch size below 1.
         """
         super().__init__()
-        if routing not in ROUTINGS:
-            raise InputError(f"routing: got {routing!r}, takes {' or '.join(ROUTINGS)}")
+        check_routing(routing)
         if isinstance(batch_size, bool) or not str(batch_size).isdigit() or int(batch_size) < 1:
-            raise InputError(f"batch_size: got {batch_size!r}, takes an integer of at least 1")
+            raise InputError(f"batch_size: got {batch_size!r}, must be an integer of at least 1")
         devices = jax.device_count()
         self.model, self.routing = model, routing
         self.batch_size = -(-int(batch_size) // devices) * devices
@@ -97,9 +101,11 @@ class LoryLM(LM):
         """From the harness's `--model_args workdir=W,routing=segment` and its own flags."""
         for name in arg_dict:
             if name not in MODEL_ARGUMENTS:
-                raise ConfigError(f"--model_args: got {name}, takes {', '.join(MODEL_ARGUMENTS)}")
+                raise ConfigError(f"model_args: got {name}, must be {', '.join(MODEL_ARGUMENTS)}")
         if "workdir" not in arg_dict:
-            raise ConfigError("--model_args: takes workdir=W, a run of the verb train")
+            raise ConfigError(
+                "model_args: requires workdir=RUN_DIR, the directory of a training run"
+            )
         flags = additional_config or {}
         batch_size = arg_dict.get("batch_size") or flags.get("batch_size") or DEFAULT_BATCH_SIZE
         return cls(load(Path(arg_dict["workdir"])), arg_dict.get("routing", "prompt"), batch_size)
@@ -120,9 +126,9 @@ class LoryLM(LM):
     ) -> list[float]:
         """Log-probability of each whole text; longer ones are read in windows of L tokens.
 
-        The first window has no prompt. A later one has as its prompt the tokens that it repeats.
+        The first window has no prompt; the prompt of a later one is the tokens that it repeats.
         """
-        texts = [self.model.tokenizer.encode(request.args[0]) for request in requests]
+        texts = [self.model.encode(request.args[0]) for request in requests]
         windows = [list(self._windows(ids)) for ids in texts]
         scores = iter(self._score([window for mine in windows for window in mine]))
         return [sum(next(scores)[0] for _ in mine) for mine in windows]
@@ -130,7 +136,7 @@ class LoryLM(LM):
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continues each context until one of its stops, the end of the document or the limit.
 
-        An empty context starts from BOS alone, which then is the prompt.
+        An empty context starts from BOS alone, which is then the prompt.
         """
         by_settings: dict[Generation, list[int]] = {}
         for i, request in enumerate(requests):
@@ -138,7 +144,7 @@ class LoryLM(LM):
         texts: dict[int, str] = {}
         for generation, mine in by_settings.items():
             limit = self._new_tokens(generation)
-            prompts = {i: self._encode(requests[i].args[0]) for i in mine}
+            prompts = {i: self.model.encode(requests[i].args[0]) for i in mine}
             too_long = sum(len(prompt) > self._limit - limit for prompt in prompts.values())
             if too_long:
                 self._warn_of_cuts(too_long, len(mine))
@@ -154,9 +160,6 @@ class LoryLM(LM):
     def _limit(self) -> int:
         return self.model.config.sequence_length
 
-    def _encode(self, text: str) -> list[int]:
-        return [self.model.tokenizer.bos_id, *self.model.tokenizer.encode(text)]
-
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Tokens of both, BOS included.
 
@@ -165,15 +168,15 @@ class LoryLM(LM):
         """
         stripped = context.rstrip()
         continuation = context[len(stripped) :] + continuation
-        before = self._encode(stripped)
-        return before, self._encode(stripped + continuation)[len(before) :]
+        before = self.model.encode(stripped)
+        return before, self.model.encode(stripped + continuation)[len(before) :]
 
     def _continuation(self, context: list[int], rest: list[int]) -> Continuation | None:
         """None if there is nothing to score."""
         if len(rest) > self._limit:
             raise InputError(
-                f"continuation: got {len(rest)} tokens, takes at most {self._limit}: the model "
-                "reads up to so many positions"
+                f"continuation: got {len(rest)} tokens, must be at most {self._limit}, the "
+                "positions that the model reads"
             )
         tokens = tuple([*context, *rest][-(self._limit + 1) :])
         is_empty = len(context) == 1  # BOS
@@ -181,17 +184,18 @@ class LoryLM(LM):
         return Continuation(tokens, prompt_length, len(rest)) if rest else None
 
     def _windows(self, ids: list[int]) -> Iterator[Continuation]:
-        stream = [self.model.tokenizer.bos_id, *ids]
-        for start in range(0, len(ids), self._limit):
-            end = min(start + self._limit, len(ids))
+        """Windows over a text, BOS first, which together score every token but BOS once."""
+        total = len(ids) - 1
+        for start in range(0, total, self._limit):
+            end = min(start + self._limit, total)
             first = max(0, end - self._limit) if start else 0
-            tokens = tuple(stream[first : end + 1])
+            tokens = tuple(ids[first : end + 1])
             yield Continuation(tokens, start - first + 1 if start else 0, end - start)
 
     def _warn_of_cuts(self, count: int, total: int) -> None:
         print(
             f"{count:,} of {total:,} requests are longer than the {self._limit} tokens that the "
-            "model reads: their contexts lost their beginning",
+            "model reads: the beginning of their contexts is cut off",
             file=sys.stderr,
         )
 
@@ -210,7 +214,7 @@ class LoryLM(LM):
         return [next(scores) if c else Score(0.0, True) for c in continuations]
 
     def _batches(self, prompts: Mapping[int, list[int]]) -> list[list[int]]:
-        """The keys of `prompts`, the longest prompts first, batch by batch."""
+        """The keys of `prompts` in batches, longest prompts first."""
         order = sorted(prompts, key=lambda i: len(prompts[i]), reverse=True)
         size = self.batch_size
         return [order[start : start + size] for start in range(0, len(order), size)]
@@ -221,51 +225,22 @@ class LoryLM(LM):
             return max(1, min(DEFAULT_NEW_TOKENS, self._limit // 2))
         if not 1 <= limit < self._limit:
             raise InputError(
-                f"max_gen_toks: got {limit}, takes 1 to {self._limit - 1}: the model reads up to "
-                f"{self._limit} positions, and needs one for the context"
+                f"max_gen_toks: got {limit}, must be 1 to {self._limit - 1}: the model reads up to "
+                f"{self._limit} positions, and requires one for the context"
             )
         return limit
 
     def _generate(
-        self, prompts: list[list[int]], seeds: list[int], generation: Generation, limit: int
+        self, prompts: list[list[int]], streams: list[int], generation: Generation, limit: int
     ) -> list[str]:
-        """Continuations of a batch; what is drawn for a row depends on its seed alone."""
-        tokenizer = self.model.tokenizer
-        filling = self.batch_size - len(prompts)  # so that one batch size is compiled
-        seeds_B = jnp.asarray(seeds + [0] * filling)
-        keys_B = position_keys(jnp.broadcast_to(jax.random.key(0), self.batch_size), seeds_B)
-        temperature = generation.temperature if generation.do_sample else 0.0
-
-        def choose(logits_BxV: Array, positions_B: np.ndarray) -> Array:
-            return sample(
-                logits_BxV[:, : tokenizer.vocab_size],
-                position_keys(keys_B, positions_B),
-                temperature=temperature,
-                top_k=generation.top_k,
-                top_p=generation.top_p,
-            )
-
-        rows: list[list[int]] = [[] for _ in prompts]
-        texts = ["" for _ in prompts]
-        running = set(range(len(prompts)))
-        for tokens_B in decode(
+        """Continuations of a batch; what is drawn for a row depends on its stream alone."""
+        steps = continue_prompts(
             self.model.config,
             self.model.params,
-            prompts + [[tokenizer.bos_id]] * filling,
-            choose,
-            max_new_tokens=limit,
-            routing=self.routing,
-        ):
-            for row in sorted(running):
-                if tokens_B[row] == tokenizer.eos_id:
-                    running.discard(row)
-                    continue
-                rows[row].append(int(tokens_B[row]))
-                text = tokenizer.decode_bytes(rows[row]).decode("utf-8", "replace")
-                ends = [text.index(end) for end in generation.until if end in text]
-                texts[row] = text[: min(ends)] if ends else text
-                if ends:
-                    running.discard(row)
-            if not running:
-                break
-        return texts
+            self.model.tokenizer,
+            prompts,
+            generation.settings(limit, self.routing),
+            streams,
+            self.batch_size,
+        )
+        return ["".join(pieces) for pieces in zip(*steps, strict=True)]

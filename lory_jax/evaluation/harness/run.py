@@ -1,4 +1,4 @@
-"""Running tasks of lm-evaluation-harness on a model, and what came out."""
+"""Runs tasks of lm-evaluation-harness on a model, and reports their results."""
 
 import difflib
 import json
@@ -16,6 +16,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from lory_jax.api import Model
 from lory_jax.errors import ConfigError, InputError
@@ -23,8 +24,10 @@ from lory_jax.evaluation.harness.model import DEFAULT_BATCH_SIZE, LoryLM
 from lory_jax.evaluation.harness.tasks.data import GROUP, SHIPPED, fetch, group, members
 
 TASK_FILES = Path(__file__).parent / "tasks"
-# What is reported of a task: LLaMA's accuracy by characters where the harness has it.
+# The metric reported for a task is the first of these that it has; acc_norm is LLaMA's accuracy,
+# normalised by characters.
 HEADLINES = ("acc_norm", "acc", "exact_match")
+NEAR_ENOUGH = 0.75  # similarity of names, from 0 to 1, above which one is suggested
 BOOTSTRAP_DRAWS = 1000  # for the few metrics whose standard error has no formula
 
 
@@ -36,25 +39,29 @@ def run_tasks(
     batch_size: int | None = None,
     limit: int | None = None,
     tasks_data: Path | None = None,
+    include_path: Path | None = None,
 ) -> dict[str, Any]:
     """Runs tasks on a model, and returns their results in the harness's own JSON layout.
 
     Args:
       model: as `lory_jax.load` returns it.
-      tasks: names by comma: `lory_paper`, tasks of it, or any others that the harness knows.
+      tasks: separated by commas: `lory_paper`, tasks in it, any others that the harness or
+        `include_path` has, or task files (`my_task.yaml`).
       routing: how the context routes, "prompt" or "segment".
       batch_size: rows at a time; None is 16.
-      limit: the first so many documents of each task; None is all.
+      limit: evaluates only the first documents of each task; None is all.
       tasks_data: where the documents of the group's tasks are; None is the Hugging Face hub.
+      include_path: a directory of more task files.
 
     Raises:
-      ConfigError: an unknown name.
-      InputError: the documents of a task are missing, damaged or too few.
+      ConfigError: a name is unknown.
+      InputError: a task file is missing or damaged, or a task's documents are missing, damaged or
+        too few.
     """
-    # Its warnings are about the files of its own tasks.
+    # The harness warns about the files of its own tasks.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     lm = LoryLM(model, routing, batch_size or DEFAULT_BATCH_SIZE)
-    loaded = _load(_names(tasks), tasks_data)
+    loaded = _load(_names(tasks), tasks_data, include_path)
     for name, task in loaded.items():
         if task.config.num_fewshot is None:
             task.set_config(key="num_fewshot", value=0)
@@ -79,18 +86,18 @@ def fetch_tasks(directory: Path, tasks: str) -> None:
     """Writes the documents of tasks of the group into a local directory, from the hub.
 
     Raises:
-      ConfigError: a name that is not the group's.
+      ConfigError: a name is not in the group.
       InputError: the hub cannot be reached.
     """
     known = members()
     for name in _names(tasks):
         if name not in known:
-            raise ConfigError(f"--fetch_tasks: got {name!r}, takes {GROUP} or {', '.join(known)}")
+            raise ConfigError(f"tasks: got {name!r}, must be {GROUP} or among {', '.join(known)}")
     fetch(directory, {name: known[name] for name in _names(tasks)})
 
 
 def summary(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Per task the harness's metrics, `shots`, `documents`, and in `metric` the one to report."""
+    """For each task: the harness's metrics, `shots`, `documents`, and the `metric` to report."""
     tasks = {}
     for name, found in results["results"].items():
         reported = [key for m in HEADLINES for key in found if key.split(",")[0] == m]
@@ -122,42 +129,33 @@ def table(title: str, tasks: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def list_tasks() -> str:
-    """The group's tasks, their shots, and where their documents come from."""
+    """Lists the group's tasks, their shots, and where their documents come from."""
     lines = [f"{GROUP}:", f"  {'task':14}shots  data set"]
     for name, item in members().items():
         source = item["dataset_kwargs"]
         where = " ".join(filter(None, (source["path"], source.get("name"))))
         lines.append(f"  {name:14}{item['num_fewshot']:5}  {where} ({', '.join(source['splits'])})")
-    lines.append("Any other task of lm-evaluation-harness is run by its name: lm-eval ls tasks")
+    lines.append("Any other task of lm-evaluation-harness runs by its name (lm-eval ls tasks).")
     return "\n".join(lines)
 
 
 def _names(tasks: str) -> list[str]:
-    """The group replaced by its tasks; each name once."""
+    """The names with the group replaced by its tasks; each occurs once."""
     names: dict[str, None] = {}
     for name in tasks.split(","):
         names.update(dict.fromkeys(members() if name == GROUP else [name]))
     return list(names)
 
 
-def _load(names: Sequence[str], tasks_data: Path | None) -> dict[str, Task]:
-    """Tasks by name in the order given; the group's come with its shots and documents."""
-    shipped = Path(lm_eval.tasks.__file__).parent
+def _load(
+    names: Sequence[str], tasks_data: Path | None, include_path: Path | None = None
+) -> dict[str, Task]:
+    """Loads tasks in the order given; those of the group have its shots and documents."""
     known = {item["task"]: item for item in group()["task"]}
     others = [name for name in names if name not in known]
-    manager = TaskManager(
-        # Reading all its thousands of files takes the harness ten seconds.
-        include_defaults=bool(others),
-        include_path=[TASK_FILES] if others else [shipped / p for p in SHIPPED] + [TASK_FILES],
-        metadata={"tasks_data": tasks_data} if tasks_data else {},
-    )
+    manager = _manager(bool(others), tasks_data, include_path)
     for name in others:
-        if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, [GROUP, *manager.all_tasks], n=1, cutoff=0.0)
-            raise ConfigError(
-                f"--tasks: got {name!r}, takes {GROUP}, its tasks, or other tasks of the harness; "
-                f"did you mean {near[0]}?"
-            )
+        _check_known(name, manager)
     tasks: dict[str, Task] = {}
     for name in names:
         spec: Any = {**group(), "task": [known[name]]} if name in known else name
@@ -168,17 +166,49 @@ def _load(names: Sequence[str], tasks_data: Path | None) -> dict[str, Task]:
             raise
         except (KeyError, UndefinedError) as error:  # from the functions and templates of a task
             raise InputError(f"{name}: its documents lack a column ({error})") from None
-        except (OSError, ValueError) as error:
-            raise InputError(f"{name}: cannot load ({str(error).splitlines()[0]})") from None
+        except (OSError, ValueError, TypeError, ImportError, AttributeError, YAMLError) as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise InputError(f"{name}: cannot load ({reason})") from None
     return tasks
 
 
+def _manager(has_others: bool, tasks_data: Path | None, include_path: Path | None) -> TaskManager:
+    """The harness's index of tasks; `has_others` says that some are not in the group."""
+    if include_path is not None and not include_path.is_dir():
+        raise InputError(f"include_path: {include_path}: no such directory")
+    shipped = Path(lm_eval.tasks.__file__).parent
+    mine = [TASK_FILES, *([include_path] if include_path else [])]
+    return TaskManager(
+        # It takes the harness ten seconds to read all of its thousands of files.
+        include_defaults=has_others,
+        include_path=mine if has_others else [*(shipped / path for path in SHIPPED), TASK_FILES],
+        metadata={"tasks_data": tasks_data} if tasks_data else {},
+    )
+
+
+def _check_known(name: str, manager: TaskManager) -> None:
+    """Raises where a name is neither a task of the harness nor a task file."""
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise InputError(f"tasks: {name}: no such file")
+    elif name not in manager.all_tasks:
+        near = difflib.get_close_matches(name, [GROUP, *manager.all_tasks], n=1, cutoff=NEAR_ENOUGH)
+        hint = f"did you mean {near[0]}?" if near else "`lm-eval ls tasks` lists the harness's"
+        raise ConfigError(
+            f"tasks: got {name!r}, must be {GROUP}, a task in it, another task of the harness or a "
+            f"task file (.yaml); {hint}"
+        )
+
+
 def _check_shots(name: str, task: Task) -> None:
-    """The harness draws one more document than shots where it may meet the one that is asked."""
+    """Raises where there are too few documents to draw demonstrations from.
+
+    The harness draws one more than it needs, in case it draws the document in question.
+    """
     shots = task.config.num_fewshot
     available = len(list(task.fewshot_docs() or []))
     if shots and available <= shots:
         raise InputError(
-            f"{name}: got {available} documents for {shots} demonstrations, takes at least "
+            f"{name}: got {available} documents for {shots} demonstrations, requires at least "
             f"{shots + 1}"
         )

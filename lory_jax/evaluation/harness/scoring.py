@@ -22,8 +22,8 @@ from lory_jax.model.routing import Routing
 from lory_jax.model.transformer import Params, assemble, build
 from lory_jax.parallel import make_mesh, place_batch, replicated
 
-TPU_MULTIPLE = 128  # of a row's length, which TPU attention takes
-POSITIONS_AT_ONCE = 64  # whose logits are in memory together
+TPU_MULTIPLE = 128  # TPU attention requires row lengths that are multiples of it
+POSITIONS_AT_ONCE = 64  # the logits of so many positions are in memory together
 
 
 class Continuation(NamedTuple):
@@ -31,7 +31,8 @@ class Continuation(NamedTuple):
 
     Attributes:
       tokens: ids of the context and the continuation, at most L + 1.
-      prompt_length: how many of the first tokens are the prompt that routes; 0 routes with 1/E.
+      prompt_length: how many of the first tokens are the prompt that routes; 0 gives every expert
+        the weight 1/E.
       scored: how many of the last tokens are scored, at least 1.
     """
 
@@ -49,14 +50,15 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """A beginning, and the continuations that share it.
+    """Several continuations sharing a prefix, packed in one row.
 
     Attributes:
-      tokens: that the model reads: the beginning, then what each branch adds to it.
-      positions, branch: of each token, as `Branches` says.
-      prompt_length: of the prompt that routes.
-      at, targets: where a token is predicted, and which: of all continuations, one after the other.
-      members: the index of each continuation, and how many of `at` are its own.
+      tokens: what the model reads: the prefix, then the tokens that each branch adds to it.
+      positions, branch: the position and branch of each token, as `Branches` defines them.
+      prompt_length: the length of the prompt that routes.
+      at, targets: the positions whose next token is scored, and those tokens, continuation by
+        continuation.
+      members: the index of each continuation, and its number of entries in `at`.
     """
 
     tokens: list[int]
@@ -68,12 +70,12 @@ class Row:
     members: list[tuple[int, int]]
 
     @classmethod
-    def of(cls, beginning: tuple[int, ...], prompt_length: int) -> "Row":
-        count = len(beginning)
-        return cls(list(beginning), list(range(count)), [0] * count, prompt_length, [], [], [])
+    def of(cls, prefix: tuple[int, ...], prompt_length: int) -> "Row":
+        count = len(prefix)
+        return cls(list(prefix), list(range(count)), [0] * count, prompt_length, [], [], [])
 
     def add(self, i: int, continuation: Continuation) -> None:
-        """Adds continuation `i`, which begins as the others do."""
+        """Adds continuation `i`, which begins with the row's prefix."""
         shared = self.branch.count(0)
         tokens, scored = continuation.tokens, continuation.scored
         added = tokens[shared:-1]
@@ -88,27 +90,27 @@ class Row:
 
 
 def make_rows(continuations: Sequence[Continuation], share: bool, limit: int) -> list[Row]:
-    """Rows that read what continuations have in common once.
+    """Packs continuations into rows, so that a common prefix is read only once.
 
     Args:
       continuations: in any order.
-      share: whether several may follow one beginning; if not, only those that differ in their last
-        token, which is not read, share a row.
-      limit: tokens of a row, unless a single continuation has more.
+      share: whether continuations may share the prefix before their scored tokens; if not, only
+        those that differ in nothing but their last token, which is not read, share a row.
+      limit: the most tokens in a row, unless a single continuation has more.
     """
     rows: dict[tuple[tuple[int, ...], int, int], Row] = {}
     full = []
     for i, continuation in enumerate(continuations):
         tokens, prompt_length, scored = continuation
-        beginning = tokens[: -scored if share else -1]
-        added = len(tokens) - 1 - len(beginning)
-        key = (beginning, prompt_length, 0 if share else scored)
+        prefix = tokens[: -scored if share else -1]
+        added = len(tokens) - 1 - len(prefix)
+        key = (prefix, prompt_length, 0 if share else scored)
         row = rows.get(key)
         if row is not None and len(row.tokens) + added > limit:
             full.append(rows.pop(key))
             row = None
         if row is None:
-            row = rows[key] = Row.of(beginning, prompt_length)
+            row = rows[key] = Row.of(prefix, prompt_length)
         row.add(i, continuation)
     return [*full, *rows.values()]
 
@@ -124,23 +126,23 @@ def score_continuations(
 ) -> list[Score]:
     """Scores every continuation under the routing of its own prompt.
 
-    The answers to a question share one row: what comes before them is read once. Where segments
-    are routed one after the other an answer's routing depends on what it follows, so that only
-    answers of one word do.
+    The answers to one question share a row, in which the question is read once. Where each segment
+    routes the next, a token's routing depends on the tokens before it in the row; there, only
+    answers of a single token share a row.
 
     Args:
       config, params: the model, its parameters laid out over all devices or on one.
       continuations: in any order; the scores do not depend on it.
       routing: "prompt" or "segment"; a dense model ignores it.
       batch_size: rows at a time, a multiple of the number of devices.
-      known_tokens: ids that the tokenizer has; only these can be the most likely.
+      known_tokens: the number of ids that the tokenizer has; only these can be the most likely.
 
     Returns:
-      a score for each, in order.
+      the scores, in the order of `continuations`.
     """
     share = routing == "prompt" or not config.num_experts
     rows = make_rows(continuations, share, config.sequence_length)
-    # The longest first: what does not fit in memory shows at once.
+    # Longest first: rows that do not fit in memory fail at once.
     rows.sort(key=lambda row: -len(row.tokens))
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
@@ -188,7 +190,7 @@ def _run(
 
 
 def _table(lists: Sequence[Sequence[int]], width: int, filling: int = 0) -> np.ndarray:
-    """int32 `[len(lists), width]`, each filled up at its end."""
+    """The lists as int32 `[len(lists), width]`, each padded at its end."""
     table = np.full((len(lists), width), filling, np.int32)
     for row, values in zip(table, lists, strict=True):
         row[: len(values)] = values
@@ -196,7 +198,7 @@ def _table(lists: Sequence[Sequence[int]], width: int, filling: int = 0) -> np.n
 
 
 def _padded_length(length: int) -> int:
-    """Up to an eighth more, so that few shapes are compiled; on TPUs a multiple of 128."""
+    """Rounds up by at most an eighth, to few shapes; on TPUs to a multiple of 128."""
     multiple = max(32, 2 ** (length - 1).bit_length() // 8)
     if jax.default_backend() == "tpu":
         multiple = max(multiple, TPU_MULTIPLE)
@@ -204,7 +206,7 @@ def _padded_length(length: int) -> int:
 
 
 def _positions(count: int) -> int:
-    """K: 1, 8, or a multiple of `POSITIONS_AT_ONCE`, so that few shapes are compiled."""
+    """Rounds up to 1, 8 or a multiple of `POSITIONS_AT_ONCE`, so that few shapes are compiled."""
     if count <= 8:
         return 8 if count > 1 else 1
     return -(-count // POSITIONS_AT_ONCE) * POSITIONS_AT_ONCE
@@ -214,12 +216,12 @@ def _positions(count: int) -> int:
 def _make_forward(
     config: ModelConfig, kind: str, known_tokens: int, mesh: Mesh
 ) -> Callable[..., tuple[Array, Array]]:
-    """The jitted forward pass; its docstring says what it takes and returns."""
+    """The jitted forward pass; its docstring describes its arguments and results."""
     graph, _ = build(config)
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def forward(params: Params, tokens_BxP: Array, inputs: dict[str, Array]) -> tuple[Array, Array]:
-        """The log-probabilities `[B, K]` of `targets` at the positions `at`, and the likeliest."""
+        """Log-probabilities of `targets` at the positions `at`, and the likeliest ids: `[B, K]`."""
         model = assemble(graph, params)
         rule = Routing(kind, inputs["prompt_lengths"]) if config.num_experts else None
         branches = None

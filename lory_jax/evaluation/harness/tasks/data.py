@@ -2,7 +2,7 @@
 
     DIR/<task>/<split>.parquet   or   DIR/<task>/<split>.jsonl
 
-`lory_paper.yaml` says which splits a task reads; columns are those of its data set on the hub.
+`lory_paper.yaml` names the splits that a task reads; columns are those of its data set on the hub.
 """
 
 import json
@@ -17,7 +17,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from lory_jax.errors import InputError
 
 GROUP = "lory_paper"
-# Where the harness keeps the tasks of the group that it ships, below lm_eval/tasks.
+# Directories of lm_eval/tasks that hold the group's tasks.
 SHIPPED = (
     "arc",
     "glue/mrpc",
@@ -40,7 +40,7 @@ def group(resolve: bool = True) -> dict[str, Any]:
 
 
 def members() -> dict[str, dict[str, Any]]:
-    """What the group says of each of its tasks, by name."""
+    """The group's entry for each of its tasks, by name."""
     return {item["task"]: item for item in group(resolve=False)["task"]}
 
 
@@ -55,10 +55,10 @@ def load(
     """The splits of a task, by name; the harness calls this with its metadata.
 
     Args:
-      task, path, splits, name: of the group file: the task, its data set on the hub, what it reads
-        of it, and the configuration of the data set.
+      task, path, splits, name: from the group file: the task, its data set on the hub, the splits
+        that it reads, and the configuration of the data set.
       tasks_data: a local directory; None is the hub (or its cache on this machine).
-      metadata: whatever else the harness knows of the run.
+      metadata: other facts that the harness passes about the run.
 
     Raises:
       InputError: a file is missing or damaged, or the hub cannot be reached.
@@ -80,7 +80,7 @@ def read_split(directory: Path, task: str, split: str) -> Dataset:
     else:
         command = FETCH.format(task=task, directory=directory)
         raise InputError(
-            f"{path}.parquet: missing (nor is there a .jsonl); where there is a network, {command} "
+            f"{path}.parquet: missing, and so is the .jsonl; where there is a network, {command} "
             "fetches it"
         )
     try:
@@ -91,7 +91,7 @@ def read_split(directory: Path, task: str, split: str) -> Dataset:
             f"{path}: not {path.suffix[1:]} of one type per column ({reason})"
         ) from None
     if not len(dataset):
-        raise InputError(f"{path}: no document, takes at least one")
+        raise InputError(f"{path}: no documents, requires at least one")
     return dataset
 
 
@@ -120,7 +120,7 @@ def _download(task: str, path: str, name: str | None, splits: Iterable[str]) -> 
         raise InputError(
             f"{task}: cannot load the data set {path} from the Hugging Face hub "
             f"({str(error).splitlines()[0]}); a directory written by "
-            f"{FETCH.format(task=task, directory='DIR')} is read with --tasks_data=DIR"
+            f"{FETCH.format(task=task, directory='DIR')} can be read instead (tasks_data=DIR)"
         ) from None
 
 
@@ -138,6 +138,6 @@ def _json_lines(path: Path) -> Dataset:
         except ValueError:
             row = None
         if not isinstance(row, dict):
-            raise InputError(f"{path}:{number}: got {line[:40]!r}, takes a JSON object")
+            raise InputError(f"{path}:{number}: got {line[:40]!r}, must be a JSON object")
         rows.append(row)
     return Dataset.from_list(rows)

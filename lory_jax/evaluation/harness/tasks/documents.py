@@ -1,4 +1,4 @@
-"""How the documents of our own task files are chosen and written."""
+"""Chooses the documents of our own task files, and writes their prompts."""
 
 import random
 from typing import Any
@@ -12,7 +12,7 @@ BLANK = "  _  ."
 
 
 def sample(dataset: Dataset) -> Dataset:
-    """At most 2,000 documents, always the same; long texts lose their end."""
+    """At most 2,000 documents, always the same ones; long texts are cut at their end."""
     if len(dataset) > MOST_DOCUMENTS:
         chosen = random.Random(0).sample(range(len(dataset)), MOST_DOCUMENTS)
         dataset = dataset.select(sorted(chosen))
