@@ -26,7 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lory_jax.conversion.hf_directory import write_directory
+from lory_jax.config import base_config
+from lory_jax.conversion.hf_directory import write_llama_directory
 from lory_jax.generation.loop import decode
 from lory_jax.generation.programs import make_decoder
 from lory_jax.model.config import ModelConfig
@@ -34,7 +35,7 @@ from lory_jax.model.transformer import init_params
 from lory_jax.preparation.tokenizer_training import train_tokenizer
 
 PROMPT, NEW = 32, 24  # tokens
-LORY = ModelConfig(
+FIELDS = dict(
     vocab_size=8192,
     num_layers=4,
     embed_dim=512,
@@ -43,6 +44,8 @@ LORY = ModelConfig(
     num_experts=8,
     sequence_length=256,
     segment_length=32,
+    compute_dtype="float32",
+    merged_ffn="blocks",
 )
 SHAPE = ("num_layers", "embed_dim", "num_heads", "mlp_dim", "vocab_size")
 OURS, SHARED, DENSE, THEIRS = "Lory", "Lory, one merge", "dense", "transformers"
@@ -56,7 +59,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     batches = [int(batch) for batch in args.batches.split(",")]
-    lory = dataclasses.replace(LORY, num_experts=args.experts)
+    fields = base_config().model
+    fields.update(FIELDS, num_experts=args.experts)
+    lory = ModelConfig.for_platform(fields, jax.default_backend())
     dense = dataclasses.replace(lory, num_experts=0)
     params = {config: init_params(config, jax.random.key(0)) for config in (lory, dense)}
     llama = load_llama(dense, params[dense])
@@ -119,7 +124,7 @@ def load_llama(dense: ModelConfig, params: Any) -> Any:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     tokenizer = train_tokenizer(["decoding in words and in numbers"] * 3, 300)
     with tempfile.TemporaryDirectory() as directory:
-        write_directory(Path(directory) / "hf", dense, params, tokenizer, "benchmark")
+        write_llama_directory(Path(directory) / "hf", dense, params, tokenizer, "benchmark")
         return transformers.AutoModelForCausalLM.from_pretrained(Path(directory) / "hf").eval()
 
 

@@ -28,7 +28,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from lory_jax.api import Model
-from lory_jax.conversion.hf_directory import write_directory
+from lory_jax.config import base_config
+from lory_jax.conversion.hf_directory import write_llama_directory
 from lory_jax.evaluation.harness.model import LoryLM
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.transformer import init_params
@@ -49,7 +50,9 @@ def main() -> None:
     model = make_model(args.layers, args.embed_dim)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "llama"
-        write_directory(path, model.config, model.params, model.tokenizer, "A benchmark's model.")
+        write_llama_directory(
+            path, model.config, model.params, model.tokenizer, "A benchmark's model."
+        )
         theirs = HFLM(
             pretrained=str(path), device="cpu", dtype="float32", batch_size=args.batch_size
         )
@@ -66,7 +69,8 @@ def main() -> None:
 def make_model(layers: int, embed_dim: int) -> Model:
     """A dense model with random parameters, reading 1,024 tokens."""
     tokenizer = train_tokenizer([text(random.Random(i), 300) for i in range(40)], 512)
-    config = ModelConfig(
+    fields = base_config().model
+    fields.update(
         vocab_size=tokenizer.vocab_size,
         num_layers=layers,
         embed_dim=embed_dim,
@@ -75,7 +79,9 @@ def make_model(layers: int, embed_dim: int) -> Model:
         num_experts=0,
         sequence_length=1024,
         segment_length=128,
+        compute_dtype="float32",
     )
+    config = ModelConfig.for_platform(fields, jax.default_backend())
     return Model(config, init_params(config, jax.random.key(0)), tokenizer)
 
 

@@ -291,8 +291,8 @@ def layer_program(name: str, gathered: bool) -> Callable[..., Any]:
     )
 
     def both(dy: Any, x: Any, experts: Any, r: Any) -> Any:
-        y, gate, up = vjp.forward(products, x, experts, r, on_mesh=False)
-        return y, vjp.backward(products, x, experts, r, gate, up, dy, on_mesh=False)
+        y, gate, up = vjp.forward(products, x, experts, r)
+        return y, vjp.backward(products, x, experts, r, gate, up, dy)
 
     return both
 

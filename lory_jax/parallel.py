@@ -6,7 +6,7 @@ Parameters name their logical axes where they are declared (`model/`); activatio
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,8 @@ def start_process() -> None:
             jax.distributed.initialize()
         except ValueError as error:
             raise InputError(
-                f"LORY_DISTRIBUTED: got '1', but this is no TPU pod, SLURM step or other launcher "
-                f"that JAX knows ({error}); on plain hosts set LORY_COORDINATOR, "
+                "LORY_DISTRIBUTED: got '1', but this is not a TPU pod, SLURM step or other "
+                f"launcher that JAX knows ({error}); on plain hosts set LORY_COORDINATOR, "
                 "LORY_NUM_PROCESSES and LORY_PROCESS_ID"
             ) from None
 
@@ -84,17 +84,17 @@ def start_process() -> None:
 def _integer_variable(name: str) -> int:
     text = os.environ.get(name, "")
     if not text.isdigit():
-        raise InputError(f"{name}: got {text!r}, takes a number (LORY_COORDINATOR is set)")
+        raise InputError(f"{name}: got {text!r}; must be a number when LORY_COORDINATOR is set")
     return int(text)
 
 
 def make_mesh(
     data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """The mesh (data, fsdp, tensor) over `devices` (all, if None); `fsdp=0` takes what remains.
+    """The mesh (data, fsdp, tensor) over `devices` (all, if None); `fsdp=0` means all that remain.
 
-    Over several TPU slices, whole slices lie along `data`: what crosses the network between them is
-    one sum of gradients per step.
+    Over several TPU slices, whole slices lie along `data`, so that only one sum of gradients per
+    step crosses the network between them.
     """
     devices = jax.devices() if devices is None else devices
     if fsdp == 0:
@@ -109,7 +109,7 @@ def make_mesh(
 
 
 def arrange_devices(devices: Sequence[Any], shape: tuple[int, int, int]) -> np.ndarray:
-    """`devices` as an array of `shape`, neighbours of a TPU's interconnect next to each other.
+    """Arranges `devices` in `shape`, with neighbours of a TPU's interconnect next to each other.
 
     Raises:
       ConfigError: there are several TPU slices, and their number does not divide `data`.
@@ -122,7 +122,7 @@ def arrange_devices(devices: Sequence[Any], shape: tuple[int, int, int]) -> np.n
         slices.setdefault(index, []).append(device)
     if data % len(slices):
         raise ConfigError(
-            f"config.parallel.data: got {data}, takes a multiple of {len(slices)}, "
+            f"config.parallel.data: got {data}; must be a multiple of {len(slices)}, "
             "the number of TPU slices"
         )
     in_slice = (data // len(slices), fsdp, tensor)
@@ -134,7 +134,7 @@ def arrange_devices(devices: Sequence[Any], shape: tuple[int, int, int]) -> np.n
 
 
 def partition_spec(axes: tuple[str, ...]) -> PartitionSpec:
-    """Looks every logical axis up in the table; two of them on one mesh axis is an error."""
+    """Looks every logical axis up in the table; two of them on one mesh axis are an error."""
     used: set[str] = set()
     entries: list[MeshAxes | None] = []
     for axis in axes:
@@ -160,9 +160,24 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def has_mesh() -> bool:
+    """Whether a mesh is set (`jax.set_mesh`) where the program is traced."""
+    return not jax.sharding.get_abstract_mesh().empty
+
+
+def on_mesh(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """A function that each device runs on its own part when a mesh is set; else the function.
+
+    Inside the function, `has_mesh()` says whether there are other devices to talk to.
+    """
+    if not has_mesh():
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
 def constrain(x: Array, *axes: str) -> Array:
-    """Pins the layout of an activation when a mesh is set (`jax.set_mesh`), else returns it."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Pins the layout of an activation when a mesh is set, else returns it."""
+    if not has_mesh():
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
 
@@ -198,13 +213,13 @@ def _product(axis: str, mesh: Mesh) -> str:
 
 
 def _multiples(size: int, divisor: int) -> str:
-    """A divisor's multiples next to a size, for messages."""
+    """The multiples of a divisor that are nearest to a size, for messages."""
     below = size // divisor * divisor
     return " or ".join(str(value) for value in (below, below + divisor) if value)
 
 
 def check_batch(global_batch_size: int, microbatches: int, axis: str, mesh: Mesh) -> None:
-    """Every device must get as many whole sequences of every microbatch; else `ConfigError`.
+    """Raises `ConfigError` unless every device gets equally many sequences of every microbatch.
 
     `axis` is the logical axis of the batch (`ModelConfig.batch_axis`).
     """
@@ -213,16 +228,16 @@ def check_batch(global_batch_size: int, microbatches: int, axis: str, mesh: Mesh
         return
     way_out = ""
     if axis == "batch" and global_batch_size % (_shards("moe_batch", mesh) * microbatches) == 0:
-        way_out = "; config.model.attention_sharding=heads takes it as it is"
+        way_out = "; config.model.attention_sharding=heads accepts it"
     raise ConfigError(
-        f"config.train.global_batch_size: got {global_batch_size}, takes a multiple of {divisor} "
+        f"config.train.global_batch_size: got {global_batch_size}; must be a multiple of {divisor} "
         f"({_product(axis, mesh)}, config.train.microbatches={microbatches}), such as "
         f"{_multiples(global_batch_size, divisor)}{way_out}"
     )
 
 
 def check_parameters(axes: Any, shapes: Any, mesh: Mesh) -> None:
-    """Every sharded dimension must divide, and hardly any bytes may stay unsharded.
+    """Checks that every sharded size divides and that few bytes stay unsharded.
 
     Args:
       axes: a tree whose leaves are tuples of logical axes.
@@ -240,7 +255,7 @@ def check_parameters(axes: Any, shapes: Any, mesh: Mesh) -> None:
         for size, axis in zip(leaf.shape, leaf_axes, strict=True):
             if size % _shards(axis, mesh):
                 raise ConfigError(
-                    f"config.model.{SIZE_FIELDS[axis]}: got {size}, takes a multiple of "
+                    f"config.model.{SIZE_FIELDS[axis]}: got {size}; must be a multiple of "
                     f"{_shards(axis, mesh)} ({_product(axis, mesh)}), such as "
                     f"{_multiples(size, _shards(axis, mesh))}"
                 )

@@ -1,12 +1,12 @@
-"""A dense model as a Hugging Face LLaMA directory, and back.
+"""Writes a dense model as a Hugging Face LLaMA directory, and reads one.
 
-A directory that is written appears complete or not at all: it is made under a temporary name, read
-back, compared and moved. A directory that is read is checked as a whole before the first tensor is
-used. Only safetensors are read: pickled weights can run code.
+A written directory appears complete or not at all: it is made under a temporary name, read back,
+compared and moved. A directory is checked as a whole before the first of its tensors is used. Only
+safetensors are read: pickled weights can run code.
 """
 
-import dataclasses
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,16 @@ import tokenizers
 from jax import Array
 from jax.sharding import Mesh
 
+from lory_jax.config import section_defaults
 from lory_jax.console import progress
 from lory_jax.conversion.llama import (
     EMBEDDING,
     HEAD,
     Tensor,
-    config_fields,
-    ignored,
+    config_json,
+    is_ignored,
+    llama_tensors,
     model_fields,
-    tensors,
 )
 from lory_jax.conversion.safetensors_files import (
     MAX_SHARD_BYTES,
@@ -54,9 +55,9 @@ DEFAULT_SEGMENT_LENGTH = 256  # the paper's
 # ---------------------------------------------------------------- writing
 
 
-def write_directory(
+def write_llama_directory(
     out: Path,
-    config: ModelConfig,
+    model_config: ModelConfig,
     params: Params,
     tokenizer: Tokenizer,
     card: str,
@@ -68,14 +69,14 @@ def write_directory(
 
     Args:
       out: the directory to make; it must not exist yet, or be empty.
-      config, params: the model, which has no experts.
+      model_config, params: the model, which must not have experts.
       tokenizer: its tokenizer.
       card: the text of README.md.
-      dtype: of the stored tensors, "float32" (exact) or "bfloat16".
-      max_shard_bytes: of one safetensors file.
+      dtype: type of the stored tensors, "float32" (exact) or "bfloat16".
+      max_shard_bytes: largest size of one safetensors file.
 
     Raises:
-      InputError: `out` holds something, or what was written reads back differently.
+      InputError: `out` is not empty, or what was written reads back differently.
     """
     check_absent(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -83,32 +84,32 @@ def write_directory(
     temporary.mkdir()
     try:
         write_object(
-            temporary / CONFIG, config_fields(config, dtype, tokenizer.bos_id, tokenizer.eos_id)
+            temporary / CONFIG, config_json(model_config, dtype, tokenizer.bos_id, tokenizer.eos_id)
         )
         write_object(temporary / GENERATION, _generation_fields(tokenizer))
         (temporary / CARD).write_text(card, encoding="utf-8")
-        _write_tokenizer(temporary, tokenizer, config.sequence_length)
-        write_shards(temporary, _entries(config, params, DTYPES[dtype]), max_shard_bytes)
-        _check_written(temporary, config, tokenizer)
+        _write_tokenizer(temporary, tokenizer, model_config.sequence_length)
+        write_shards(temporary, _entries(model_config, params, DTYPES[dtype]), max_shard_bytes)
+        _check_written(temporary, model_config, tokenizer)
         temporary.replace(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_absent(directory: Path) -> None:
-    """Raises `InputError` where there is something already."""
+    """Raises `InputError` unless a directory is absent or empty."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise InputError(f"{directory}: exists already; takes the name of a new directory")
+        raise InputError(f"{directory}: exists already; must be a new directory")
 
 
 def temporary_sibling(directory: Path) -> Path:
-    """A name beside `directory`, on the same file system; what an earlier try left is removed."""
+    """A name beside `directory`, on the same file system; what an earlier try left goes."""
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     return temporary
 
 
-def _entries(config: ModelConfig, params: Params, dtype: np.dtype) -> list[Entry]:
+def _entries(model_config: ModelConfig, params: Params, dtype: np.dtype) -> list[Entry]:
     def entry(tensor: Tensor) -> Entry:
         def load() -> np.ndarray:
             leaf = _leaf(params, tensor)
@@ -117,7 +118,7 @@ def _entries(config: ModelConfig, params: Params, dtype: np.dtype) -> list[Entry
 
         return Entry(tensor.name, int(np.prod(tensor.shape)) * dtype.itemsize, load)
 
-    return [entry(tensor) for tensor in tensors(config)]
+    return [entry(tensor) for tensor in llama_tensors(model_config)]
 
 
 def _leaf(params: Params, tensor: Tensor) -> Array:
@@ -138,9 +139,9 @@ def _generation_fields(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _write_tokenizer(directory: Path, tokenizer: Tokenizer, sequence_length: int) -> None:
-    """tokenizer.json, made to put BOS in front of every text, and what transformers wants to know.
+    """Writes tokenizer.json, which adds BOS to every text, and the settings transformers needs.
 
-    Ours never asks for special tokens, so what it encodes stays the same.
+    Our own tokenizer never asks for special tokens, so its encoding stays the same.
     """
     tokenizer.save(directory / TOKENIZER_NAME)
     theirs = tokenizers.Tokenizer.from_file(str(directory / TOKENIZER_NAME))
@@ -164,18 +165,19 @@ def _write_tokenizer(directory: Path, tokenizer: Tokenizer, sequence_length: int
     )
 
 
-def _check_written(directory: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
-    """Reads the directory as a stranger's; its tensors were compared when they were written."""
-    found = read_directory(directory)
-    if _architecture(found.config) != _architecture(config):
+def _check_written(directory: Path, model_config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Re-reads the directory like external input; tensors were compared when written."""
+    found = read_llama_directory(directory)
+    if _llama_fields(found.model_config) != _llama_fields(model_config):
         raise InputError(f"{directory / CONFIG}: reads back as another model")
     if not np.array_equal(found.tokenizer.token_bytes, tokenizer.token_bytes):
         raise InputError(f"{directory / TOKENIZER_NAME}: reads back as another tokenizer")
 
 
-def _architecture(config: ModelConfig) -> dict[str, Any]:
-    fields = model_fields(config_fields(config, "float32", 0, 0), CONFIG)
-    return {name: getattr(config, name) for name in fields}
+def _llama_fields(model_config: ModelConfig) -> dict[str, Any]:
+    """The fields of a model that a LLaMA directory decides."""
+    fields = model_fields(config_json(model_config, "float32", 0, 0), CONFIG)
+    return {name: getattr(model_config, name) for name in fields}
 
 
 # ---------------------------------------------------------------- reading
@@ -186,20 +188,27 @@ class LlamaDirectory:
     """A LLaMA directory that was checked: every tensor is there, of the right shape and type.
 
     Attributes:
-      config: of the dense model; its compute type is that of the stored tensors.
-      tokenizer: of tokenizer.json.
+      fields: what it decides of `config.model`; the compute type is that of the stored tensors.
+      tokenizer: that of tokenizer.json.
+      files: the tensors, not read yet.
     """
 
-    config: ModelConfig
+    fields: Mapping[str, Any]
     tokenizer: Tokenizer
     files: TensorFiles
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The dense model. No program runs on it here, so the platform does not matter."""
+        fields = {**section_defaults("model"), **self.fields, "num_experts": 0}
+        return ModelConfig.for_platform(fields, "cpu")
 
     def params(self, mesh: Mesh) -> Params:
         """Float32 parameters on the mesh; the host holds one of them at a time."""
         by_path: dict[tuple[str, ...], list[Tensor]] = {}
-        for tensor in tensors(self.config):
+        for tensor in llama_tensors(self.model_config):
             by_path.setdefault(tensor.path, []).append(tensor)
-        on_mesh = shardings(build(self.config)[1], mesh)
+        on_mesh = shardings(build(self.model_config)[1], mesh)
         params: Params = {}
         for path, parts in progress(
             by_path.items(), total=len(by_path), label="reading", unit="parameters"
@@ -216,60 +225,60 @@ class LlamaDirectory:
         return stacked
 
 
-def read_directory(directory: Path) -> LlamaDirectory:
+def read_llama_directory(directory: Path) -> LlamaDirectory:
     """Checks a LLaMA directory; its tensors are read by `LlamaDirectory.params`.
 
     Raises:
-      InputError: it is no LLaMA, lacks a file or a tensor, has one of a wrong shape, asks for
-        something the model does not have, or holds pickled weights only.
+      InputError: it is not a LLaMA, lacks a file or a tensor, has a tensor of a wrong shape, uses
+        an option that the model does not have, or holds only pickled weights.
     """
     if not directory.is_dir():
         raise InputError(f"{directory}: no such directory")
     fields = model_fields(read_object(directory / CONFIG), str(directory / CONFIG))
     files = TensorFiles(directory)
-    config = ModelConfig(
-        **fields,
-        num_experts=0,
-        # At least two segments: a single one is routed by nothing.
-        segment_length=min(DEFAULT_SEGMENT_LENGTH, max(1, fields["sequence_length"] // 2)),
-    )
-    _check_tensors(directory, config, files)
-    tokenizer = Tokenizer.load(directory / TOKENIZER_NAME)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise InputError(
-            f"{directory / TOKENIZER_NAME}: got {tokenizer.vocab_size} tokens, takes at most "
-            f"vocab_size of {CONFIG} ({config.vocab_size})"
-        )
     is_float32 = set(files.types.values()) == {"float32"}
-    config = dataclasses.replace(config, compute_dtype="float32" if is_float32 else "bfloat16")
-    return LlamaDirectory(config, tokenizer, files)
+    fields |= {
+        # At least two segments: a single one is never routed by another.
+        "segment_length": min(DEFAULT_SEGMENT_LENGTH, max(1, fields["sequence_length"] // 2)),
+        "compute_dtype": "float32" if is_float32 else "bfloat16",
+    }
+    found = LlamaDirectory(fields, Tokenizer.load(directory / TOKENIZER_NAME), files)
+    _check_tensors(directory, found.model_config, files)
+    if found.tokenizer.vocab_size > found.model_config.vocab_size:
+        raise InputError(
+            f"{directory / TOKENIZER_NAME}: got {found.tokenizer.vocab_size} tokens; must be at "
+            f"most vocab_size of {CONFIG} ({found.model_config.vocab_size})"
+        )
+    return found
 
 
-def _check_tensors(directory: Path, config: ModelConfig, files: TensorFiles) -> None:
-    expected = {tensor.name: tensor.stored_shape for tensor in tensors(config)}
+def _check_tensors(directory: Path, model_config: ModelConfig, files: TensorFiles) -> None:
+    expected = {tensor.name: tensor.stored_shape for tensor in llama_tensors(model_config)}
     for name, shape in expected.items():
         if name not in files.shapes:
-            raise InputError(f"{directory}: tensor {name} is missing, of shape {list(shape)}")
+            raise InputError(
+                f"{directory}: tensor {name} is missing; its shape must be {list(shape)}"
+            )
         if files.shapes[name] != shape:
             raise InputError(
-                f"{directory}: tensor {name}: got shape {list(files.shapes[name])}, takes "
-                f"{list(shape)} by {CONFIG}"
+                f"{directory}: tensor {name}: got shape {list(files.shapes[name])}; must be "
+                f"{list(shape)} according to {CONFIG}"
             )
-    if config.tie_embeddings and HEAD in files.shapes:
+    if model_config.tie_embeddings and HEAD in files.shapes:
         # Some tools store the embedding twice. A head of its own would be lost.
         if not np.array_equal(files.read(HEAD), files.read(EMBEDDING)):
             raise InputError(
-                f"{directory}: tensor {HEAD} differs from {EMBEDDING}, which {CONFIG} ties it to "
+                f"{directory}: tensor {HEAD} differs from {EMBEDDING}, but {CONFIG} ties them "
                 "(tie_word_embeddings)"
             )
         expected[HEAD] = files.shapes[HEAD]
     for name in files.shapes:
-        if name not in expected and not ignored(name):
-            raise InputError(f"{directory}: tensor {name} is unknown: LLaMA has none of that name")
+        if name not in expected and not is_ignored(name):
+            raise InputError(f"{directory}: tensor {name} is not one of LLaMA's")
 
 
 def _insert(params: Params, path: tuple[str, ...], values: np.ndarray, on_mesh: Any) -> None:
-    """Puts an array into a nested dict, at a path, on its place on the mesh."""
+    """Puts an array into a nested dict at `path`, with its sharding on the mesh."""
     for key in path[:-1]:
         params, on_mesh = params.setdefault(key, {}), on_mesh[key]
     params[path[-1]] = jax.device_put(values, on_mesh[path[-1]])

@@ -13,11 +13,11 @@ import numpy as np
 from lory_jax.errors import InputError
 from lory_jax.model.config import ModelConfig
 
-ARCHITECTURE = "LlamaForCausalLM"
+LLAMA_ARCHITECTURE = "LlamaForCausalLM"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-# What else LLaMA's config can ask for, the value that means no such thing, and whether the field
-# may be left out. A field that is not here (dropout, cache settings) does not change the logits.
+# Options of LLaMA's config that the model does not have, with the value that turns each off. A
+# field that is not here (dropout, cache settings) does not change the logits.
 PLAIN_VALUES: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -29,15 +29,15 @@ PLAIN_VALUES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a LLaMA directory, and the parameter (of one layer) that it is.
+    """One tensor of a LLaMA directory, and our parameter (of one layer) that it stores.
 
     Attributes:
-      name: in the safetensors files.
-      path: of our parameter in the nested dict.
+      name: its name in the safetensors files.
+      path: where our parameter is in the nested dict.
       layer: index into the first axis of our parameter; None where it has no layers.
       shape: of our parameter, without the axis of layers.
-      inputs: how many axes of `shape`, from the first, are those of the input. PyTorch keeps
-        matrices as [output, input]; 0 is for what is no matrix product, and is kept as it is.
+      inputs: how many axes of `shape`, from the first, are input axes. PyTorch stores matrices as
+        [output, input]. 0 means that the tensor is not a matrix and is stored as it is.
     """
 
     name: str
@@ -54,8 +54,8 @@ class Tensor:
         return math.prod(self.shape[self.inputs :]), math.prod(self.shape[: self.inputs])
 
     def store(self, w: np.ndarray) -> np.ndarray:
-        """Our parameter of one layer, laid out as the files have it."""
-        # A transposed view would be written in the wrong order: safetensors takes the buffer as is.
+        """Converts our parameter of one layer to the layout of the files."""
+        # safetensors writes the buffer as it is: a transposed view would come out in wrong order.
         return np.ascontiguousarray(w.reshape(self.stored_shape[::-1]).T if self.inputs else w)
 
     def restore(self, stored: np.ndarray) -> np.ndarray:
@@ -63,10 +63,11 @@ class Tensor:
         return stored.T.reshape(self.shape) if self.inputs else stored
 
 
-def tensors(config: ModelConfig) -> list[Tensor]:
+def llama_tensors(model_config: ModelConfig) -> list[Tensor]:
     """Every tensor of a dense model, in the order of the forward pass."""
-    V, D, F, H = config.vocab_size, config.embed_dim, config.mlp_dim, config.num_heads
-    G, K = config.kv_heads, D // H
+    V, D, F = model_config.vocab_size, model_config.embed_dim, model_config.mlp_dim
+    H, G = model_config.num_heads, model_config.kv_heads
+    K = D // H
     layer = [
         ("input_layernorm", ("attention_norm",), (D,), 0),
         ("self_attn.q_proj", ("attention", "query"), (D, H, K), 1),
@@ -82,44 +83,45 @@ def tensors(config: ModelConfig) -> list[Tensor]:
         Tensor(EMBEDDING, ("embedding",), None, (V, D), 0),
         *(
             Tensor(f"model.layers.{y}.{name}.weight", ("layers", *path), y, shape, inputs)
-            for y in range(config.num_layers)
+            for y in range(model_config.num_layers)
             for name, path, shape, inputs in layer
         ),
         Tensor("model.norm.weight", ("final_norm",), None, (D,), 0),
-        *([] if config.tie_embeddings else [Tensor(HEAD, ("head",), None, (D, V), 1)]),
+        *([] if model_config.tie_embeddings else [Tensor(HEAD, ("head",), None, (D, V), 1)]),
     ]
 
 
-def ignored(name: str) -> bool:
-    """Whether a tensor is no parameter: old directories store the rotary frequencies."""
+def is_ignored(name: str) -> bool:
+    """Whether a tensor is not a parameter: old directories store the rotary frequencies."""
     return name.endswith("rotary_emb.inv_freq")
 
 
 # ---------------------------------------------------------------- config.json
 
 
-def config_fields(config: ModelConfig, dtype: str, bos_id: int, eos_id: int) -> dict[str, Any]:
+def config_json(model_config: ModelConfig, dtype: str, bos_id: int, eos_id: int) -> dict[str, Any]:
     """The contents of config.json for a model whose tensors are stored as `dtype`."""
+    rope = rope_parameters(model_config)
     return {
-        "architectures": [ARCHITECTURE],
+        "architectures": [LLAMA_ARCHITECTURE],
         "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.embed_dim,
-        "intermediate_size": config.mlp_dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.embed_dim // config.num_heads,
+        "vocab_size": model_config.vocab_size,
+        "hidden_size": model_config.embed_dim,
+        "intermediate_size": model_config.mlp_dim,
+        "num_hidden_layers": model_config.num_layers,
+        "num_attention_heads": model_config.num_heads,
+        "num_key_value_heads": model_config.kv_heads,
+        "head_dim": model_config.embed_dim // model_config.num_heads,
         "hidden_act": "silu",
-        "max_position_embeddings": config.sequence_length,
-        "rms_norm_eps": config.norm_epsilon,
+        "max_position_embeddings": model_config.sequence_length,
+        "rms_norm_eps": model_config.norm_epsilon,
         # transformers 5 reads rope_parameters, everything older rope_theta.
-        "rope_theta": config.rope_theta,
-        "rope_parameters": rope_parameters(config) | {"rope_theta": config.rope_theta},
-        **({} if config.rope_scaling == "none" else {"rope_scaling": rope_parameters(config)}),
+        "rope_theta": model_config.rope_theta,
+        "rope_parameters": rope | {"rope_theta": model_config.rope_theta},
+        **({} if model_config.rope_scaling == "none" else {"rope_scaling": rope}),
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": config.tie_embeddings,
+        "tie_word_embeddings": model_config.tie_embeddings,
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
         "dtype": dtype,
@@ -130,34 +132,34 @@ def config_fields(config: ModelConfig, dtype: str, bos_id: int, eos_id: int) -> 
 def model_fields(contents: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The fields of `ModelConfig` that a LLaMA's config.json decides; `name` is for messages.
 
-    What is left out has the default of transformers.
+    A field that config.json leaves out has the default of transformers.
 
     Raises:
-      InputError: another architecture, or a part of LLaMA's that the model does not have.
+      InputError: the architecture is not LLaMA, or uses an option that the model does not have.
     """
     _check_architecture(contents, name)
     for field, plain in PLAIN_VALUES.items():
         if contents.get(field, plain) != plain:
-            raise InputError(f"{name}: {field}: got {contents[field]!r}, takes {plain!r}")
+            raise InputError(f"{name}: {field}: got {contents[field]!r}; must be {plain!r}")
     embed_dim = _size(contents, "hidden_size", name)
     num_heads = _size(contents, "num_attention_heads", name)
     if embed_dim % num_heads:
         raise InputError(
-            f"{name}: num_attention_heads: got {num_heads}, takes a divisor of hidden_size "
+            f"{name}: num_attention_heads: got {num_heads}; must be a divisor of hidden_size "
             f"({embed_dim})"
         )
     head_dim = embed_dim // num_heads
     if _size(contents, "head_dim", name, head_dim) != head_dim:
-        raise InputError(f"{name}: head_dim: got {contents['head_dim']}, takes {head_dim}")
+        raise InputError(f"{name}: head_dim: got {contents['head_dim']}; must be {head_dim}")
     kv_heads = _size(contents, "num_key_value_heads", name, num_heads)
     if num_heads % kv_heads:
         raise InputError(
-            f"{name}: num_key_value_heads: got {kv_heads}, takes a divisor of "
+            f"{name}: num_key_value_heads: got {kv_heads}; must be a divisor of "
             f"num_attention_heads ({num_heads})"
         )
     tied = contents.get("tie_word_embeddings") or False
     if not isinstance(tied, bool):
-        raise InputError(f"{name}: tie_word_embeddings: got {tied!r}, takes true or false")
+        raise InputError(f"{name}: tie_word_embeddings: got {tied!r}; must be true or false")
     return {
         "vocab_size": _size(contents, "vocab_size", name),
         "num_layers": _size(contents, "num_hidden_layers", name),
@@ -173,15 +175,15 @@ def model_fields(contents: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _check_architecture(contents: Mapping[str, Any], name: str) -> None:
-    architectures = contents.get("architectures") or [ARCHITECTURE]
-    if contents.get("model_type") != "llama" or ARCHITECTURE not in architectures:
+    architectures = contents.get("architectures") or [LLAMA_ARCHITECTURE]
+    if contents.get("model_type") != "llama" or LLAMA_ARCHITECTURE not in architectures:
         raise InputError(
-            f"{name}: model_type {contents.get('model_type')!r}, architectures {architectures}: "
-            f"unknown; takes 'llama', [{ARCHITECTURE!r}]"
+            f"{name}: got model_type {contents.get('model_type')!r}, architectures "
+            f"{architectures}; must be 'llama', [{LLAMA_ARCHITECTURE!r}]"
         )
 
 
-# Our fields of rope scaling by what Hugging Face calls them, and the rope types that read them.
+# Hugging Face's names for the fields of rope scaling, our names, and the rope types that read them.
 ROPE_SCALING = {
     "factor": ("rope_factor", ("linear", "llama3")),
     "low_freq_factor": ("rope_low_frequency_factor", ("llama3",)),
@@ -190,29 +192,31 @@ ROPE_SCALING = {
 }
 
 
-def rope_parameters(config: ModelConfig) -> dict[str, Any]:
+def rope_parameters(model_config: ModelConfig) -> dict[str, Any]:
     """The rope type and what it reads, under Hugging Face's names."""
-    kind = config.rope_scaling
+    kind = model_config.rope_scaling
     if kind == "none":
         return {"rope_type": "default"}
     read = {theirs: ours for theirs, (ours, kinds) in ROPE_SCALING.items() if kind in kinds}
-    return {"rope_type": kind} | {theirs: getattr(config, ours) for theirs, ours in read.items()}
+    values = {theirs: getattr(model_config, ours) for theirs, ours in read.items()}
+    return {"rope_type": kind} | values
 
 
 def _rope_fields(contents: Mapping[str, Any], name: str) -> dict[str, Any]:
-    # As transformers 5: rope_scaling, the older name, wins; either may hold the base or leave it.
+    # As in transformers 5, rope_scaling (the older name) wins; either may hold the base or omit it.
     field = "rope_scaling" if contents.get("rope_scaling") else "rope_parameters"
     rope = contents.get(field) or {}
     if not isinstance(rope, Mapping):
-        raise InputError(f"{name}: {field}: got {rope!r}, takes an object")
+        raise InputError(f"{name}: {field}: got {rope!r}; must be an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
         raise InputError(
-            f"{name}: {field}: got rope_type {kind!r}, takes 'default', 'linear' or 'llama3'"
+            f"{name}: {field}: got rope_type {kind!r}; must be 'default', 'linear' or 'llama3'"
         )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise InputError(
-            f"{name}: {field}.partial_rotary_factor: got {rope['partial_rotary_factor']}, takes 1.0"
+            f"{name}: {field}.partial_rotary_factor: got {rope['partial_rotary_factor']}; must be "
+            "1.0"
         )
     theta = _number(contents, "rope_theta", name, 10_000.0)
     fields: dict[str, Any] = {"rope_theta": _number(rope, "rope_theta", name, theta)}
@@ -233,7 +237,7 @@ def _size(contents: Mapping[str, Any], field: str, name: str, default: int | Non
     value = contents.get(field)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{name}: {field}: got {value!r}, takes a positive integer")
+        raise InputError(f"{name}: {field}: got {value!r}; must be a positive integer")
     return value
 
 
@@ -243,5 +247,5 @@ def _number(
     value = contents.get(field)
     value = default if value is None else value
     if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-        raise InputError(f"{name}: {field}: got {value!r}, takes a positive number")
+        raise InputError(f"{name}: {field}: got {value!r}; must be a positive number")
     return float(value)

@@ -28,8 +28,15 @@ class MergedBy:
     weights_YxE: np.ndarray
 
 
-def model_card(config: ModelConfig, step: int, dtype: str, merged_by: MergedBy | None) -> str:
-    """README.md of a directory; `config` is the trained model's, `merged_by` None if dense."""
+def model_card(model_config: ModelConfig, step: int, dtype: str, merged_by: MergedBy | None) -> str:
+    """The README.md of a directory.
+
+    Args:
+      model_config: of the trained model, before its experts were merged.
+      step: of training.
+      dtype: of the stored tensors.
+      merged_by: how the experts were merged; None for a dense model.
+    """
     lines = [
         "---",
         "library_name: transformers",
@@ -39,32 +46,35 @@ def model_card(config: ModelConfig, step: int, dtype: str, merged_by: MergedBy |
         "",
         f"# A language model in LLaMA's format, made with lory_jax at training step {step:,}",
         "",
-        f"{config.num_layers} layers, width {config.embed_dim}, {config.num_heads} attention "
-        f"heads on {config.kv_heads} of keys and values, FFN width {config.mlp_dim}, vocabulary "
-        f"{config.vocab_size:,}, trained on sequences of up to {config.sequence_length:,} tokens. "
-        f"Tensors are stored as {dtype}.",
+        f"{model_config.num_layers} layers, width {model_config.embed_dim}, "
+        f"{model_config.num_heads} attention heads with {model_config.kv_heads} key-value heads, "
+        f"FFN width {model_config.mlp_dim}, vocabulary {model_config.vocab_size:,}, trained on "
+        f"sequences of up to {model_config.sequence_length:,} tokens. Tensors are stored as "
+        f"{dtype}.",
         "",
-        *(_routing(config, merged_by) if merged_by else ["A dense model: it has no routing.", ""]),
+        *_routing(model_config, merged_by),
         "## Use",
         "",
         "```python",
         *USE.splitlines(),
         "```",
         "",
-        "Every text begins with the token BOS, which the tokenizer here puts in front by itself.",
+        "Every text begins with the token BOS, which this tokenizer adds by itself.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _routing(config: ModelConfig, merged_by: MergedBy) -> list[str]:
-    E = config.num_experts
+def _routing(model_config: ModelConfig, merged_by: MergedBy | None) -> list[str]:
+    if merged_by is None:
+        return ["A dense model: it has no routing.", ""]
+    E = model_config.num_experts
     lines = [
         "## Routing",
         "",
         f"The model was trained as a Lory (arXiv 2405.03133) with {E} expert FFNs per layer. "
-        f"Here {_which(config)} merged, once and for all, into one FFN per layer, by "
-        f"{merged_by.what}. For "
-        "other kinds of text another merge of the same model may do better.",
+        f"Here {_which(model_config)} merged, once and for all, into one FFN per layer, by "
+        f"{merged_by.what}. For other kinds of text, another merge of the same model may work "
+        "better.",
         "",
     ]
     if merged_by.text is not None:
@@ -89,6 +99,6 @@ def _routing(config: ModelConfig, merged_by: MergedBy) -> list[str]:
     return lines
 
 
-def _which(config: ModelConfig) -> str:
-    k = config.top_k_experts
-    return f"the {k} of largest weight in each layer are" if k else "they are"
+def _which(model_config: ModelConfig) -> str:
+    k = model_config.top_k_experts
+    return f"the {k} with the largest weights in each layer are" if k else "they are"

@@ -6,7 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from lory_jax.api import Model, load
-from lory_jax.conversion.hf_directory import check_absent, read_directory, write_directory
+from lory_jax.conversion.hf_directory import (
+    check_absent,
+    read_llama_directory,
+    write_llama_directory,
+)
 from lory_jax.conversion.model_card import MergedBy, model_card
 from lory_jax.conversion.to_run import write_start
 from lory_jax.errors import InputError
@@ -54,7 +58,7 @@ def to_hf(
         mesh = make_mesh(data=1, fsdp=0, tensor=1)
         params = merged_params(config, params, merged_by.weights_YxE, mesh)
         config = dataclasses.replace(config, num_experts=0)
-    write_directory(out, config, params, model.tokenizer, card, dtype=dtype)
+    write_llama_directory(out, config, params, model.tokenizer, card, dtype=dtype)
 
 
 def from_hf(hf: Path, workdir: Path, experts: int = 0, seed: int = 0) -> None:
@@ -64,7 +68,7 @@ def from_hf(hf: Path, workdir: Path, experts: int = 0, seed: int = 0) -> None:
       InputError: the directory is malformed or not a LLaMA, or `workdir` exists.
     """
     check_absent(workdir)
-    directory = read_directory(hf)
+    directory = read_llama_directory(hf)
     start_process()
     write_start(workdir, directory, experts, seed, make_mesh(data=1, fsdp=0, tensor=1))
 

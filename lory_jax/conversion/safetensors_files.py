@@ -21,7 +21,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 
 class Entry(NamedTuple):
-    """A tensor to be written: its name and size, and how to get it (C-contiguous)."""
+    """A tensor to write: its name, its size, and a function that returns it (C-contiguous)."""
 
     name: str
     nbytes: int
@@ -57,14 +57,14 @@ class TensorFiles:
             slice_ = self._handles[file].get_slice(name)
             if slice_.get_dtype() not in STORED_TYPES:
                 raise InputError(
-                    f"{directory / file}: {name}: stored as {slice_.get_dtype()}, "
-                    f"takes {', '.join(STORED_TYPES)}"
+                    f"{directory / file}: {name}: stored as {slice_.get_dtype()}; must be one of "
+                    f"{', '.join(STORED_TYPES)}"
                 )
             self.shapes[name] = tuple(slice_.get_shape())
             self.types[name] = STORED_TYPES[slice_.get_dtype()]
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor as float32, which all stored types are exact in."""
+        """One tensor as float32, which holds all stored types exactly."""
         return self._handles[self._file_of[name]].get_tensor(name).astype(np.float32, copy=False)
 
     def _open(self, file: str) -> Any:
@@ -83,9 +83,9 @@ class TensorFiles:
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{path}: has no weight_map")
         for file in dict.fromkeys(weight_map.values()):
-            # The index is not ours: it must not make us read outside the directory.
+            # The index is external input: it must not make us read outside the directory.
             if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-                raise InputError(f"{path}: names {file!r}, takes files of its own directory")
+                raise InputError(f"{path}: names {file!r}; must name files of its own directory")
             held = set(self._open(file).keys())
             wanted = {name for name, where in weight_map.items() if where == file}
             if missing := sorted(wanted - held):
@@ -122,12 +122,12 @@ def write_shards(
     }
     write_object(directory / INDEX, index)
     for file in dict.fromkeys(weight_map.values()):
-        # safetensors leaves its files to their owner alone, whatever the umask says.
+        # safetensors makes its files readable by their owner only, whatever the umask says.
         shutil.copymode(directory / INDEX, directory / file)
 
 
 def _plan(entries: Sequence[Entry], max_shard_bytes: int) -> list[list[Entry]]:
-    """Entries in order, each shard as full as it gets; one larger than a shard has its own."""
+    """Fills shards with the entries in order; an entry larger than a shard has one of its own."""
     shards: list[list[Entry]] = []
     room = -math.inf
     for entry in entries:
@@ -152,8 +152,8 @@ def _no_weights(directory: Path) -> str:
     pickled = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLED)
     if pickled:
         return (
-            f"{directory}: weights only in {pickled[0]}, a pickle, which is not read because it "
-            "can run code; takes safetensors (transformers: model.save_pretrained(DIR))"
+            f"{directory}: has weights only in {pickled[0]}, a pickle, which is not read as it "
+            "can run code; safetensors are required (transformers: model.save_pretrained(DIR))"
         )
     return f"{directory}: holds neither {SINGLE} nor {INDEX}"
 

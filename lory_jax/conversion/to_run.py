@@ -1,4 +1,4 @@
-"""A LLaMA directory as the work directory of a run at step 0, dense or upcycled."""
+"""Writes a LLaMA as the run directory of a run at step 0, dense or upcycled."""
 
 import dataclasses
 import json
@@ -17,12 +17,9 @@ from lory_jax.model.transformer import Params, build, init_params
 from lory_jax.parallel import shardings
 from lory_jax.run.checkpoints import Checkpoints
 from lory_jax.run.directory import CONFIG, EXPERTS
-from lory_jax.training.initialization_from import ARCHITECTURE
 from lory_jax.training.upcycle import upcycle_params
 
-DECIDED_BY_LLAMA = (*ARCHITECTURE, "sequence_length", "segment_length", "compute_dtype")
-
-EVALUATION_BATCH = 8  # instances; nothing was trained here that would say how many fit
+EVALUATION_BATCH = 8  # instances; no training here has shown how many fit into memory
 
 
 def write_start(
@@ -32,27 +29,26 @@ def write_start(
 
     Args:
       workdir: the directory to make; it must not exist yet, or be empty.
-      directory: the LLaMA.
+      directory: the LLaMA to import.
       num_experts: copies of every FFN; 0 keeps the model dense.
-      seed: of the router.
-      mesh: over which the parameters are spread meanwhile.
+      seed: the seed of the router.
+      mesh: where the parameters are held while they are converted.
 
     Raises:
-      InputError: `workdir` holds something.
+      InputError: `workdir` exists and is not empty.
       ConfigError: the model does not fit config.model.
     """
     check_absent(workdir)
     config = base_config()
-    for name in DECIDED_BY_LLAMA:
-        config.model[name] = getattr(directory.config, name)
+    config.model.update(directory.fields)
     config.model.num_experts = num_experts
     config.train.seed = seed
     config.train.global_batch_size = EVALUATION_BATCH
     validate(config)
     params = directory.params(mesh)
     if num_experts:
-        lory = dataclasses.replace(directory.config, num_experts=num_experts)
-        params = upcycled(params, lory, mesh, seed)
+        with_experts = dataclasses.replace(directory.model_config, num_experts=num_experts)
+        params = upcycled(params, with_experts, mesh, seed)
 
     workdir.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_sibling(workdir)
@@ -70,11 +66,11 @@ def write_start(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def upcycled(dense: Params, config: ModelConfig, mesh: Mesh, seed: int) -> Params:
+def upcycled(dense: Params, model_config: ModelConfig, mesh: Mesh, seed: int) -> Params:
     """A Lory whose experts are copies of the dense FFNs, its router drawn as `train` draws it."""
 
-    def convert(dense: Params, key: jax.Array) -> Params:
-        return upcycle_params(dense, init_params(config, key)["layers"]["ffn"]["router"])
+    def with_router(dense: Params, key: jax.Array) -> Params:
+        return upcycle_params(dense, init_params(model_config, key)["layers"]["ffn"]["router"])
 
-    pinned = jax.jit(convert, out_shardings=shardings(build(config)[1], mesh))
+    pinned = jax.jit(with_router, out_shardings=shardings(build(model_config)[1], mesh))
     return pinned(dense, jax.random.fold_in(jax.random.key(seed), 1))

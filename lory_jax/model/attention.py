@@ -25,7 +25,7 @@ from jax import Array
 
 from lory_jax.errors import ConfigError
 from lory_jax.model.parameters import Initializer
-from lory_jax.parallel import partition_spec
+from lory_jax.parallel import on_mesh, partition_spec
 
 SPLASH_BLOCK = 512  # queries and keys per tile; the smallest that fills a v5e's matrix unit
 SPLASH_MULTIPLE = 128
@@ -33,7 +33,7 @@ SAVED_ATTENTION = "attention"  # the checkpoint name of what splash's backward p
 
 
 def resolve_attention(choice: str, platform: str, dtype: str) -> str:
-    """The implementation that `config.model.attention` stands for on a platform.
+    """Resolves `config.model.attention` on a platform.
 
     Args:
       choice: "auto", "xla", "cudnn" or "splash".
@@ -50,12 +50,12 @@ def resolve_attention(choice: str, platform: str, dtype: str) -> str:
     needed = {"xla": platform, "cudnn": "gpu", "splash": "tpu"}[choice]
     if platform != needed:
         raise ConfigError(
-            f"config.model.attention: got {choice}, which needs a {needed}, on a "
-            f"{platform}; takes auto or xla there"
+            f"config.model.attention: got {choice}, which requires a {needed}, on a {platform}; "
+            "must be auto or xla there"
         )
     if choice == "cudnn" and dtype != "bfloat16":
         raise ConfigError(
-            f"config.model.attention: got cudnn, which takes "
+            "config.model.attention: got cudnn, which requires "
             f"config.model.compute_dtype=bfloat16, not {dtype}"
         )
     return choice
@@ -63,21 +63,21 @@ def resolve_attention(choice: str, platform: str, dtype: str) -> str:
 
 @dataclass(frozen=True)
 class Rope:
-    """The rotary embedding's settings; `lory_jax.config.SCHEMA` says what each means."""
+    """The rotary embedding's settings; `lory_jax.schema` declares the meaning of each."""
 
-    theta: float = 10_000.0
-    scaling: str = "none"
-    factor: float = 1.0
-    low_frequency_factor: float = 1.0
-    high_frequency_factor: float = 4.0
-    original_length: int = 8192
+    theta: float
+    scaling: str
+    factor: float
+    low_frequency_factor: float
+    high_frequency_factor: float
+    original_length: int
 
     def frequencies(self, head_width: int) -> Array:
         """Radians per position of each of the K/2 pairs, float32.
 
         "linear" divides all of them by `factor`. "llama3" (Llama 3.1) divides those whose wave is
         longer than original_length / low_frequency_factor, keeps those whose wave is shorter than
-        original_length / high_frequency_factor, and blends in between.
+        original_length / high_frequency_factor, and interpolates in between.
         """
         frequency_K2 = self.theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
         if self.scaling == "none":
@@ -85,7 +85,7 @@ class Rope:
         if self.scaling == "linear":
             return frequency_K2 / self.factor
         if self.scaling != "llama3":
-            raise ValueError(f"scaling: got {self.scaling!r}, takes none, linear or llama3")
+            raise ValueError(f"scaling: got {self.scaling!r}; must be none, linear or llama3")
         low, high = self.low_frequency_factor, self.high_frequency_factor
         turns_K2 = self.original_length * frequency_K2 / (2 * math.pi)
         kept_K2 = jnp.clip((turns_K2 - low) / (high - low), 0.0, 1.0)
@@ -139,16 +139,16 @@ def causal_attention(
         )
     if implementation == "splash":
         return splash_attention(query, key, value, batch_axis, heads_axis)
-    raise ValueError(f"implementation: got {implementation!r}, takes xla, cudnn or splash")
+    raise ValueError(f"implementation: got {implementation!r}; must be xla, cudnn or splash")
 
 
 class Branches(NamedTuple):
-    """Several continuations of one beginning in one row.
+    """Several continuations sharing a prefix, packed in one row.
 
     Attributes:
-      positions_BxL: of each token, counted along its own branch.
-      branch_BxL: which continuation a token is part of, from 1; 0 is the beginning, which all see.
-        A continuation sees itself and the beginning.
+      positions_BxL: the position of each token, counted along its own continuation.
+      branch_BxL: which continuation a token belongs to, from 1; 0 is the prefix. A continuation
+        attends to itself and to the prefix.
     """
 
     positions_BxL: Array
@@ -188,7 +188,7 @@ def splash_attention(
 ) -> Array:
     """JAX's Pallas flash attention, causal, of `[B, L, H, K]` over `[B, L, G, K]`.
 
-    Each device does its own part.
+    Under a mesh, each device runs it on its own sequences and heads.
 
     Raises:
       ConfigError: L is not a multiple of 128, the lanes of a TPU.
@@ -199,7 +199,7 @@ def splash_attention(
     L = query.shape[1]
     if L % SPLASH_MULTIPLE:
         raise ConfigError(
-            f"config.model.sequence_length: got {L}, takes a multiple of "
+            f"config.model.sequence_length: got {L}; must be a multiple of "
             f"{SPLASH_MULTIPLE} with config.model.attention=splash"
         )
     size = next(b for b in (SPLASH_BLOCK, 256, SPLASH_MULTIPLE) if L % b == 0)
@@ -219,10 +219,8 @@ def splash_attention(
         )
         return jax.vmap(kernel)(query_BxHxLxK, key_BxGxLxK, value_BxGxLxK)
 
-    run = attend_here
-    if not jax.sharding.get_abstract_mesh().empty:
-        spec = partition_spec((batch_axis, heads_axis, "length", "head_dim"))
-        run = jax.shard_map(attend_here, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
+    spec = partition_spec((batch_axis, heads_axis, "length", "head_dim"))
+    run = on_mesh(attend_here, (spec,) * 3, spec)
     query = query * query.shape[-1] ** -0.5
     return run(*(x.swapaxes(1, 2) for x in (query, key, value))).swapaxes(1, 2)
 

@@ -1,4 +1,4 @@
-"""The settings of a model, as its modules take them."""
+"""The settings of a model, as its modules read them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,58 +8,58 @@ import jax.numpy as jnp
 
 from lory_jax.model.attention import Rope, resolve_attention
 from lory_jax.model.merged_ffn import resolve_merged_ffn
-from lory_jax.model.sparse import capacity
+from lory_jax.model.routing_rules import SPARSE, TOKEN_CHOICE
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The fields of `config.model`; `lory_jax.config.SCHEMA` says what each means.
+    """The fields of `config.model`; `lory_jax.schema` declares their meaning and defaults.
 
-    `top_k_experts` is no field of a recipe: training merges all experts. Of a trained model, only
-    the k largest routing weights are kept, renormalised; 0 keeps all.
+    `top_k_experts` is not a field of a recipe, because training merges all experts. Of a trained
+    model, only the k largest routing weights are kept, renormalised; 0 keeps all.
     """
 
     vocab_size: int
     num_layers: int
     embed_dim: int
     num_heads: int
+    num_kv_heads: int
     mlp_dim: int
     num_experts: int
     sequence_length: int
     segment_length: int
-    routing: str = "causal"
-    first_segment_routing: str = "self"
-    capacity_factor: float = 1.0
-    routing_group: int = 0
-    load_balancing_weight: float = 0.01
-    router_init_scale: float = 0.23
-    num_kv_heads: int = 0
-    tie_embeddings: bool = False
-    rope_theta: float = 10_000.0
-    rope_scaling: str = "none"
-    rope_factor: float = 1.0
-    rope_low_frequency_factor: float = 1.0
-    rope_high_frequency_factor: float = 4.0
-    rope_original_length: int = 8192
-    norm_epsilon: float = 1e-5
-    compute_dtype: str = "float32"
-    remat: str = "none"
-    attention: str = "xla"
-    merged_ffn: str = "blocks"
-    attention_sharding: str = "batch"
-    scan_layers: bool = True
+    routing: str
+    first_segment_routing: str
+    capacity_factor: float
+    routing_group: int
+    load_balancing_weight: float
+    router_init_scale: float
+    tie_embeddings: bool
+    rope_theta: float
+    rope_scaling: str
+    rope_factor: float
+    rope_low_frequency_factor: float
+    rope_high_frequency_factor: float
+    rope_original_length: int
+    norm_epsilon: float
+    compute_dtype: str
+    remat: str
+    attention: str
+    merged_ffn: str
+    attention_sharding: str
+    scan_layers: bool
     top_k_experts: int = 0
 
     @classmethod
     def for_platform(cls, fields: Mapping[str, Any], platform: str) -> "ModelConfig":
-        """`config.model` with what is "auto" resolved for where it will run (cpu, gpu or tpu).
+        """`config.model` with "auto" resolved for the platform it will run on (cpu, gpu or tpu).
 
         Raises:
-          ConfigError: the platform cannot run the implementation asked for.
+          ConfigError: the platform cannot run the requested implementation.
         """
         attention = resolve_attention(fields["attention"], platform, fields["compute_dtype"])
-        # As many heads of keys as of queries, said in one way: equal models have equal configs.
-        grouped = fields.get("num_kv_heads", 0)
+        # As many heads of keys as of queries has one spelling: equal models have equal configs.
+        grouped = fields["num_kv_heads"]
         num_kv_heads = 0 if grouped == fields["num_heads"] else grouped
         ffn = fields["merged_ffn"]
         if fields["num_experts"]:
@@ -98,8 +98,8 @@ class ModelConfig:
 
     @property
     def is_sparse(self) -> bool:
-        """Whether experts are chosen (see capacity.py) rather than merged."""
-        return self.num_experts > 0 and self.routing in capacity.SPARSE
+        """Whether experts are chosen (see sparse/capacity.py) rather than merged."""
+        return self.num_experts > 0 and self.routing in SPARSE
 
     @property
     def routes_tokens(self) -> bool:
@@ -109,9 +109,12 @@ class ModelConfig:
     @property
     def choices(self) -> int:
         """Experts per token: what it chooses, or what expert choice gives it on average."""
-        return capacity.TOKEN_CHOICE.get(self.routing) or max(1, round(self.capacity_factor))
+        return TOKEN_CHOICE.get(self.routing) or max(1, round(self.capacity_factor))
 
     @property
     def measured_routing(self) -> str | None:
-        """What losses are measured with: None is training's own, which leaks where it is sparse."""
+        """The routing that losses are measured with; None is that of training.
+
+        A sparse baseline's training routing leaks: a token competes with later ones.
+        """
         return "segment" if self.is_sparse else None

@@ -11,9 +11,11 @@ from jax import Array
 
 from lory_jax.model import routing as route
 from lory_jax.model.config import ModelConfig
+from lory_jax.model.experts import AXES, DENSE_AXES
 from lory_jax.model.merged_ffn import merged_ffn, swiglu
 from lory_jax.model.parameters import Initializer
 from lory_jax.model.routing import Routed, Routing
+from lory_jax.model.routing_rules import MERGED, SPARSE
 from lory_jax.model.sparse import capacity
 from lory_jax.parallel import constrain
 
@@ -23,9 +25,9 @@ class DenseFFN(nnx.Module):
 
     def __init__(self, init: Initializer, config: ModelConfig, output_scale: float):
         D, F = config.embed_dim, config.mlp_dim
-        self.gate = init.matrix((D, F), ("embed", "mlp"), fan_in=D)
-        self.up = init.matrix((D, F), ("embed", "mlp"), fan_in=D)
-        self.down = init.matrix((F, D), ("mlp", "embed"), fan_in=F, scale=output_scale)
+        self.gate = init.matrix((D, F), DENSE_AXES["gate"], fan_in=D)
+        self.up = init.matrix((D, F), DENSE_AXES["up"], fan_in=D)
+        self.down = init.matrix((F, D), DENSE_AXES["down"], fan_in=F, scale=output_scale)
 
     def __call__(self, x_BxLxD: Array) -> Array:
         x_BxLxD = constrain(x_BxLxD, "moe_batch", "length", "activation_embed")
@@ -43,11 +45,9 @@ class MergedFFN(nnx.Module):
         self.router = init.matrix(
             (D, E), ("embed", "router_experts"), fan_in=D, scale=config.router_init_scale
         )
-        self.gate = init.matrix((E, D, F), ("experts", "embed", "mlp"), fan_in=D)
-        self.up = init.matrix((E, D, F), ("experts", "embed", "mlp"), fan_in=D)
-        self.down = init.matrix(
-            (E, F, D), ("experts", "mlp", "embed"), fan_in=F, scale=output_scale
-        )
+        self.gate = init.matrix((E, D, F), AXES["gate"], fan_in=D)
+        self.up = init.matrix((E, D, F), AXES["up"], fan_in=D)
+        self.down = init.matrix((E, F, D), AXES["down"], fan_in=F, scale=output_scale)
 
     def experts(self) -> dict[str, Array]:
         """The experts in the layout of `merged_ffn`."""
@@ -60,7 +60,7 @@ class MergedFFN(nnx.Module):
     def _all_weights(self, h_BxLxD: Array, routing: Routing) -> Array:
         config, lengths = self.config, routing.prompt_lengths_B
         with jax.named_scope("router"):
-            if routing.kind in ("causal", "prefix"):
+            if routing.kind in MERGED:
                 rule = route.causal_routing if routing.kind == "causal" else route.prefix_routing
                 return rule(
                     h_BxLxD,
@@ -69,14 +69,16 @@ class MergedFFN(nnx.Module):
                     config.first_segment_routing,
                 )
             if lengths is None:
-                raise ValueError(f"routing {routing.kind!r} needs prompt_lengths_B")
+                raise ValueError(f"routing {routing.kind!r} requires prompt_lengths_B")
             if routing.kind == "prompt":
                 return route.prompt_routing(h_BxLxD, self.router[...], lengths)
             if routing.kind == "segment":
                 return route.segment_routing(
                     h_BxLxD, self.router[...], config.segment_length, lengths
                 )
-        raise ValueError(f"routing: got {routing.kind!r}, takes causal, prefix, prompt or segment")
+        raise ValueError(
+            f"routing: got {routing.kind!r}; must be causal, prefix, prompt or segment"
+        )
 
     def __call__(self, x_BxLxD: Array, routing: Routing) -> tuple[Array, Routed]:
         """Returns `[B, L, D]` and how it was routed."""
@@ -86,7 +88,7 @@ class MergedFFN(nnx.Module):
         N, E = r_BxNxE.shape[1:]
         T = L if routing.kind == "prompt" else self.config.segment_length
         x_BxNTxD = jnp.pad(x_BxLxD, ((0, 0), (0, N * T - L), (0, 0)))
-        # One FFN for all L tokens of a row: little merging, and more than the kernels hold at once.
+        # One FFN for all L tokens of a row is little merging, but too large for the kernels.
         implementation = "blocks" if routing.kind == "prompt" else self.config.merged_ffn
         y_SxTxD = merged_ffn(
             x_BxNTxD.reshape(B * N, T, D),
@@ -107,7 +109,7 @@ class SparseFFN(MergedFFN):
         p_BxUxE = self.probabilities(x_BxLxD, routing)
         T = config.segment_length
         routed = Routed(route.segment_means(p_BxUxE, T) if config.routes_tokens else p_BxUxE)
-        if routing.kind not in capacity.SPARSE:
+        if routing.kind not in SPARSE:
             return self.choose(x_BxLxD, p_BxUxE), routed
         with jax.named_scope("router"):
             slots, balance, dropped = capacity.assign(
@@ -123,17 +125,17 @@ class SparseFFN(MergedFFN):
         if self.config.routes_tokens:
             with jax.named_scope("router"):
                 return route.route(h_BxLxD, self.router[...])
-        if routing.kind in capacity.SPARSE:
+        if routing.kind in SPARSE:
             return self.routing_weights(h_BxLxD, Routing("causal"))
-        # Without a prompt BOS decides, which is always there: equal weights would choose nothing.
+        # Without a prompt BOS, which is always there, decides: equal weights choose nothing.
         assert routing.prompt_lengths_B is not None
         lengths_B = jnp.maximum(routing.prompt_lengths_B, 1)
         return self.routing_weights(h_BxLxD, Routing(routing.kind, lengths_B))
 
     def choose(self, x_BxLxD: Array, p_BxUxE: Array) -> Array:
-        """Every token through the experts that its unit finds most likely: `[B, L, D]`.
+        """Sends every token through the most likely experts of its unit; returns `[B, L, D]`.
 
-        There is a unit per token, per segment, or one for all.
+        There is one unit per token, one per segment, or one for the whole row.
         """
         weights_BxUxk, experts_BxUxk = capacity.choose_experts(
             p_BxUxE, self.config.choices, is_shared=self.config.routing == "top2"

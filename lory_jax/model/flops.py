@@ -11,7 +11,7 @@ tokens costs 6 * D * E; one of segments is left out.
 import dataclasses
 
 from lory_jax.model.config import ModelConfig
-from lory_jax.model.sparse.capacity import EXPERT_CHOICE, SPARSE
+from lory_jax.model.routing_rules import EXPERT_CHOICE, SPARSE
 
 # Dense bf16 FLOP/s per chip, from the vendors' data sheets; keys are `jax.Device.device_kind`.
 PEAK_FLOPS = {

@@ -142,7 +142,7 @@ def _first_segment(r_Bx1xE: Array, first_segment: str) -> Array:
         return jnp.full_like(r_Bx1xE, 1.0 / r_Bx1xE.shape[-1])
     if first_segment == "self":
         return jax.lax.stop_gradient(r_Bx1xE)
-    raise ValueError(f"first_segment: got {first_segment!r}, takes 'self' or 'uniform'")
+    raise ValueError(f"first_segment: got {first_segment!r}; must be 'self' or 'uniform'")
 
 
 def _uniform_where_empty(r_Bx1xE: Array, prompt_lengths_B: Array) -> Array:

@@ -142,7 +142,7 @@ class Transformer(nnx.Module):
         Args:
           tokens_BxL: token ids.
           routing: how to route; None is `config.routing`, as in training.
-          branches: where rows hold several continuations of one beginning.
+          branches: where rows hold several continuations sharing a prefix.
 
         Returns:
           `[B, L, D]` after the final norm, in the compute type, and how every layer was routed
@@ -193,7 +193,7 @@ def _remat(function: Any, policy: str) -> Any:
         return jax.checkpoint(function, policy=kept)
     if policy == "full":
         return jax.checkpoint(function)
-    raise ValueError(f"remat: got {policy!r}, takes none, dots or full")
+    raise ValueError(f"remat: got {policy!r}; must be none, dots or full")
 
 
 def build(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from lory_jax.config import SCHEMA
+from lory_jax.config import may_change, section_defaults
 from lory_jax.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, differences
 from lory_jax.data.prepared import PreparedData
 from lory_jax.data.tokenizer import Tokenizer
@@ -41,23 +41,6 @@ DENSE, EXPERTS = "dense", "experts"  # the phases of a run
 def phase_config(config: ModelConfig, phase: str) -> ModelConfig:
     """The model that a phase trains: during the dense warm-up, the dense baseline."""
     return dataclasses.replace(config, num_experts=0) if phase == DENSE else config
-
-
-# What may change from one process of a run to the next: it decides how the run is computed, logged
-# and saved, not what is computed. `data` was for prepare; the manifest's hash stands for it.
-CHANGEABLE = {
-    "model": {"remat", "attention", "attention_sharding"},
-    "train": {
-        "microbatches",
-        "log_every_steps",
-        "validate_every_steps",
-        "validation_batches",
-        "max_skipped_steps",
-    },
-    "checkpoint": None,  # all of it
-    "parallel": None,
-    "data": None,
-}
 
 
 def open_workdir(
@@ -106,13 +89,12 @@ def check_same_run(
     changed: list[str] = []
     wrong: list[str] = []
     for section in sorted(found.keys() | config.keys()):
-        changeable = CHANGEABLE.get(section, set())
         # A field that is younger than the run had its default.
-        fields, wanted = SCHEMA.get(section, {}), config.get(section, {})
-        before = {name: fields[name].default for name in wanted if name in fields}
+        wanted, defaults = config.get(section, {}), section_defaults(section)
+        before = {name: defaults[name] for name in wanted if name in defaults}
         for line in differences(before | found.get(section, {}), wanted):
             field = line.partition(":")[0]
-            may = changeable is None or field in changeable
+            may = may_change(section, field)
             may |= change_steps and (section, field) == ("train", "steps")
             (changed if may else wrong).append(f"{section}.{line}")
     if any(line.startswith("train.steps:") for line in wrong):
@@ -135,7 +117,7 @@ def model_config(workdir: Path) -> ModelConfig:
     try:
         # How attention and the merged FFN are computed is up to the machine that reads.
         computed = {"attention": "auto", "merged_ffn": "auto"}
-        fields = read_config(workdir)["model"] | computed
+        fields = section_defaults("model") | read_config(workdir)["model"] | computed
         return ModelConfig.for_platform(fields, jax.default_backend())
     except (KeyError, TypeError) as error:
         raise InputError(f"{workdir / CONFIG}: no usable section model ({error})") from None

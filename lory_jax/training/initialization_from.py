@@ -6,6 +6,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from lory_jax.config import fields_where
 from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.errors import ConfigError
 from lory_jax.model.config import ModelConfig
@@ -19,24 +20,6 @@ from lory_jax.run.directory import (
 )
 from lory_jax.training.state import State, new_state, state_shardings
 
-# What must be the same for parameters to mean the same; all else may change between runs.
-ARCHITECTURE = (
-    "vocab_size",
-    "num_layers",
-    "embed_dim",
-    "num_heads",
-    "num_kv_heads",
-    "mlp_dim",
-    "tie_embeddings",
-    "rope_theta",
-    "rope_scaling",
-    "rope_factor",
-    "rope_low_frequency_factor",
-    "rope_high_frequency_factor",
-    "rope_original_length",
-    "norm_epsilon",
-)
-
 
 def check_source(source: Path, config: ModelConfig, tokenizer: Tokenizer, data: Path) -> None:
     """Raises unless a run of `config` on `data` can start from the work directory `source`.
@@ -46,7 +29,9 @@ def check_source(source: Path, config: ModelConfig, tokenizer: Tokenizer, data: 
       InputError: `source` is no work directory, or has another tokenizer.
     """
     found = model_config(source)
-    wrong = [name for name in ARCHITECTURE if getattr(found, name) != getattr(config, name)]
+    # Parameters mean the same only if these fields agree; all others may change between runs.
+    architecture = fields_where("model", is_architecture=True)
+    wrong = [name for name in architecture if getattr(found, name) != getattr(config, name)]
     if found.num_experts not in (0, config.num_experts):
         wrong.append("num_experts")
     if wrong:

@@ -11,16 +11,14 @@ log-normaliser) and the hidden states' gradient.
 Letters: B batch, L sequence, D model, V vocabulary, c positions of one chunk.
 """
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lory_jax.parallel import RULES, partition_spec
+from lory_jax.parallel import RULES, has_mesh, on_mesh, partition_spec
 
 LOGITS_BYTES = 256 * 2**20  # of float32 logits held at once, per device
 
@@ -38,7 +36,7 @@ def token_losses(x_BxLxD: Array, head_DxV: Array, targets_BxL: Array) -> Array:
       head_DxV: the output head.
       targets_BxL: token ids.
     """
-    run = _on_mesh(_losses, (BATCH, HEAD, BATCH), BATCH)
+    run = on_mesh(_losses, (BATCH, HEAD, BATCH), BATCH)
     return run(x_BxLxD, head_DxV, targets_BxL)
 
 
@@ -51,7 +49,7 @@ def mean_loss(x_BxLxD: Array, head_DxV: Array, targets_BxL: Array) -> Array:
 def _mean_loss_fwd(
     x_BxLxD: Array, head_DxV: Array, targets_BxL: Array
 ) -> tuple[Array, tuple[Array, Array]]:
-    run = _on_mesh(_losses_and_gradients, (BATCH, HEAD, BATCH), (BATCH, BATCH, HEAD))
+    run = on_mesh(_losses_and_gradients, (BATCH, HEAD, BATCH), (BATCH, BATCH, HEAD))
     nll_BxL, dx_BxLxD, dhead_DxV = run(x_BxLxD, head_DxV, targets_BxL)
     return jnp.mean(nll_BxL), (dx_BxLxD, dhead_DxV)
 
@@ -65,39 +63,26 @@ def _mean_loss_bwd(saved: tuple[Array, Array], dloss: Array) -> tuple[Array, Arr
 mean_loss.defvjp(_mean_loss_fwd, _mean_loss_bwd)
 
 
-def _on_mesh(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    if jax.sharding.get_abstract_mesh().empty:
-        return functools.partial(function, on_mesh=False)
-    return jax.shard_map(
-        functools.partial(function, on_mesh=True),
-        in_specs=in_specs,
-        out_specs=out_specs,
-        check_vma=False,
-    )
-
-
-def _losses(x_BxLxD: Array, head_DxV: Array, targets_BxL: Array, *, on_mesh: bool) -> Array:
-    head_DxV = _whole_head(head_DxV, x_BxLxD, on_mesh)
+def _losses(x_BxLxD: Array, head_DxV: Array, targets_BxL: Array) -> Array:
+    head_DxV = _whole_head(head_DxV, x_BxLxD)
 
     def of_chunk(_: None, chunk: tuple[Array, Array]) -> tuple[None, Array]:
-        return None, _chunk(*chunk, head_DxV, on_mesh)[0]
+        return None, _chunk(*chunk, head_DxV)[0]
 
     _, losses = jax.lax.scan(of_chunk, None, _chunks(x_BxLxD, targets_BxL, head_DxV))
     return _unchunk(losses)[:, : x_BxLxD.shape[1]]
 
 
 def _losses_and_gradients(
-    x_BxLxD: Array, head_DxV: Array, targets_BxL: Array, *, on_mesh: bool
+    x_BxLxD: Array, head_DxV: Array, targets_BxL: Array
 ) -> tuple[Array, Array, Array]:
     """Losses, and the gradients of their sum."""
     L, dtype = x_BxLxD.shape[1], x_BxLxD.dtype
-    whole_DxV = _whole_head(head_DxV, x_BxLxD, on_mesh)
+    whole_DxV = _whole_head(head_DxV, x_BxLxD)
 
     def of_chunk(dhead_DxV: Array, chunk: tuple[Array, Array]) -> tuple[Array, Any]:
         x_BxcxD, targets_Bxc = chunk
-        nll_Bxc, probability_BxcxV, is_target_BxcxV = _chunk(
-            x_BxcxD, targets_Bxc, whole_DxV, on_mesh
-        )
+        nll_Bxc, probability_BxcxV, is_target_BxcxV = _chunk(x_BxcxD, targets_Bxc, whole_DxV)
         is_valid_Bxcx1 = (targets_Bxc >= 0)[..., None]
         dlogits_BxcxV = jnp.where(is_valid_Bxcx1, probability_BxcxV - is_target_BxcxV, 0.0)
         dlogits_BxcxV = dlogits_BxcxV.astype(dtype)
@@ -108,38 +93,36 @@ def _losses_and_gradients(
     zeros = jnp.zeros(whole_DxV.shape, jnp.float32)
     dhead_DxV, (nll, dx) = jax.lax.scan(of_chunk, zeros, _chunks(x_BxLxD, targets_BxL, whole_DxV))
     nll_BxL, dx_BxLxD = _unchunk(nll)[:, :L], _unchunk(dx)[:, :L]
-    if on_mesh:
+    if has_mesh():
         dx_BxLxD = jax.lax.psum(dx_BxLxD, TENSOR)
         dhead_DxV = jax.lax.psum_scatter(dhead_DxV, FSDP, scatter_dimension=0, tiled=True)
         dhead_DxV = jax.lax.psum(dhead_DxV, [axis for axis in BATCH_AXES if axis != FSDP])
     return nll_BxL, dx_BxLxD, dhead_DxV
 
 
-def _chunk(
-    x_BxcxD: Array, targets_Bxc: Array, head_DxV: Array, on_mesh: bool
-) -> tuple[Array, Array, Array]:
+def _chunk(x_BxcxD: Array, targets_Bxc: Array, head_DxV: Array) -> tuple[Array, Array, Array]:
     """Losses of a chunk; for this device's slice of the vocabulary, probabilities and targets."""
     with jax.named_scope("head"):
         logits_BxcxV = jnp.einsum("bcd,dv->bcv", x_BxcxD, head_DxV).astype(jnp.float32)
     with jax.named_scope("loss"):
         V = head_DxV.shape[1]
-        first = jax.lax.axis_index(TENSOR) * V if on_mesh else 0
+        first = jax.lax.axis_index(TENSOR) * V if has_mesh() else 0
         is_target_BxcxV = targets_Bxc[..., None] - first == jnp.arange(V)
         greatest_Bxcx1 = jnp.max(logits_BxcxV, axis=-1, keepdims=True)
-        if on_mesh:
+        if has_mesh():
             greatest_Bxcx1 = jax.lax.pmax(greatest_Bxcx1, TENSOR)
         exp_BxcxV = jnp.exp(logits_BxcxV - greatest_Bxcx1)
         total_Bxcx1 = jnp.sum(exp_BxcxV, axis=-1, keepdims=True)
         target_Bxc = jnp.sum(jnp.where(is_target_BxcxV, logits_BxcxV, 0.0), axis=-1)
-        if on_mesh:
+        if has_mesh():
             total_Bxcx1, target_Bxc = jax.lax.psum((total_Bxcx1, target_Bxc), TENSOR)
         nll_Bxc = jnp.log(total_Bxcx1[..., 0]) + greatest_Bxcx1[..., 0] - target_Bxc
     return nll_Bxc, exp_BxcxV / total_Bxcx1, is_target_BxcxV
 
 
-def _whole_head(head_DxV: Array, like: Array, on_mesh: bool) -> Array:
+def _whole_head(head_DxV: Array, like: Array) -> Array:
     head_DxV = head_DxV.astype(like.dtype)
-    return jax.lax.all_gather(head_DxV, FSDP, axis=0, tiled=True) if on_mesh else head_DxV
+    return jax.lax.all_gather(head_DxV, FSDP, axis=0, tiled=True) if has_mesh() else head_DxV
 
 
 def _chunks(x_BxLxD: Array, targets_BxL: Array, head_DxV: Array) -> tuple[Array, Array]:

@@ -21,7 +21,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from lory_jax.model.config import ModelConfig
-from lory_jax.model.sparse.capacity import EXPERT_CHOICE
+from lory_jax.model.routing_rules import EXPERT_CHOICE
 from lory_jax.model.transformer import Params, init_params
 from lory_jax.training.state import State, never_active, state_shardings
 

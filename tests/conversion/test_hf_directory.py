@@ -11,9 +11,9 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from lory_jax.config import load_config
-from lory_jax.conversion.hf_directory import read_directory, write_directory
-from lory_jax.conversion.llama import tensors
+from lory_jax.config import fields_where, load_config
+from lory_jax.conversion.hf_directory import read_llama_directory, write_llama_directory
+from lory_jax.conversion.llama import llama_tensors
 from lory_jax.errors import InputError
 from lory_jax.generation.merge import domain_routing, merged_params, text_routing
 from lory_jax.model.config import ModelConfig
@@ -69,7 +69,7 @@ def export(out: Path, config, params, prompt, mesh, **settings) -> None:
         weights_YxE = text_routing(config, params, prompt)
         params = merged_params(config, params, weights_YxE, mesh)
         config = dataclasses.replace(config, num_experts=0)
-    write_directory(out, config, params, TOKENIZER, "a card", **settings)
+    write_llama_directory(out, config, params, TOKENIZER, "a card", **settings)
 
 
 def assert_same_params(found, expected):
@@ -273,23 +273,23 @@ LLAMA3 = {
 )
 def test_imported_logits_are_theirs(fields, max_shard_size, mesh, tmp_path):
     llama(tmp_path / "hf", max_shard_size, **fields)
-    directory = read_directory(tmp_path / "hf")
+    directory = read_llama_directory(tmp_path / "hf")
     tokens = random_tokens(2, 40)
-    found = our_logits(directory.config, directory.params(mesh), tokens)
+    found = our_logits(directory.model_config, directory.params(mesh), tokens)
     np.testing.assert_allclose(found, their_logits(tmp_path / "hf", tokens), atol=TOLERANCE)
 
 
 def test_old_directories_are_read_alike(mesh, tmp_path):
     """Before transformers 5: no rope_parameters, no head_dim, rotary frequencies among tensors."""
     llama(tmp_path / "hf", "1GB", rope_parameters={"rope_theta": 500.0})
-    expected = read_directory(tmp_path / "hf")
+    expected = read_llama_directory(tmp_path / "hf")
     edit_config(tmp_path / "hf", rope_parameters=None, rope_theta=500.0, head_dim=None)
     edit_tensors(
         tmp_path / "hf",
         lambda t: {**t, "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)},
     )
-    found = read_directory(tmp_path / "hf")
-    assert found.config == expected.config
+    found = read_llama_directory(tmp_path / "hf")
+    assert found.fields == expected.fields
     assert_same_params(found.params(mesh), expected.params(mesh))
 
 
@@ -297,8 +297,8 @@ def test_old_directories_are_read_alike(mesh, tmp_path):
 def test_half_precision_is_read_exactly(dtype, mesh, tmp_path):
     model = llama(tmp_path / "hf").to(dtype)
     model.save_pretrained(tmp_path / "hf")
-    directory = read_directory(tmp_path / "hf")
-    assert directory.config.compute_dtype == "bfloat16"
+    directory = read_llama_directory(tmp_path / "hf")
+    assert directory.model_config.compute_dtype == "bfloat16"
     expected = model.lm_head.weight.detach().float().numpy().T
     np.testing.assert_array_equal(directory.params(mesh)["head"], expected)
 
@@ -308,8 +308,11 @@ def test_there_and_back_is_bit_equal(variant, mesh, tmp_path):
     config = tiny_config(vocab_size=VOCAB, num_experts=0, **VARIANTS.get(variant, {}))
     params = params_of(config)
     export(tmp_path / "hf", config, params, None, mesh, max_shard_bytes=20_000)
-    directory = read_directory(tmp_path / "hf")
-    assert directory.config == dataclasses.replace(config, segment_length=7)
+    directory = read_llama_directory(tmp_path / "hf")
+    expected = dataclasses.asdict(config) | {"segment_length": 7}
+    assert directory.fields == {name: expected[name] for name in directory.fields}
+    left_out = {*fields_where("model", is_architecture=True)} - directory.fields.keys()
+    assert all(name.startswith("rope_") for name in left_out)
     assert directory.tokenizer.encode(TEXT) == TOKENIZER.encode(TEXT)
     assert_same_params(directory.params(mesh), params)
 
@@ -319,8 +322,8 @@ def test_there_and_back_is_bit_equal(variant, mesh, tmp_path):
 )
 def test_a_llama_comes_back_from_us_bit_equal(fields, mesh, tmp_path):
     model = llama(tmp_path / "hf", **fields)
-    directory = read_directory(tmp_path / "hf")
-    export(tmp_path / "back", directory.config, directory.params(mesh), None, mesh)
+    directory = read_llama_directory(tmp_path / "hf")
+    export(tmp_path / "back", directory.model_config, directory.params(mesh), None, mesh)
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     ours, theirs = back.state_dict(), model.state_dict()
     assert ours.keys() == theirs.keys()
@@ -329,16 +332,16 @@ def test_a_llama_comes_back_from_us_bit_equal(fields, mesh, tmp_path):
 
 def test_a_tied_head_that_is_stored_as_well_is_read(mesh, tmp_path):
     llama(tmp_path / "hf", "1GB", tie_word_embeddings=True)
-    expected = read_directory(tmp_path / "hf").params(mesh)
+    expected = read_llama_directory(tmp_path / "hf").params(mesh)
     edit_tensors(tmp_path / "hf", lambda t: {**t, "lm_head.weight": t["model.embed_tokens.weight"]})
-    assert_same_params(read_directory(tmp_path / "hf").params(mesh), expected)
+    assert_same_params(read_llama_directory(tmp_path / "hf").params(mesh), expected)
 
 
 def test_the_table_names_every_tensor_of_transformers(tmp_path):
     model = llama(tmp_path / "hf")
-    config = read_directory(tmp_path / "hf").config
+    config = read_llama_directory(tmp_path / "hf").model_config
     expected = {name: tuple(w.shape) for name, w in model.state_dict().items()}
-    assert {tensor.name: tensor.stored_shape for tensor in tensors(config)} == expected
+    assert {tensor.name: tensor.stored_shape for tensor in llama_tensors(config)} == expected
 
 
 # ---------------------------------------------------------------- what is refused
@@ -384,7 +387,7 @@ REFUSED = {
     "missing tensor": (lambda d: edit_tensors(d, without(DOWN)), f"{DOWN} is missing"),
     "wrong shape": (
         lambda d: edit_tensors(d, lambda t: {**t, DOWN: t[DOWN][:, :-1].copy()}),
-        rf"{DOWN}: got shape \[16, 23\], takes \[16, 24\]",
+        rf"{DOWN}: got shape \[16, 23\].*\[16, 24\]",
     ),
     "wrong type": (
         lambda d: edit_tensors(d, lambda t: {**t, DOWN: t[DOWN].astype(np.int8)}),
@@ -392,7 +395,7 @@ REFUSED = {
     ),
     "unknown tensor": (
         lambda d: edit_tensors(d, lambda t: {**t, "extra.bias": np.ones(2, np.float32)}),
-        "extra.bias is unknown",
+        "extra.bias",
     ),
     "truncated": (truncate, "model.safetensors: damaged"),
     "missing in shard": (
@@ -405,7 +408,7 @@ REFUSED = {
     ),
     "shard elsewhere": (
         lambda d: edit_index(d, lambda m: {**m, DOWN: "../hf/shard.safetensors"}),
-        "takes files of its own directory",
+        r"names .*\.\./hf/shard\.safetensors",
     ),
     "empty index": (lambda d: edit_index(d, lambda m: {}), "has no weight_map"),
     "pickles": (only_pickles, "pytorch_model.bin, a pickle"),
@@ -417,7 +420,7 @@ REFUSED = {
     "architecture": (lambda d: edit_config(d, model_type="gpt2"), "model_type 'gpt2'"),
     "task": (
         lambda d: edit_config(d, architectures=["LlamaForSequenceClassification"]),
-        "unknown; takes 'llama'",
+        "architectures.*LlamaForSequenceClassification",
     ),
     "rope scaling": (
         lambda d: edit_config(d, rope_scaling={"type": "dynamic", "factor": 2.0}),
@@ -436,21 +439,21 @@ REFUSED = {
     "quantized": (lambda d: edit_config(d, quantization_config={}), "quantization_config"),
     "rope factor": (
         lambda d: edit_config(d, rope_parameters={"rope_type": "linear"}),
-        "rope_parameters: factor: got None, takes a positive number",
+        "rope_parameters: factor: got None",
     ),
     "groups": (
         lambda d: edit_config(d, num_key_value_heads=3),
-        r"num_key_value_heads: got 3, takes a divisor of num_attention_heads \(4\)",
+        r"num_key_value_heads: got 3.*num_attention_heads \(4\)",
     ),
     "fewer groups": (
         lambda d: edit_config(d, num_key_value_heads=2),
-        r"k_proj.weight: got shape \[16, 16\], takes \[8, 16\]",
+        r"k_proj.weight: got shape \[16, 16\].*\[8, 16\]",
     ),
     "tied to another head": (
         lambda d: edit_config(d, tie_word_embeddings=True),
         "lm_head.weight differs from model.embed_tokens.weight",
     ),
-    "head width": (lambda d: edit_config(d, head_dim=8), "head_dim: got 8, takes 4"),
+    "head width": (lambda d: edit_config(d, head_dim=8), "head_dim: got 8.*4"),
     "no size": (lambda d: edit_config(d, hidden_size=None), "hidden_size: got None"),
     "bad size": (lambda d: edit_config(d, vocab_size="many"), "vocab_size: got 'many'"),
     "small vocabulary": (lambda d: edit_config(d, vocab_size=2), "embed_tokens.*got shape"),
@@ -463,9 +466,9 @@ def test_malformed_directories_are_refused_by_name(fault, tmp_path):
     llama(tmp_path / "hf", "1GB")
     damage(tmp_path / "hf")
     with pytest.raises(InputError, match=message):
-        read_directory(tmp_path / "hf")
+        read_llama_directory(tmp_path / "hf")
 
 
 def test_a_missing_directory_is_refused(tmp_path):
     with pytest.raises(InputError, match="no such directory"):
-        read_directory(tmp_path / "nowhere")
+        read_llama_directory(tmp_path / "nowhere")

@@ -14,14 +14,13 @@ from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 
 from lory_jax.api import Model
-from lory_jax.conversion.hf_directory import write_directory
+from lory_jax.conversion.hf_directory import write_llama_directory
 from lory_jax.errors import ConfigError, InputError
 from lory_jax.evaluation.harness.model import LoryLM
-from lory_jax.model.config import ModelConfig
 from lory_jax.model.transformer import build
 from lory_jax.parallel import make_mesh, shardings
 from lory_jax.preparation.tokenizer_training import train_tokenizer
-from tests.support.models import params_of
+from tests.support.models import params_of, tiny_config
 from tests.support.tiny import ROOT, verb_environment
 
 L = 48
@@ -45,7 +44,7 @@ CASES = [
 @functools.cache
 def make_model(experts: int = 4, **fields) -> Model:
     tokenizer = train_tokenizer([TEXT * 4], 300)
-    config = ModelConfig(
+    config = tiny_config(
         vocab_size=tokenizer.vocab_size + 5,  # more than the tokenizer has
         num_layers=2,
         embed_dim=16,
@@ -328,7 +327,7 @@ def test_an_exported_model_scores_the_same_in_transformers(tmp_path, monkeypatch
     from lm_eval.models.huggingface import HFLM
 
     model = make_model(0)
-    write_directory(tmp_path / "llama", model.config, model.params, model.tokenizer, "a card")
+    write_llama_directory(tmp_path / "llama", model.config, model.params, model.tokenizer, "a card")
     settings = {"pretrained": str(tmp_path / "llama"), "device": "cpu", "dtype": "float32"}
     theirs = HFLM(**settings, batch_size=2)
     cases = [case for case in CASES if case[0].strip() and case[1]] + [(TEXT * 5, " no")]

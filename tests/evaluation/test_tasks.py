@@ -16,9 +16,8 @@ from lory_jax.errors import ConfigError, InputError
 from lory_jax.evaluation.harness import run as run_tasks
 from lory_jax.evaluation.harness.model import LoryLM
 from lory_jax.evaluation.harness.tasks import data, documents
-from lory_jax.model.config import ModelConfig
 from lory_jax.preparation.tokenizer_training import train_tokenizer
-from tests.support.models import params_of
+from tests.support.models import params_of, tiny_config
 from tests.support.task_data import DOCUMENTS, document, phrase, phrases, write_task_data
 from tests.support.tiny import ROOT, assert_one_line_error, verb, verb_environment
 
@@ -61,7 +60,7 @@ GOLDEN_LOG_LIKELIHOODS = {
 def make_model() -> Model:
     text = "\n".join(phrase(i) for i in range(11)) + "\nQuestion: Answer: title: content: label"
     tokenizer = train_tokenizer([text * 4], 300)
-    config = ModelConfig(
+    config = tiny_config(
         vocab_size=300,
         num_layers=2,
         embed_dim=16,

@@ -8,12 +8,12 @@ import pytest
 from lory_jax.errors import InputError
 from lory_jax.generation.loop import decode
 from lory_jax.generation.programs import make_decoder
-from lory_jax.model.config import ModelConfig
 from lory_jax.model.routing import Routing
 from lory_jax.model.transformer import assemble, build, init_params
+from tests.support.models import tiny_config
 
 T = 8
-CONFIG = ModelConfig(
+CONFIG = tiny_config(
     vocab_size=300,
     num_layers=3,
     embed_dim=16,

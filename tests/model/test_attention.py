@@ -95,9 +95,9 @@ def test_the_choice_goes_by_platform_and_type(choice, platform, dtype, expected)
 @pytest.mark.parametrize(
     ("choice", "platform", "dtype", "words"),
     [
-        ("cudnn", "cpu", "bfloat16", "got cudnn, which needs a gpu, on a cpu"),
-        ("splash", "gpu", "bfloat16", "got splash, which needs a tpu, on a gpu"),
-        ("cudnn", "gpu", "float32", "got cudnn, which takes config.model.compute_dtype=bfloat16"),
+        ("cudnn", "cpu", "bfloat16", "got cudnn.* gpu.* cpu"),
+        ("splash", "gpu", "bfloat16", "got splash.* tpu.* gpu"),
+        ("cudnn", "gpu", "float32", "got cudnn.*compute_dtype=bfloat16"),
     ],
 )
 def test_what_a_platform_cannot_run_is_refused(choice, platform, dtype, words):
@@ -107,5 +107,5 @@ def test_what_a_platform_cannot_run_is_refused(choice, platform, dtype, words):
 
 def test_splash_names_the_length_it_takes():
     query, key, value, _ = arrays(1, 100, 1, 64)
-    with pytest.raises(ConfigError, match="sequence_length: got 100, takes a multiple of 128"):
+    with pytest.raises(ConfigError, match=r"sequence_length: got 100.*128"):
         splash_attention(query, key, value, "batch", "heads", interpret=True)

@@ -9,7 +9,7 @@ import pytest
 
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.flops import baselines, flops_per_token, parameter_counts, peak_flops
-from lory_jax.model.sparse.capacity import SPARSE
+from lory_jax.model.routing_rules import SPARSE
 from lory_jax.model.transformer import init_params
 from tests.support.models import tiny_config
 

@@ -10,7 +10,8 @@ from flax import nnx
 
 from lory_jax.model.merged_ffn import swiglu
 from lory_jax.model.routing import Routing
-from lory_jax.model.sparse.capacity import SPARSE, load_balancing_loss
+from lory_jax.model.routing_rules import SPARSE
+from lory_jax.model.sparse.capacity import load_balancing_loss
 from lory_jax.model.transformer import Block, build
 from lory_jax.training.upcycle import gradient_divisor
 from tests.support import sparse_reference

@@ -15,6 +15,7 @@ from lory_jax.planning import topology
 from lory_jax.planning.estimate import default_mesh
 from lory_jax.planning.program import memory_needed
 from lory_jax.planning.topology import parse_topology
+from tests.support.models import tiny_config
 from tests.support.tiny import assert_one_line_error
 
 needs_libtpu = pytest.mark.skipif(
@@ -36,7 +37,7 @@ def planned(*flags: str) -> dict:
 def model_config(**fields) -> ModelConfig:
     defaults = dict(vocab_size=320, num_layers=2, embed_dim=1024, num_heads=4, mlp_dim=256)
     defaults |= dict(num_experts=4, sequence_length=256, segment_length=128)
-    return ModelConfig(**(defaults | fields))
+    return tiny_config(**(defaults | fields))
 
 
 # ---------------------------------------------------------------- names

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lory_jax.config import section_defaults
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.routing import Routing
 from lory_jax.model.transformer import assemble, build, init_params
@@ -14,8 +15,14 @@ VOCAB = 37
 
 
 def tiny_config(**fields) -> ModelConfig:
-    """A two-layer Lory of 4 experts; any field can be given."""
+    """A two-layer Lory of 4 experts in float32; any field can be given.
+
+    What is not given has its default of the schema; "auto" is not, so that all platforms agree.
+    """
     tiny = dict(
+        compute_dtype="float32",
+        attention="xla",
+        merged_ffn="blocks",
         vocab_size=VOCAB,
         num_layers=2,
         embed_dim=16,
@@ -25,7 +32,7 @@ def tiny_config(**fields) -> ModelConfig:
         sequence_length=14,
         segment_length=4,
     )
-    return ModelConfig(**{**tiny, **fields})
+    return ModelConfig(**{**section_defaults("model"), **tiny, **fields})
 
 
 @functools.cache

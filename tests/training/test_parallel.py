@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from lory_jax import parallel
 from lory_jax.errors import ConfigError, InputError
-from lory_jax.model.sparse.capacity import SPARSE
+from lory_jax.model.routing_rules import SPARSE
 from lory_jax.model.transformer import build, init_params
 from lory_jax.parallel import (
     check_batch,
@@ -118,25 +118,28 @@ def test_a_batch_that_does_not_divide_names_what_would():
     with pytest.raises(ConfigError) as error:
         check_batch(40, 1, "batch", CPU_MESH)
     assert str(error.value) == (
-        "config.train.global_batch_size: got 40, takes a multiple of 32 (config.parallel data=2 x "
-        "fsdp=4 x tensor=4, config.train.microbatches=1), such as 32 or 64; "
-        "config.model.attention_sharding=heads takes it as it is"
+        "config.train.global_batch_size: got 40; must be a multiple of 32 (config.parallel data=2 "
+        "x fsdp=4 x tensor=4, config.train.microbatches=1), such as 32 or 64; "
+        "config.model.attention_sharding=heads accepts it"
     )
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"mlp_dim": 90}, "config.model.mlp_dim: got 90, takes a multiple of 4 .*such as 88 or 92"),
-        ({"vocab_size": 42}, "config.model.vocab_size: got 42, takes a multiple of 4"),
-        ({"embed_dim": 12}, "config.model.embed_dim: got 12, takes a multiple of 16"),
+        (
+            {"mlp_dim": 90},
+            "config.model.mlp_dim: got 90; must be a multiple of 4 .*such as 88 or 92",
+        ),
+        ({"vocab_size": 42}, "config.model.vocab_size: got 42; must be a multiple of 4"),
+        ({"embed_dim": 12}, "config.model.embed_dim: got 12; must be a multiple of 16"),
         (
             {"num_heads": 2, "attention_sharding": "heads"},
-            "config.model.num_heads: got 2, takes a multiple of 4 .*such as 4$",
+            "config.model.num_heads: got 2; must be a multiple of 4 .*such as 4$",
         ),
         (
             {"num_heads": 4, "num_kv_heads": 2, "attention_sharding": "heads"},
-            "config.model.num_kv_heads: got 2, takes a multiple of 4 .*such as 4$",
+            "config.model.num_kv_heads: got 2; must be a multiple of 4 .*such as 4$",
         ),
     ],
 )
@@ -183,7 +186,9 @@ def test_slices_lie_along_data():
     arranged = parallel.arrange_devices(devices, (2, 2, 2))
     assert [{device.slice_index for device in part.flat} for part in arranged] == [{0}, {1}]
     assert {device.id for device in arranged.flat} == set(range(8))
-    with pytest.raises(ConfigError, match=r"config\.parallel\.data: got 1, takes a multiple of 2"):
+    with pytest.raises(
+        ConfigError, match=r"config\.parallel\.data: got 1; must be a multiple of 2"
+    ):
         parallel.arrange_devices(devices, (1, 4, 2))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lory_jax.model.sparse.capacity import SPARSE, TOKEN_CHOICE
+from lory_jax.model.routing_rules import SPARSE, TOKEN_CHOICE
 from tests.support.tiny import (
     assert_one_line_error,
     verb,

@@ -9,11 +9,11 @@ import pytest
 import lory_jax
 from lory_jax.api import Model
 from lory_jax.errors import InputError
-from lory_jax.model.config import ModelConfig
 from lory_jax.model.transformer import init_params
 from lory_jax.parallel import make_mesh
 from lory_jax.preparation.tokenizer_training import train_tokenizer
 from lory_jax.training.step import make_loss_step
+from tests.support.models import tiny_config
 
 TEXT = "def read(self, size):\n    return self.buffer[:size]  # naïve € "
 
@@ -31,7 +31,7 @@ def make_model(num_experts=4, **changes):
         "segment_length": 8,
         "router_init_scale": 4.0,
     }
-    config = ModelConfig(**(sizes | changes))
+    config = tiny_config(**(sizes | changes))
     return Model(config, init_params(config, jax.random.key(0)), tokenizer)
 
 

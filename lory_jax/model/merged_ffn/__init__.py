@@ -5,7 +5,7 @@ the model stores them. `merged_ffn` is the one entry; it picks an implementation
 
     "einsum"  the plain reference: merges everything, then applies it; JAX makes the gradients
     "whole"   a hand-derived gradient that keeps no merged weights; one merged matrix at a time
-    "blocks"  the same, blocks of F at a time, where a whole merged matrix takes too much memory
+    "blocks"  the same, blocks of F at a time, where a whole merged matrix needs too much memory
     "kernel"  the same by Pallas kernels for TPUs, whose merged weights never leave the chip
 
 docs/performance.md says what each costs where. Letters: S segments (B * N), T tokens per segment,
@@ -16,9 +16,9 @@ import jax
 from jax import Array
 
 from lory_jax.errors import ConfigError
+from lory_jax.model.experts import MATRICES, Experts
 from lory_jax.model.merged_ffn.blocks import block_products, whole_products
 from lory_jax.model.merged_ffn.reference import (
-    Experts,
     einsum_ffn,
     merge,
     merge_experts,
@@ -29,7 +29,6 @@ from lory_jax.model.merged_ffn.vjp import SAVED_HIDDEN, Products, products_ffn
 __all__ = [
     "IMPLEMENTATIONS",
     "SAVED_HIDDEN",
-    "from_expert_major",
     "merge",
     "merge_experts",
     "merged_ffn",
@@ -59,7 +58,7 @@ def merged_ffn(
     Raises:
       ConfigError: the backend cannot run the implementation with these shapes.
     """
-    experts = {name: experts[name] for name in ("gate", "up", "down")}
+    experts = {name: experts[name] for name in MATRICES}
     if implementation == "auto":
         (E, D, _), (_, T, _) = experts["gate"].shape, x_SxTxD.shape
         itemsize = x_SxTxD.dtype.itemsize
@@ -68,7 +67,7 @@ def merged_ffn(
         return einsum_ffn(x_SxTxD, experts, r_SxE)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
-            f"implementation: got {implementation!r}, takes {', '.join(IMPLEMENTATIONS)}"
+            f"implementation: got {implementation!r}; must be one of {', '.join(IMPLEMENTATIONS)}"
         )
     return products_ffn(_products(implementation), x_SxTxD, experts, r_SxE)
 
@@ -85,7 +84,7 @@ def _products(implementation: str) -> Products:
 
 
 def resolve_merged_ffn(choice: str, platform: str, T: int, D: int, E: int, itemsize: int) -> str:
-    """The implementation that `config.model.merged_ffn` stands for on a platform.
+    """Resolves `config.model.merged_ffn` on a platform.
 
     Args:
       choice: one of `IMPLEMENTATIONS`.
@@ -96,7 +95,7 @@ def resolve_merged_ffn(choice: str, platform: str, T: int, D: int, E: int, items
       itemsize: bytes of the compute type.
 
     Raises:
-      ConfigError: the platform cannot run what is asked for.
+      ConfigError: the platform cannot run the requested implementation.
     """
     if choice == "auto":
         # On any TPU: which one it is, is known when the program is traced.
@@ -106,10 +105,10 @@ def resolve_merged_ffn(choice: str, platform: str, T: int, D: int, E: int, items
     if choice == "kernel":
         obstacle = kernel_obstacle(T, D, E, itemsize, LARGEST_VMEM)
         if platform != "tpu":
-            obstacle = f"which needs a tpu, on a {platform}"
+            obstacle = f"which requires a tpu, on a {platform}"
         if obstacle:
             raise ConfigError(
-                f"config.model.merged_ffn: got kernel, {obstacle}; takes auto, einsum, whole or "
+                f"config.model.merged_ffn: got kernel, {obstacle}; must be auto, einsum, whole or "
                 "blocks there"
             )
     return choice
@@ -120,7 +119,7 @@ def kernel_obstacle(T: int, D: int, E: int, itemsize: int, capacity: int) -> str
     from lory_jax.model.merged_ffn import tiling
 
     if D % tiling.LANES:
-        return f"which needs config.model.embed_dim in multiples of {tiling.LANES}, with {D}"
+        return f"which requires config.model.embed_dim in multiples of {tiling.LANES}, with {D}"
     # Whatever S and F are, the least that is held at a time is the same.
     problems = [
         tiling.Problem(*call, S=1, T=T, D=D, F=tiling.LANES, E=E, itemsize=itemsize)
@@ -129,8 +128,3 @@ def kernel_obstacle(T: int, D: int, E: int, itemsize: int, capacity: int) -> str
     if not all(tiling.fits(problem, tiling.vmem_budget(capacity)) for problem in problems):
         return f"which cannot hold segments of {T} x {D} and blocks of {E} experts on the chip"
     return ""
-
-
-def from_expert_major(experts: Experts) -> dict[str, Array]:
-    """Lays out `{"gate": [E, D, F], "up": [E, D, F], "down": [E, F, D]}` as the model stores it."""
-    return {name: experts[name] for name in ("gate", "up", "down")}

@@ -3,13 +3,11 @@
 Letters: S segments, T tokens per segment, D model, F FFN, E experts.
 """
 
-from collections.abc import Mapping
-
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-Experts = Mapping[str, Array]
+from lory_jax.model.experts import Experts
 
 
 def swiglu(x_xTxD: Array, gate_xDxF: Array, up_xDxF: Array, down_xFxD: Array) -> Array:

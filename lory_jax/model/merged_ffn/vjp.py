@@ -15,9 +15,9 @@ so each is free in how much of them it holds. What the backward pass keeps is x,
 routing weights, and the two hidden activations: what a dense FFN keeps. Under rematerialisation
 the two are computed again, as a dense FFN's are.
 
-Under a mesh all this runs inside `shard_map` and moves what must move itself: experts are gathered
-over `fsdp`, one matrix at a time, activations travel over `tensor`, expert parameters and their
-gradients never do (paper, section 6: expert-wise model parallelism).
+Under a mesh all this runs inside `shard_map` with explicit collectives: experts are gathered over
+`fsdp`, one matrix at a time; activations travel over `tensor`; expert parameters and their
+gradients never do (see model/experts.py).
 
 Letters: S segments (B * N), T tokens per segment, D model, F FFN, E experts.
 """
@@ -25,20 +25,27 @@ Letters: S segments (B * N), T tokens per segment, D model, F FFN, E experts.
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from lory_jax.model.merged_ffn.reference import Experts
-from lory_jax.parallel import RULES, partition_spec
+from lory_jax.model.experts import (
+    BATCH_SPEC,
+    EXPERT_SPECS,
+    FSDP,
+    HIDDEN_SPEC,
+    REPLICAS,
+    TENSOR,
+    Experts,
+)
+from lory_jax.parallel import has_mesh, on_mesh
 
 
 @dataclass(frozen=True)
 class Products:
-    """An implementation of the three products, and the layout of the experts that it takes.
+    """An implementation of the three products, and the layout of the experts that it needs.
 
     Attributes:
       lay_out: `(w [E, D, F] or [E, F, D], name)` to the layout of the products below, in which F
@@ -63,17 +70,6 @@ class Products:
 
 Combine = Callable[..., tuple[Array, ...]]  # of arrays in float32, element by element
 
-# Where the arguments lie under a mesh.
-SEGMENTS = partition_spec(("moe_batch",))
-HIDDEN = partition_spec(("moe_batch", "length", "mlp"))
-EXPERTS = {
-    "gate": partition_spec(("experts", "embed", "mlp")),
-    "up": partition_spec(("experts", "embed", "mlp")),
-    "down": partition_spec(("experts", "mlp", "embed")),
-}
-(FSDP,), (TENSOR,) = RULES["embed"], RULES["mlp"]
-REPLICAS = "data"
-
 SAVED_HIDDEN = "expert_ffn_hidden"  # gate and up: what remat keeps where it keeps dense products
 
 Saved = tuple[Array, Experts, Array, Array, Array]
@@ -86,7 +82,9 @@ def products_ffn(products: Products, x_SxTxD: Array, experts: Experts, r_SxE: Ar
 
 
 def _fwd(products: Products, x_SxTxD: Array, experts: Experts, r_SxE: Array) -> tuple[Array, Saved]:
-    run = _on_mesh(forward, products, (SEGMENTS, EXPERTS, SEGMENTS), (SEGMENTS, HIDDEN, HIDDEN))
+    specs_in = (BATCH_SPEC, EXPERT_SPECS, BATCH_SPEC)
+    specs_out = (BATCH_SPEC, HIDDEN_SPEC, HIDDEN_SPEC)
+    run = on_mesh(functools.partial(forward, products), specs_in, specs_out)
     y_SxTxD, gate_SxTxF, up_SxTxF = run(x_SxTxD, experts, r_SxE)
     gate_SxTxF = checkpoint_name(gate_SxTxF, SAVED_HIDDEN)
     up_SxTxF = checkpoint_name(up_SxTxF, SAVED_HIDDEN)
@@ -96,8 +94,9 @@ def _fwd(products: Products, x_SxTxD: Array, experts: Experts, r_SxE: Array) -> 
 def _bwd(
     products: Products, saved: Saved, dy_SxTxD: Array
 ) -> tuple[Array, dict[str, Array], Array]:
-    specs_in = (SEGMENTS, EXPERTS, SEGMENTS, HIDDEN, HIDDEN, SEGMENTS)
-    run = _on_mesh(backward, products, specs_in, (SEGMENTS, EXPERTS, SEGMENTS))
+    specs_in = (BATCH_SPEC, EXPERT_SPECS, BATCH_SPEC, HIDDEN_SPEC, HIDDEN_SPEC, BATCH_SPEC)
+    specs_out = (BATCH_SPEC, EXPERT_SPECS, BATCH_SPEC)
+    run = on_mesh(functools.partial(backward, products), specs_in, specs_out)
     dx_SxTxD, dexperts, dr_SxE = run(*saved, dy_SxTxD)
     experts, r_SxE = saved[1:3]
     dexperts = {name: dw.astype(experts[name].dtype) for name, dw in dexperts.items()}
@@ -107,31 +106,17 @@ def _bwd(
 products_ffn.defvjp(_fwd, _bwd)
 
 
-def _on_mesh(
-    function: Callable[..., Any], products: Products, in_specs: Any, out_specs: Any
-) -> Callable[..., Any]:
-    """`function` on this device's part of everything; without a mesh, on everything."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return functools.partial(function, products, on_mesh=False)
-    return jax.shard_map(
-        functools.partial(function, products, on_mesh=True),
-        in_specs=in_specs,
-        out_specs=out_specs,
-        check_vma=False,
-    )
-
-
 def forward(
-    products: Products, x_SxTxD: Array, experts: Experts, r_SxE: Array, *, on_mesh: bool
+    products: Products, x_SxTxD: Array, experts: Experts, r_SxE: Array
 ) -> tuple[Array, Array, Array]:
     """The output, and gate and up before the activation function."""
-    whole = functools.partial(_whole, products, experts, x_SxTxD, on_mesh)
+    whole = functools.partial(_whole, products, experts, x_SxTxD)
     with jax.named_scope("expert_ffn"):
         inwards = {name: whole(name) for name in ("gate", "up")}
         gate_SxTxF, up_SxTxF, hidden_SxTxF = products.to_hidden(x_SxTxD, inwards, r_SxE, _activate)
         outwards = {"down": whole("down")}
         y_SxTxD = products.from_hidden({"down": hidden_SxTxF}, outwards, r_SxE)
-        if on_mesh:
+        if has_mesh():
             y_SxTxD = jax.lax.psum(y_SxTxD, TENSOR)
     return y_SxTxD, gate_SxTxF, up_SxTxF
 
@@ -156,11 +141,9 @@ def backward(
     gate_SxTxF: Array,
     up_SxTxF: Array,
     dy_SxTxD: Array,
-    *,
-    on_mesh: bool,
 ) -> tuple[Array, dict[str, Array], Array]:
     """Gradients of x and of the experts in x's type, and of the routing weights in float32."""
-    weights = {name: _whole(products, experts, x_SxTxD, on_mesh, name) for name in experts}
+    weights = {name: _whole(products, experts, x_SxTxD, name) for name in experts}
     with jax.named_scope("expert_ffn"):
         dgate_SxTxF, dup_SxTxF, hidden_SxTxF = products.to_hidden(
             dy_SxTxD, {"down": weights["down"]}, r_SxE, _activate_backward, gate_SxTxF, up_SxTxF
@@ -176,7 +159,7 @@ def backward(
         for name, (on_d, on_f) in sides.items():
             dw, dr = products.gradients(on_d, on_f, weights[name], r_SxE, name)
             dexperts[name], dr_SxE = dw, dr_SxE + dr
-    if on_mesh:
+    if has_mesh():
         dx_SxTxD = jax.lax.psum(dx_SxTxD, TENSOR)
         dr_SxE = jax.lax.psum(dr_SxE, TENSOR)
         for name, dw in dexperts.items():
@@ -189,7 +172,7 @@ def backward(
     return dx_SxTxD, dexperts, dr_SxE
 
 
-def _whole(products: Products, experts: Experts, like: Array, on_mesh: bool, name: str) -> Array:
+def _whole(products: Products, experts: Experts, like: Array, name: str) -> Array:
     """A matrix of every expert, in the compute type and the products' layout, whole in D.
 
     It is laid out before it is gathered: what moves is in the compute type, and what is copied is
@@ -197,6 +180,6 @@ def _whole(products: Products, experts: Experts, like: Array, on_mesh: bool, nam
     """
     with jax.named_scope("merge"):
         w = products.lay_out(experts[name].astype(like.dtype), name)
-        if on_mesh:
+        if has_mesh():
             w = jax.lax.all_gather(w, FSDP, axis=products.d_axis(name), tiled=True)
     return w

@@ -1,4 +1,4 @@
-"""Sparse mixtures of experts, which Lory is compared with: who takes whom, and the grouped FFN.
+"""The sparse baselines: token-to-expert assignment and the grouped FFN.
 
     expert_choice_segment  experts choose segments, by Lory's causal routing weights
     expert_choice_token    experts choose tokens (Zhou et al. 2022, arXiv 2202.09368)
@@ -11,33 +11,35 @@ shapes are static: tokens are gathered into the slots, one batched matrix produc
 experts, and the results are added to where the tokens came from. A unit without a slot gets 0, and
 passes through the residual alone.
 
-At evaluation and inference every unit takes its own k most likely experts, whatever else is in the
-batch: nothing is dropped and no unit sees another (`chosen_ffn`, by `jax.lax.ragged_dot`).
+At evaluation and inference every unit uses its own k most likely experts, whatever else is in the
+batch: nothing is dropped and no unit depends on another (`chosen_ffn`, by `jax.lax.ragged_dot`).
 
 Letters: B batch, L sequence, G groups, n units of a group, T tokens per unit, C slots per expert,
 k experts per unit, M tokens, D model, F FFN, E experts.
 """
 
-import functools
 import math
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lory_jax.parallel import RULES, partition_spec
-
-Experts = Mapping[str, Array]
-
-EXPERT_CHOICE = ("expert_choice_segment", "expert_choice_token")
-TOKEN_CHOICE = {"top1": 1, "top2": 2}  # experts that a token chooses
-SPARSE = (*EXPERT_CHOICE, *TOKEN_CHOICE)
+from lory_jax.model.experts import (
+    BATCH_SPEC,
+    D_AXIS,
+    EXPERT_SPECS,
+    FSDP,
+    MATRICES,
+    TENSOR,
+    Experts,
+)
+from lory_jax.model.routing_rules import EXPERT_CHOICE, TOKEN_CHOICE
+from lory_jax.parallel import has_mesh, on_mesh
 
 
 class Slots(NamedTuple):
-    """What the experts of every group take.
+    """The units that the experts of every group process.
 
     units_GxExC: which unit of the group is in the slot.
     weights_GxExC: what its output is multiplied by, float32; 0 in an empty slot.
@@ -63,12 +65,12 @@ def assign(
       none.
 
     Raises:
-      ValueError: the batch is no multiple of `group`.
+      ValueError: the batch is not a multiple of `group`.
     """
     B, U, E = p_BxUxE.shape
     group = group or B
     if B % group:
-        raise ValueError(f"a batch of {B} sequences is no multiple of routing_group={group}")
+        raise ValueError(f"a batch of {B} sequences is not a multiple of routing_group={group}")
     n = group * U
     p_GxnxE = p_BxUxE.reshape(B // group, n, E)
     if routing in EXPERT_CHOICE:
@@ -85,20 +87,20 @@ def capacity(factor: float, choices: int, units: int, experts: int) -> int:
     return max(1, min(units, math.ceil(factor * choices * units / experts)))
 
 
-# ---------------------------------------------------------------- who takes whom, in training
+# ---------------------------------------------------------------- assignment, in training
 
 
 def expert_choice(p_GxnxE: Array, slots: int) -> Slots:
-    """Every expert takes the `slots` units that give it most weight (Zhou et al., equation 2).
+    """Every expert chooses the `slots` units that give it most weight (Zhou et al., equation 2).
 
-    A unit may be taken by several experts or by none.
+    A unit may be chosen by several experts or by none.
     """
     weights_GxExC, units_GxExC = jax.lax.top_k(p_GxnxE.swapaxes(1, 2), slots)
     return Slots(units_GxExC, weights_GxExC)
 
 
 def token_choice(p_GxnxE: Array, choices: int, slots: int) -> Slots:
-    """Every unit asks for its `choices` best experts; who comes after the last slot is dropped.
+    """Every unit asks for its `choices` best experts; what comes after the last slot is dropped.
 
     First choices are served before second ones, and within each, units in their order.
     """
@@ -145,7 +147,7 @@ def load_balancing_loss(p_GxnxE: Array) -> Array:
 
 
 def dropped_share(slots: Slots, units: int) -> Array:
-    """The share of units that no expert takes."""
+    """The share of units without an expert."""
 
     def of_group(units_ExC: Array, weights_ExC: Array) -> Array:
         return jnp.zeros(units, bool).at[units_ExC].max(weights_ExC > 0)
@@ -158,11 +160,11 @@ def dropped_share(slots: Slots, units: int) -> Array:
 
 
 def slots_ffn(x_BxLxD: Array, slots: Slots, experts: Experts, unit_length: int = 1) -> Array:
-    """The weighted sum of the outputs of the experts that take a unit, 0 where none does.
+    """The weighted sum of the outputs of a unit's experts; 0 where it has none.
 
     Args:
       x_BxLxD: hidden states, in the compute type.
-      slots: what the experts take; G divides B.
+      slots: the units of every expert; G divides B.
       experts: `{"gate": [E, D, F], "up": [E, D, F], "down": [E, F, D]}`.
       unit_length: T, 1 where the units are tokens; the last of a sequence may be shorter.
 
@@ -194,21 +196,11 @@ def slots_ffn(x_BxLxD: Array, slots: Slots, experts: Experts, unit_length: int =
 
 # ---------------------------------------------------------------- evaluation and inference
 
-# Where things lie under a mesh: tokens by sequence, the experts as the table of parallel.py says.
-BATCH = partition_spec(("moe_batch",))
-EXPERTS = {
-    "gate": partition_spec(("experts", "embed", "mlp")),
-    "up": partition_spec(("experts", "embed", "mlp")),
-    "down": partition_spec(("experts", "mlp", "embed")),
-}
-(FSDP,), (TENSOR,) = RULES["embed"], RULES["mlp"]
-D_AXIS = {"gate": 1, "up": 1, "down": 2}
-
 
 def chosen_ffn(
     x_BxLxD: Array, weights_BxLxk: Array, experts_BxLxk: Array, experts: Experts
 ) -> Array:
-    """Every token through its own k experts: the weighted sum of their outputs, `[B, L, D]`.
+    """Sends every token through its own k experts; returns the weighted sum `[B, L, D]`.
 
     The tokens are sorted by expert, and `jax.lax.ragged_dot` multiplies each run of them with the
     matrices of its expert. Under a mesh every device does so with its own tokens and slice of F.
@@ -218,26 +210,20 @@ def chosen_ffn(
       weights_BxLxk, experts_BxLxk: what `choose_experts` returns.
       experts: `{"gate": [E, D, F], "up": [E, D, F], "down": [E, F, D]}`.
     """
-    experts = {name: experts[name] for name in EXPERTS}
-    if jax.sharding.get_abstract_mesh().empty:
-        return _chosen_ffn(x_BxLxD, weights_BxLxk, experts_BxLxk, experts, on_mesh=False)
-    run = jax.shard_map(
-        functools.partial(_chosen_ffn, on_mesh=True),
-        in_specs=(BATCH, BATCH, BATCH, EXPERTS),
-        out_specs=BATCH,
-        check_vma=False,
-    )
+    experts = {name: experts[name] for name in MATRICES}
+    specs_in = (BATCH_SPEC, BATCH_SPEC, BATCH_SPEC, EXPERT_SPECS)
+    run = on_mesh(_chosen_ffn, specs_in, BATCH_SPEC)
     return run(x_BxLxD, weights_BxLxk, experts_BxLxk, experts)
 
 
 def _chosen_ffn(
-    x_BxLxD: Array, weights_BxLxk: Array, experts_BxLxk: Array, experts: Experts, *, on_mesh: bool
+    x_BxLxD: Array, weights_BxLxk: Array, experts_BxLxk: Array, experts: Experts
 ) -> Array:
     B, L, D = x_BxLxD.shape
     k = weights_BxLxk.shape[-1]
     whole = {
         name: jax.lax.all_gather(w.astype(x_BxLxD.dtype), FSDP, axis=D_AXIS[name], tiled=True)
-        if on_mesh
+        if has_mesh()
         else w
         for name, w in experts.items()
     }
@@ -253,10 +239,10 @@ def _chosen_ffn(
         y_AxD = jax.lax.ragged_dot(jax.nn.silu(gate_AxF) * up_AxF, down_ExFxD, sizes_E)
     weighted_AxD = y_AxD.astype(jnp.float32) * weights_BxLxk.reshape(-1)[order_A, None]
     y_MxD = jnp.zeros((B * L, D), jnp.float32).at[tokens_A].add(weighted_AxD)
-    if on_mesh:
+    if has_mesh():
         y_MxD = jax.lax.psum(y_MxD, TENSOR)
     return y_MxD.astype(x_BxLxD.dtype).reshape(B, L, D)
 
 
 def _matrices(experts: Experts, like: Array) -> list[Array]:
-    return [experts[name].astype(like.dtype) for name in ("gate", "up", "down")]
+    return [experts[name].astype(like.dtype) for name in MATRICES]

@@ -1,0 +1,31 @@
+"""The experts of a layer: their matrices, logical axes, and how they lie on a mesh.
+
+Every expert has a SwiGLU FFN of three matrices. Each device holds the same slice of F of every
+expert (paper, section 6: expert-wise model parallelism): D is split over FSDP and gathered where it
+is needed; F is split over TENSOR, over which activations travel and parameters never do.
+
+Letters: S segments, T tokens per segment, B batch, D model, F FFN, E experts.
+"""
+
+from collections.abc import Mapping
+
+from jax import Array
+
+from lory_jax.parallel import RULES, partition_spec
+
+Experts = Mapping[str, Array]  # {"gate": [E, D, F], "up": [E, D, F], "down": [E, F, D]}
+
+# The logical axes of every matrix, without the experts' own axis; a dense FFN has them too.
+DENSE_AXES = {"gate": ("embed", "mlp"), "up": ("embed", "mlp"), "down": ("mlp", "embed")}
+AXES = {name: ("experts", *axes) for name, axes in DENSE_AXES.items()}
+MATRICES = tuple(AXES)
+D_AXIS = {name: axes.index("embed") for name, axes in AXES.items()}
+
+# Mesh axes that D and F are split over, and those over which gradients are summed beside FSDP.
+(FSDP,), (TENSOR,) = RULES["embed"], RULES["mlp"]
+REPLICAS = tuple(axis for axis in RULES["moe_batch"] if axis != FSDP)
+
+# Where the experts and the activations around them lie on a mesh.
+EXPERT_SPECS = {name: partition_spec(axes) for name, axes in AXES.items()}
+BATCH_SPEC = partition_spec(("moe_batch",))  # [B or S, ...]
+HIDDEN_SPEC = partition_spec(("moe_batch", "length", "mlp"))  # [S, T, F]

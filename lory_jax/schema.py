@@ -1,0 +1,315 @@
+"""Every config field, declared once: default, meaning, check, and what a change of it does.
+
+This is the only place that lists fields. Other code asks: `find_field`, `fields_where`,
+`section_defaults`, `may_change`. The file imports nothing heavy, so that `--help` is fast.
+"""
+
+import difflib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lory_jax.errors import ConfigError
+from lory_jax.model.routing_rules import MERGED, SPARSE
+
+LARGEST_INTEGER = 2**63 - 1  # what NumPy, JAX and the data pipeline can hold
+
+
+@dataclass(frozen=True)
+class Field:
+    """One config field.
+
+    Attributes:
+      default: its value where a recipe sets none.
+      meaning: what it means, with its unit.
+      accepts: what values it accepts, as the end of a sentence that begins with "must be".
+      check: whether it accepts a value.
+      is_architecture: whether trained parameters mean something else, or do not fit, if it differs.
+      may_change: whether a run may be resumed with another value, because the field decides how
+        the run is computed, logged or saved, not what is computed.
+    """
+
+    default: Any
+    meaning: str
+    accepts: str
+    check: Callable[[Any], bool]
+    is_architecture: bool = False
+    may_change: bool = False
+
+
+def _int(default: int, meaning: str, low: int, **properties: bool) -> Field:
+    def check(value: Any) -> bool:
+        return type(value) is int and low <= value <= LARGEST_INTEGER
+
+    return Field(default, meaning, f"an integer of at least {low}", check, **properties)
+
+
+def _float(
+    default: float,
+    meaning: str,
+    low: float,
+    high: float = sys.float_info.max,
+    **properties: bool,
+) -> Field:
+    is_bounded = high < sys.float_info.max
+    accepts = (
+        f"a number from {low:g} to {high:g}" if is_bounded else f"a number of at least {low:g}"
+    )
+
+    def check(value: Any) -> bool:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and low <= value <= high
+
+    return Field(default, meaning, accepts, check, **properties)
+
+
+def _choice(meaning: str, *choices: str, **properties: bool) -> Field:
+    def check(value: Any) -> bool:
+        return isinstance(value, str) and value in choices
+
+    return Field(choices[0], meaning, "one of " + ", ".join(choices), check, **properties)
+
+
+def _bool(default: bool, meaning: str, **properties: bool) -> Field:
+    return Field(
+        default, meaning, "true or false", lambda value: isinstance(value, bool), **properties
+    )
+
+
+def _all_may_change(fields: dict[str, Field]) -> dict[str, Field]:
+    """A section whose every field may change when a run is resumed."""
+    return {name: replace(field, may_change=True) for name, field in fields.items()}
+
+
+SCHEMA: dict[str, dict[str, Field]] = {
+    "model": {
+        "vocab_size": _int(32_000, "tokens in the vocabulary", 259, is_architecture=True),
+        "num_layers": _int(24, "transformer layers", 1, is_architecture=True),
+        "embed_dim": _int(1024, "model width D", 2, is_architecture=True),
+        "num_heads": _int(16, "attention heads H", 1, is_architecture=True),
+        "num_kv_heads": _int(
+            0,
+            "heads of keys and values G; 0 means as many as num_heads",
+            0,
+            is_architecture=True,
+        ),
+        "mlp_dim": _int(
+            2816, "hidden width F of the FFN, and of each expert", 1, is_architecture=True
+        ),
+        # Not architecture: a run with experts may start from the parameters of a dense model.
+        "num_experts": _int(8, "expert FFNs per layer E; 0 is the dense baseline", 0),
+        "sequence_length": _int(4096, "tokens per training instance L", 1),
+        "segment_length": _int(256, "tokens per routing segment T", 1),
+        "routing": _choice(
+            "causal is Lory; the others are baselines (docs/baselines.md)", *MERGED, *SPARSE
+        ),
+        "first_segment_routing": _choice(
+            "routing of segment 1: by its own mean (the paper) or 1/E each (strictly causal)",
+            "self",
+            "uniform",
+        ),
+        "capacity_factor": _float(
+            1.0,
+            "sparse baselines: total expert slots divided by total token-expert assignments",
+            0.0,
+        ),
+        "routing_group": _int(
+            0,
+            "sparse baselines: sequences that compete for slots; 0 means a whole microbatch",
+            0,
+        ),
+        "load_balancing_weight": _float(
+            0.01, "top1, top2: weight of the load-balancing loss, summed over layers", 0.0
+        ),
+        "router_init_scale": _float(
+            0.23, "the router is initialised from N(0, (scale/sqrt(D))^2)", 0.0
+        ),
+        "tie_embeddings": _bool(
+            False, "the output head is the transposed embedding", is_architecture=True
+        ),
+        "rope_theta": _float(
+            10_000.0, "base of the rotary position embedding", 1.0, is_architecture=True
+        ),
+        "rope_scaling": _choice(
+            "which rotary frequencies are scaled down: none, all, or the low ones (Llama 3.1)",
+            "none",
+            "linear",
+            "llama3",
+            is_architecture=True,
+        ),
+        "rope_factor": _float(
+            1.0, "what rope_scaling divides the frequencies by", 1.0, is_architecture=True
+        ),
+        "rope_low_frequency_factor": _float(
+            1.0,
+            "llama3: wavelengths above rope_original_length / this value are scaled in full",
+            1e-6,
+            is_architecture=True,
+        ),
+        "rope_high_frequency_factor": _float(
+            4.0,
+            "llama3: wavelengths below rope_original_length / this value are not scaled",
+            1e-6,
+            is_architecture=True,
+        ),
+        "rope_original_length": _int(
+            8192, "llama3: sequence length before scaling", 1, is_architecture=True
+        ),
+        "norm_epsilon": _float(
+            1e-5, "added to the mean square in RMSNorm", 0.0, 1.0, is_architecture=True
+        ),
+        "compute_dtype": _choice("type of matrix products", "bfloat16", "float32"),
+        "remat": _choice(
+            "what the backward pass recomputes per layer", "none", "full", "dots", may_change=True
+        ),
+        "attention": _choice(
+            "auto is cudnn on GPUs, splash on TPUs, else xla",
+            "auto",
+            "xla",
+            "cudnn",
+            "splash",
+            may_change=True,
+        ),
+        "merged_ffn": _choice(
+            "auto is kernel on TPUs if it fits, whole on CPUs, else blocks",
+            "auto",
+            "einsum",
+            "whole",
+            "blocks",
+            "kernel",
+        ),
+        "attention_sharding": _choice(
+            "what is split over the mesh axis tensor: sequences, or heads (for more devices than "
+            "sequences)",
+            "batch",
+            "heads",
+            may_change=True,
+        ),
+        "scan_layers": _bool(True, "scan over the layers rather than unroll them"),
+    },
+    "train": {
+        "steps": _int(1000, "optimiser steps", 1),
+        "global_batch_size": _int(256, "instances per step over all devices", 1),
+        "microbatches": _int(
+            1, "parts of a batch whose gradients are accumulated", 1, may_change=True
+        ),
+        "seed": _int(0, "seed of initialisation and of the data order", 0),
+        "learning_rate": _float(2e-4, "peak learning rate", 0.0),
+        "warmup_fraction": _float(0.05, "share of the steps with linear warm-up", 0.0, 1.0),
+        "final_learning_rate_fraction": _float(
+            0.1, "final learning rate divided by the peak", 0.0, 1.0
+        ),
+        "dense_warmup_fraction": _float(
+            0.05, "share of the steps that train the dense model before upcycling", 0.0, 1.0
+        ),
+        "beta1": _float(0.9, "AdamW: decay of the first moment", 0.0, 1.0),
+        "beta2": _float(0.95, "AdamW: decay of the second moment", 0.0, 1.0),
+        "epsilon": _float(1e-8, "AdamW: added to the root of the second moment", 0.0),
+        "first_moment_dtype": _choice("AdamW: type of the first moment", "float32", "bfloat16"),
+        "weight_decay": _float(0.1, "AdamW: decoupled decay of matrices (not of norms)", 0.0),
+        "clip_norm": _float(1.0, "largest global gradient norm; 0 turns clipping off", 0.0),
+        "log_every_steps": _int(10, "steps between console lines", 1, may_change=True),
+        "validate_every_steps": _int(100, "steps between validations", 1, may_change=True),
+        "validation_batches": _int(
+            8, "batches per domain in a validation inside the loop", 1, may_change=True
+        ),
+        "max_skipped_steps": _int(
+            10,
+            "consecutive steps with a NaN or infinite loss or gradient that stop the run",
+            1,
+            may_change=True,
+        ),
+    },
+    "checkpoint": _all_may_change(
+        {
+            "every_steps": _int(1000, "steps between checkpoints", 1),
+            "every_minutes": _float(
+                0.0, "also save a checkpoint after so many minutes; 0 turns this off", 0.0
+            ),
+            "keep": _int(2, "newest checkpoints to keep", 1),
+            "keep_best": _int(0, "also keep so many checkpoints of lowest validation loss", 0),
+            "keep_every_steps": _int(
+                0, "also keep checkpoints at multiples of so many steps; 0 turns this off", 0
+            ),
+        }
+    ),
+    "parallel": _all_may_change(
+        {
+            "data": _int(1, "devices on the mesh axis data", 1),
+            "fsdp": _int(0, "devices on the mesh axis fsdp; 0 means all that remain", 0),
+            "tensor": _int(1, "devices on the mesh axis tensor", 1),
+        }
+    ),
+    # Read by `prepare`; a run is bound to its data by the hash of their manifest.
+    "data": _all_may_change(
+        {
+            "min_document_bytes": _int(200, "shorter documents are dropped", 1),
+            "max_document_bytes": _int(100_000, "longer documents are cut into pieces", 1),
+            "max_domain_bytes": _int(0, "bytes kept per domain; 0 keeps all", 0),
+            "validation_fraction": _float(
+                0.04, "share of each domain's bytes for validation", 0, 0.5
+            ),
+            "test_fraction": _float(0.06, "share of each domain's bytes for test", 0, 0.5),
+            "embedding_dim": _int(256, "dimensions of the document embedding", 2),
+            "num_neighbors": _int(20, "neighbours per document in the similarity graph", 1),
+            "tokenizer_sample_bytes": _int(
+                20_000_000, "bytes of training text that the tokenizer is trained on", 1
+            ),
+            "instances_per_shard": _int(8192, "instances in one ArrayRecord file", 1),
+        }
+    ),
+}
+
+
+def find_field(name: str) -> Field:
+    """Returns the schema's field `section.name`, or raises with the nearest name."""
+    section, _, key = name.partition(".")
+    field = SCHEMA.get(section, {}).get(key)
+    if field is None:
+        known = [f"{s}.{k}" for s, fields in SCHEMA.items() for k in fields]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"config.{shorten(name)}: no such field; did you mean config.{near}?")
+    return field
+
+
+def fields_where(section: str, **properties: bool) -> list[str]:
+    """The names of a section's fields with these properties, such as `is_architecture=True`."""
+    return [
+        name
+        for name, field in SCHEMA[section].items()
+        if all(getattr(field, key) == value for key, value in properties.items())
+    ]
+
+
+def section_defaults(section: str) -> dict[str, Any]:
+    """Every field of a section at its default. A field younger than a run had its default."""
+    return {name: field.default for name, field in SCHEMA.get(section, {}).items()}
+
+
+def may_change(section: str, name: str) -> bool:
+    """Whether a run may be resumed with another value of a field.
+
+    A field of an older version, which the schema no longer has, may change where all of its section
+    may.
+    """
+    fields = SCHEMA.get(section, {})
+    if name in fields:
+        return fields[name].may_change
+    return bool(fields) and all(field.may_change for field in fields.values())
+
+
+def describe_fields() -> str:
+    """Returns one line per field for `--help`."""
+    lines = [
+        f"  --config.{section}.{name}  {field.meaning} ({field.accepts}; {field.default!r})"
+        for section, fields in SCHEMA.items()
+        for name, field in fields.items()
+    ]
+    return "config fields (meaning, accepted values, default of the schema):\n" + "\n".join(lines)
+
+
+def shorten(text: str, longest: int = 200) -> str:
+    """A text on one line, cut where it is very long."""
+    line = " ".join(text.split())
+    return line if len(line) <= longest else line[: longest - 3] + "..."
