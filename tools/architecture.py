@@ -136,7 +136,7 @@ def shared(axes: Axes) -> None:
         54,
         5,
         "model/  the network         parallel.py  mesh and sharding rules         "
-        "config.py  every field         storage.py  gs:// and s3://         report/  plots, pages",
+        "schema.py  every field         storage.py  gs:// and s3://         report/  plots, pages",
         ha="center",
         va="center",
         fontsize=8.8,
