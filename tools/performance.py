@@ -1,88 +1,140 @@
-"""Writes the tables of docs/performance.md from docs/performance/*.json; measures nothing.
+"""Writes the picture and the tables of docs/performance.md from docs/performance/*.json.
 
     python tools/performance.py
 
-The JSON is what benchmarks/merged_ffn.py and benchmarks/train_step.py wrote with --json.
+Measures nothing: the JSON is what benchmarks/merged_ffn.py and benchmarks/train_step.py wrote with
+--json. The picture is docs/performance.png.
 """
 
 import json
 from typing import Any
 
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
 from tables import ROOT, markdown, replace_marked
 
 from lory_jax.planning.topology import parse_topology
+from lory_jax.report import plots
 
 PAGE, FIGURES = ROOT / "docs" / "performance.md", ROOT / "docs" / "performance"
+PICTURE = ROOT / "docs" / "performance.png"
+
+EXPERTS = (8, 32)
+SEGMENTS = (16, 64, 128)  # per device, of 256 tokens
+DEVICES = {"v5e": "TPU v5e", "v5p": "TPU v5p", "v6e": "TPU v6e", "cpu": "CPU"}
+AT_256 = {"T": 256, "F": 2816}  # the shape that the picture and most columns show
+AT_512 = {"T": 512, "F": 2816}
 
 Rows = list[dict[str, Any]]
 
 
 def main() -> None:
-    layers: Rows = []
-    clocked: Rows = []
-    steps: Rows = []
-    for path in sorted(FIGURES.glob("*.json")):
-        for row in json.loads(path.read_text()):
-            group = layers if "topology" in row else clocked if "implementation" in row else steps
-            group.append(row)
-    tables = [clock_table(clocked)] if clocked else []
-    tables += [layer_table(layers), kernel_table(layers)] if layers else []
-    tables += [step_table(steps)] if steps else []
-    replace_marked(PAGE, "tools/performance.py", "\n\n".join(tables))
+    rows = [row for path in sorted(FIGURES.glob("*.json")) for row in json.loads(path.read_text())]
+    layers = [row for row in rows if is_layer(row)]
+    steps = [row for row in rows if "experts" in row]
+    with matplotlib.rc_context(plots.STYLE):
+        plots.write_png(picture(layers), PICTURE)
+    replace_marked(PAGE, "tools/performance.py", f"{layer_table(layers)}\n\n{step_table(steps)}")
 
 
-def clock_table(rows: Rows) -> str:
-    header = ["by the clock", "E", "S", "forward over dense", "forward and backward over dense"]
-    header += ["quartiles", "fastest over dense's fastest", "temporaries, MB", "device"]
-    return markdown(
-        header,
-        [
-            [
-                row["implementation"],
-                str(row["E"]),
-                str(row["S"]),
-                f"{row['forward_over_dense']:.2f}",
-                f"{row['over_dense']:.2f}",
-                ", ".join(f"{q:.2f}" for q in row["quartiles"]),
-                f"{row['fastest_over_dense']:.2f}",
-                f"{row['temporaries_MB']:,.0f}",
-                f"{row['device']}, {row['dtype']}",
+def is_layer(row: dict[str, Any]) -> bool:
+    """Whether a row is a layer as `auto` computes it: kernels on TPUs, `whole` on CPUs."""
+    if "topology" in row:
+        return row["implementation"] == "kernel" and row["gathered"]
+    return row.get("implementation") == "whole"
+
+
+def device_of(row: dict[str, Any]) -> str:
+    return row["topology"].split("-")[0] if "topology" in row else row["device"]
+
+
+def find(layers: Rows, device: str, **shape: int) -> dict[str, Any] | None:
+    """The row of this device with these E, S, T and F; None if that was not measured."""
+    for row in layers:
+        if device_of(row) == device and all(row[key] == size for key, size in shape.items()):
+            return row
+    return None
+
+
+# ---------------------------------------------------------------- the picture
+
+
+def picture(layers: Rows) -> Figure:
+    """A panel per device: time of a merged layer over a dense one, by segments per device."""
+    figure = Figure(figsize=(plots.WIDTH, 2.9), layout="constrained")
+    panels = figure.subplots(1, len(DEVICES), sharey=True)
+    for axes, (device, title) in zip(panels, DEVICES.items(), strict=True):
+        axes.axhline(1, color=plots.COLOURS[0], linewidth=2, zorder=1)
+        for experts, colour, marker in zip(
+            EXPERTS, plots.COLOURS[1:], plots.MARKERS[1:], strict=False
+        ):
+            mine = [
+                row
+                for row in layers
+                if device_of(row) == device
+                and row["E"] == experts
+                and all(row[key] == size for key, size in AT_256.items())
             ]
-            for row in rows
-        ],
-    )
+            mine.sort(key=lambda row: row["S"])
+            axes.plot(
+                [row["S"] for row in mine],
+                [row["over_dense"] for row in mine],
+                color=colour,
+                marker=marker,
+                markersize=6,
+                linewidth=1.6,
+                label=f"{experts} experts",
+            )
+        axes.set_title(f"{title}\n{'measured' if device == 'cpu' else 'by the compiler'}")
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(11, 185)
+        axes.xaxis.set_major_locator(FixedLocator([16, 32, 64, 128]))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticklabels(["16", "32", "64", "128"])
+    panels[0].set_ylim(0.8, 3.5)
+    panels[0].set_ylabel("time relative to a dense layer")
+    panels[-1].annotate("dense", (170, 1), va="bottom", ha="right", color=plots.COLOURS[0])
+    panels[-1].legend(loc="upper right")
+    figure.supxlabel("segments of 256 tokens per device", fontsize=9)
+    return figure
 
 
-def layer_table(rows: Rows) -> str:
-    header = ["one layer, forward and backward", "experts", "TPU", "E", "S", "T", "F"]
-    header += [
-        "M cycles",
-        "over dense",
-        "over dense at peak",
-        "of them XLA's",
-        "HBM, GB",
-        "over dense",
-        "temporaries, MB",
-    ]
-    return markdown(
-        header,
-        [
-            [
-                row["implementation"],
-                "gathered" if row["gathered"] else "stored",
-                row["topology"].split("-")[0],
-                *(str(row[name]) for name in "ESTF"),
-                f"{row['cycles'] / 1e6:.2f}",
-                f"{row['over_dense']:.2f}" if "over_dense" in row else "1",
-                f"{row['cycles'] / dense_at_peak(row):.2f}",
-                f"{row['xla_cycles'] / 1e6:.2f}",
-                f"{row['hbm_GB']:.2f}",
-                f"{row['bytes_over_dense']:.2f}" if "bytes_over_dense" in row else "1",
-                f"{row['temporaries_MB']:,.0f}",
-            ]
-            for row in rows
-        ],
-    )
+# ---------------------------------------------------------------- the tables
+
+
+def layer_table(layers: Rows) -> str:
+    lines = []
+    for device, title in DEVICES.items():
+        for experts in EXPERTS:
+            by_size = [find(layers, device, E=experts, S=size, **AT_256) for size in SEGMENTS]
+            main = by_size[1]
+            if device == "cpu":
+                measured = find(layers, device, E=experts, S=32, T=256, F=2816)
+                assert measured is not None, "docs/performance/layer_cpu.json lacks `whole`"
+                lines.append([title, str(experts), "", ratio(measured), *[""] * 5])
+                continue
+            assert main is not None, f"docs/performance/layer_{device}.json lacks S = 64"
+            lines.append(
+                [
+                    title,
+                    str(experts),
+                    ratio(by_size[0]),
+                    "",
+                    ratio(main),
+                    ratio(by_size[2]),
+                    ratio(find(layers, device, E=experts, S=32, **AT_512)),
+                    f"{main['cycles'] / dense_at_peak(main):.2f}",
+                    f"{main['bytes_over_dense']:.2f}",
+                ]
+            )
+    header = ["one layer, forward and backward, over dense", "experts"]
+    header += ["S = 16", "S = 32", "S = 64", "S = 128", "T = 512, S = 32"]
+    return markdown([*header, "S = 64, over dense at peak", "S = 64, HBM bytes over dense"], lines)
+
+
+def ratio(row: dict[str, Any] | None) -> str:
+    return "" if row is None else f"{row['over_dense']:.2f}"
 
 
 def dense_at_peak(row: dict[str, Any]) -> float:
@@ -91,50 +143,19 @@ def dense_at_peak(row: dict[str, Any]) -> float:
     return 18 * row["S"] * row["T"] * row["D"] * row["F"] / device.flops_per_cycle
 
 
-def kernel_table(rows: Rows) -> str:
-    lines = []
-    for row in rows:
-        if (row["S"], row["T"], row["F"]) != (64, 256, 2816):
-            continue  # the same kernels, other sizes
-        for name, cost in row["kernels"].items():
-            lines.append(
-                [
-                    name,
-                    row["topology"].split("-")[0],
-                    *(str(row[key]) for key in "EST"),
-                    str(cost["calls"]),
-                    *(f"{cost[key] / 1e6:.2f}" for key in ("bundles", "matrix_unit", "dma")),
-                    cost["bound_by"].replace("_", " "),
-                    ", ".join(f"{kind} {share:.0%}" for kind, share in _busiest(cost["busy"])),
-                ]
-            )
-    header = ["kernel", "TPU", "E", "S", "T", "calls a layer", "M bundles a call"]
-    header += ["matrix unit at peak, M cycles", "DMA, M cycles", "bound by", "slots used"]
-    return markdown(header, lines)
-
-
-def _busiest(busy: dict[str, float]) -> list[tuple[str, float]]:
-    return sorted(busy.items(), key=lambda item: -item[1])[:3]
-
-
-def step_table(rows: Rows) -> str:
-    header = ["whole step", "merged FFN by", "T", "remat", "device"]
-    header += ["over dense", "quartiles", "FLOPs over dense's", "tokens/s"]
+def step_table(steps: Rows) -> str:
+    header = ["whole step on a CPU, T = 128", "over dense", "quartiles", "FLOPs over dense"]
     return markdown(
-        header,
+        [*header, "tokens/s"],
         [
             [
                 f"{row['experts']} experts" if row["experts"] else "dense",
-                row["merged_ffn"] or "",
-                str(row["T"]),
-                row["remat"],
-                row["device"],
                 f"{row['over_dense']:.2f}",
-                ", ".join(f"{q:.2f}" for q in row["quartiles"]),
+                ", ".join(f"{quartile:.2f}" for quartile in row["quartiles"]),
                 f"{row['flops_over_dense']:.2f}",
                 f"{row['tokens_per_second']:,.0f}",
             ]
-            for row in rows
+            for row in steps
         ],
     )
 
