@@ -75,7 +75,8 @@ def test_every_field_reads_its_default_from_text_and_refuses_nonsense(name):
     else:
         with pytest.raises(ConfigError) as caught:
             set_field(config, name, "nonsense")
-    assert str(caught.value) == f"config.{name}: got 'nonsense', takes {field.accepts}"
+    assert str(caught.value).startswith(f"config.{name}: got 'nonsense'")
+    assert str(caught.value).endswith(field.accepts)
 
 
 @pytest.mark.parametrize(
@@ -280,8 +281,8 @@ def test_a_mistake_in_a_recipe_names_file_line_and_field(tmp_path, line, words):
         ("config.unlock(); config.more = 6", "more"),
         ("config.unlock(); del config.train.steps", "train.steps"),
         (
-            "import ml_collections as m; config.train.ignore_type(); config.unlock(); "
-            "del config.train.steps; config.train.steps = m.required_placeholder(int)",
+            "from ml_collections import config_dict as d; "
+            "config.train.steps = d.required_placeholder(int)",
             "train.steps",
         ),
     ],
