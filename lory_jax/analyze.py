@@ -29,6 +29,7 @@ from lory_jax.run.directory import (
     read_metrics,
     write_atomically,
 )
+from lory_jax.run.step_choice import NEWEST, Step
 
 ANALYSIS, PAGE, TEXT_PAGE = "analysis.json", "analysis.html", "text.html"
 HALVINGS = 100
@@ -43,12 +44,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--text", type=Path, metavar="FILE", help="show which experts each segment of it uses"
     )
+    parser.add_step_flag()
     args = parser.parse(argv)
     out = args.out or args.workdir / "analysis"
     if args.text:
-        analyze_text(args.workdir, args.text, out)
+        analyze_text(args.workdir, args.text, out, args.step)
         return
-    analysis = analyze(args.workdir, args.data, args.seed)
+    analysis = analyze(args.workdir, args.data, args.seed, args.step)
     out.mkdir(parents=True, exist_ok=True)
     plots.write_png(plots.routing_weights(analysis["routing_weights"]), out / "routing_weights.png")
     plots.write_png(plots.routing_distance(analysis["routing_distance"]), out / "distance.png")
@@ -59,7 +61,9 @@ def main(argv: list[str]) -> None:
     print(f"wrote {out / PAGE}, {out / ANALYSIS} and its pictures")
 
 
-def analyze(workdir: Path, data: Path | None = None, seed: int = 0) -> dict[str, Any]:
+def analyze(
+    workdir: Path, data: Path | None = None, seed: int = 0, step: Step = NEWEST
+) -> dict[str, Any]:
     """Returns what `analysis.json` holds.
 
     routing_weights: `{domain: [Y][E]}`, mean weights of every layer.
@@ -67,7 +71,7 @@ def analyze(workdir: Path, data: Path | None = None, seed: int = 0) -> dict[str,
     telling_texts: see `evaluation.specialisation.telling_texts`.
     utilisation: `step` and `experts_active` lists, and the number of `pairs` (layer, expert).
     """
-    model = api.load(workdir)
+    model = api.load(workdir, step)
     if not model.config.num_experts:
         raise InputError(f"{workdir}: a dense model, which routes nothing; give a run with experts")
     if model.config.sequence_length <= model.config.segment_length:
@@ -80,6 +84,7 @@ def analyze(workdir: Path, data: Path | None = None, seed: int = 0) -> dict[str,
     lines = [m for m in read_metrics(workdir) if m["experts_active"] is not None]
     return {
         "step": model.step,
+        "checkpoint": step,
         "instances": {domain: len(rows) for domain, rows in sets.items()},
         "routing_weights": {d: w_YxIxE.mean(axis=1).tolist() for d, w_YxIxE in weights.items()},
         "routing_distance": routing_distances(weights, seed),
@@ -92,14 +97,14 @@ def analyze(workdir: Path, data: Path | None = None, seed: int = 0) -> dict[str,
     }
 
 
-def analyze_text(workdir: Path, text: Path, out: Path) -> None:
+def analyze_text(workdir: Path, text: Path, out: Path, step: Step = NEWEST) -> None:
     """Writes the page of a text's routing, and prints the strongest experts of each segment.
 
     Raises:
       InputError: the run or the text cannot be read, or routes nothing.
     """
     contents = cli.read_text(text, "--text")
-    segments, r_YxNxE = text_segments(api.load(workdir), contents)
+    segments, r_YxNxE = text_segments(api.load(workdir, step), contents)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(
         out / TEXT_PAGE, text_page(f"Which experts read {text.name}", segments, r_YxNxE)

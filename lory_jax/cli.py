@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lory_jax.config import describe_fields, load_config
 from lory_jax.errors import ConfigError, InputError
+from lory_jax.run.step_choice import NEWEST, Step, parse_step
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,6 +37,17 @@ class Parser(argparse.ArgumentParser):
         )
         self.epilog = describe_fields()
 
+    def add_step_flag(self) -> None:
+        """Adds `--step=newest|best|N`, which checkpoint of a run to read."""
+        self.add_argument(
+            "--step",
+            type=_step,
+            default=NEWEST,
+            metavar="newest|best|N",
+            help="the checkpoint to read: the newest, the one with the lowest validation loss, or "
+            "that of step N (default: newest)",
+        )
+
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parses flags; `args.config` becomes the loaded and validated ConfigDict."""
         plain, overrides = _split_overrides(argv)
@@ -45,6 +57,13 @@ class Parser(argparse.ArgumentParser):
         elif overrides:
             self.error(f"unrecognized arguments: --config.{overrides[0][0]}")
         return args
+
+
+def _step(text: str) -> Step:
+    try:
+        return parse_step(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("step: ")) from None
 
 
 def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:

@@ -20,8 +20,8 @@ from typing import Any
 from lory_jax import api, cli
 from lory_jax.analyze import ANALYSIS
 from lory_jax.errors import InputError
-from lory_jax.evaluate import MEASURES
 from lory_jax.evaluation.held_out import held_out_sets
+from lory_jax.evaluation.tables import MEASURES
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.flops import flops_per_token, parameter_counts
 from lory_jax.report.comparison import comparison_page, percent
@@ -32,6 +32,7 @@ from lory_jax.run.directory import (
     read_metrics,
     write_atomically,
 )
+from lory_jax.run.step_choice import NEWEST
 
 VERSIONED = ("lory_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 
@@ -99,12 +100,21 @@ def read_run(workdir: Path) -> Run:
     evaluation = _read_result(workdir / "evaluation.json", "evaluate", workdir, step)
     analysis = None
     if model.num_experts:
-        analysis = _read_result(workdir / "analysis" / ANALYSIS, "analyze", workdir, step)
+        path = workdir / "analysis" / ANALYSIS
+        analysis = _read_result(path, "analyze", workdir, step, evaluation["step"])
     return Run(workdir, read_config(workdir), model, metrics, evaluation, analysis)
 
 
-def _read_result(path: Path, verb: str, workdir: Path, step: int) -> dict[str, Any]:
+def _read_result(
+    path: Path, verb: str, workdir: Path, last_step: int, step: int | None = None
+) -> dict[str, Any]:
+    """What a verb wrote, which must be of `step`; if None, of the step that the verb was told.
+
+    A verb that was told no step used the newest, which must still be the last step.
+    """
     command = f"python -m lory_jax.{verb} --workdir={workdir}"
+    if step not in (None, last_step):
+        command += f" --step={step}"
     if verb == "evaluate":
         command += f" --out={path}"
     try:
@@ -113,10 +123,14 @@ def _read_result(path: Path, verb: str, workdir: Path, step: int) -> dict[str, A
         raise InputError(f"{path}: missing; make it with {command}") from None
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error}); make it again with {command}") from None
+    if step is None:
+        step = last_step if result.get("checkpoint", NEWEST) == NEWEST else result["step"]
     if result["step"] != step:
+        wanted = f"the run is at step {step}"
+        if step != last_step:
+            wanted = f"the run was evaluated at step {step}"
         raise InputError(
-            f"{path}: made at step {result['step']}, the run is at step {step}; make it again with "
-            f"{command}"
+            f"{path}: made at step {result['step']}, {wanted}; make it again with {command}"
         )
     return result
 
@@ -181,6 +195,7 @@ def _describe(run: Run) -> dict[str, Any]:
         "dropped_tokens": sum(dropped) / len(dropped) if dropped else None,
         "num_experts": run.model.num_experts,
         "steps": last["step"],
+        "evaluated_step": run.evaluation["step"],
         "tokens": last["tokens"],
         "learning_rate": train["learning_rate"],
         "global_batch_size": train["global_batch_size"],
@@ -263,7 +278,7 @@ def draw_samples(runs: dict[str, Run], data: Path) -> dict[str, Any]:
     The prompt is the beginning of a test document, about T tokens; experts are merged once, by it.
     """
     name = next((name for name, run in runs.items() if run.model.num_experts), next(iter(runs)))
-    model = api.load(runs[name].workdir)
+    model = api.load(runs[name].workdir, runs[name].evaluation["step"])
     T, L = model.config.segment_length, model.config.sequence_length
     prompts = {
         domain: model.tokenizer.decode_bytes(

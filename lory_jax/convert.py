@@ -20,6 +20,7 @@ from lory_jax.evaluation.held_out import held_out_sets
 from lory_jax.generation.merge import domain_routing, merged_params, text_routing
 from lory_jax.parallel import make_mesh, start_process
 from lory_jax.run.directory import data_directory
+from lory_jax.run.step_choice import NEWEST, Step
 
 
 def main(argv: list[str]) -> None:
@@ -35,10 +36,11 @@ def main(argv: list[str]) -> None:
 def to_hf_main(argv: list[str]) -> None:
     parser = cli.Parser(
         "convert to-hf",
-        "Writes a run's newest model as a LLaMA directory. The experts of a Lory are merged once, "
+        "Writes the model of a run as a LLaMA directory. The experts of a Lory are merged once, "
         "by one of --prompt, --text, --domain; a dense model takes none of them.",
     )
     parser.add_argument("--workdir", required=True, type=Path, help="a run of the verb train")
+    parser.add_step_flag()
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="directory to make")
     routed_by = parser.add_mutually_exclusive_group()
     routed_by.add_argument("--prompt", metavar="TEXT", help="merge as a generation from it would")
@@ -68,6 +70,7 @@ def to_hf_main(argv: list[str]) -> None:
         data=args.data,
         dtype=args.dtype,
         top_k_experts=args.top_k_experts,
+        step=args.step,
     )
     print(f"wrote {args.out}")
 
@@ -82,15 +85,16 @@ def to_hf(
     data: Path | None = None,
     dtype: str = "float32",
     top_k_experts: int | None = None,
+    step: Step = NEWEST,
 ) -> None:
-    """Exports the newest intact checkpoint of a run; arguments are the flags.
+    """Exports a checkpoint of a run; arguments are the flags.
 
     Raises:
       InputError: the run, the text or the domain cannot be read, `out` exists, a Lory is given
         nothing to be merged by, or a dense model something, or there are fewer experts than wanted.
     """
     check_absent(out)
-    model = api.load(workdir)
+    model = api.load(workdir, step)
     if top_k_experts is not None:
         model = model.with_top_k_experts(top_k_experts)
     config, params = model.config, model.params

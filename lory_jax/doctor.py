@@ -29,6 +29,7 @@ from lory_jax.run.directory import (
     read_metrics,
 )
 from lory_jax.run.lock import holder
+from lory_jax.run.retention import best_first
 from lory_jax.storage import is_remote, storage_path
 from lory_jax.training.monitoring.log_files import METRICS
 from lory_jax.training.optimizer import make_optimizer
@@ -122,6 +123,7 @@ def examine_checkpoints(
         return abstract_state(phase_model, optimizer, mesh)
 
     checkpoints = Checkpoints(directory)
+    losses: dict[int, float | None] = {}  # of the intact ones
     for step in reversed(checkpoints.steps()):
         restored, damage = checkpoints.restore(step, target)
         if damage is not None:
@@ -129,12 +131,16 @@ def examine_checkpoints(
             continue
         tree, meta = restored
         newest = newest or meta
-        loss = meta.get("validation_loss")
+        losses[step] = loss = meta.get("validation_loss")
         report.ok(
             f"checkpoint {step}: phase {meta['phase']}, all {len(jax.tree.leaves(tree))} leaves as "
             "saved" + ("" if loss is None else f", validation loss {loss:.4f}")
         )
         del restored, tree  # one state in memory at a time
+    if losses:
+        best = best_first(losses)
+        which = f"the best is {best[0]}" if best else "none has a validation loss"
+        report.note(f"intact checkpoints: {', '.join(map(str, sorted(losses)))}; {which}")
     for path in sorted(directory.iterdir()):
         if UNFINISHED in path.name:
             report.note(f"checkpoints/{path.name}: half-written; train removes it when it starts")

@@ -21,6 +21,7 @@ def main(argv: list[str]) -> None:
     parser = cli.Parser("generate", __doc__)
     add = parser.add_argument
     add("--workdir", required=True, type=storage_path, help="a run of the verb train")
+    parser.add_step_flag()
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", help="text to continue; may be given again")
     source.add_argument("--interactive", action="store_true", help="read prompts, line by line")
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> None:
     add("--top_k_experts", type=int, metavar="K", help="merge only the K experts of largest weight")
     args = parser.parse(argv)
     settings = {name: getattr(args, name) for name in SETTINGS}
-    model = api.load(args.workdir)
+    model = api.load(args.workdir, args.step)
     if args.top_k_experts is not None:
         model = model.with_top_k_experts(args.top_k_experts)
     if args.interactive:

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 import lory_jax
-from lory_jax import convert, evaluate
+from lory_jax import convert
 from lory_jax.config import load_config
 from lory_jax.errors import ConfigError, InputError
+from lory_jax.evaluation.measure import evaluate_run
 from lory_jax.model.config import ModelConfig
 from lory_jax.run.checkpoints import Checkpoints
-from lory_jax.run.directory import EXPERTS, open_workdir
+from lory_jax.run.directory import EXPERTS, RunDirectory, open_workdir
 from tests.conversion.test_hf_directory import llama, their_logits
 from tests.support.models import params_of
 from tests.support.tiny import (
@@ -232,10 +233,10 @@ def test_the_seed_draws_the_router(hf, start, tmp_path):
 def test_a_dense_start_evaluates_and_goes_back(hf, data, tmp_path):
     workdir = tmp_path / "W"
     convert.from_hf(hf, workdir)
-    result = evaluate.evaluate(workdir, data=data)
+    result = evaluate_run(RunDirectory(workdir), data=data)
     assert set(result["perplexity"]) == {"ones", "threes"}
-    with pytest.raises(InputError, match="trained elsewhere; say which data with --data"):
-        evaluate.evaluate(workdir)
+    with pytest.raises(InputError, match=r"^data: .*trained elsewhere"):
+        evaluate_run(RunDirectory(workdir))
     convert.to_hf(workdir, tmp_path / "back")
     tokens = np.arange(20)[None]
     np.testing.assert_array_equal(their_logits(tmp_path / "back", tokens), their_logits(hf, tokens))
