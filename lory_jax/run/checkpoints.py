@@ -200,7 +200,7 @@ class Checkpoints:
         steps = self.steps()
         if not steps:
             raise InputError(f"{self.directory}: holds no checkpoint yet")
-        there = f"the checkpoints are of the steps {', '.join(map(str, steps))}"
+        there = f"its checkpoints are {', '.join(map(str, steps))}"
         if choice == NEWEST:
             return steps[::-1]
         if choice == BEST:
