@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 
 from lory_jax import cli
+from lory_jax.storage import write_atomically
 
 PAGE, TEXT_PAGE = "analysis.html", "text.html"
 
@@ -22,6 +23,7 @@ def main(argv: list[str]) -> None:
     parser = cli.Parser("analyze", __doc__)
     add = parser.add_argument
     add("--workdir", required=True, type=Path, metavar="RUN_DIR", help="the run to analyze")
+    parser.add_step_flag()
     add("--out", type=Path, metavar="DIR", help="where to write (default: RUN_DIR/analysis)")
     add("--data", type=Path, metavar="DIR", help="where the prepared data are, if they were moved")
     add("--seed", type=int, default=0, help="seed of the random halves of a domain (default: 0)")
@@ -40,9 +42,9 @@ def write_analysis(args: argparse.Namespace, out: Path) -> None:
     from lory_jax.analysis.routing import ANALYSIS, analyze_run, distance_table
     from lory_jax.report import plots
     from lory_jax.report.analysis import analysis_page
-    from lory_jax.run.directory import write_atomically
+    from lory_jax.run.directory import RunDirectory
 
-    analysis = analyze_run(args.workdir, args.data, args.seed)
+    analysis = analyze_run(RunDirectory(args.workdir, args.step), args.data, args.seed)
     out.mkdir(parents=True, exist_ok=True)
     for name, picture in (
         ("routing_weights", plots.routing_heat_map(analysis["routing_weights"])),
@@ -64,9 +66,8 @@ def write_text_page(args: argparse.Namespace, out: Path) -> None:
     from lory_jax import api
     from lory_jax.analysis.texts import strongest_experts, text_segments
     from lory_jax.report.analysis import text_page
-    from lory_jax.run.directory import write_atomically
 
-    segments, r_YxNxE = text_segments(api.load(args.workdir), text)
+    segments, r_YxNxE = text_segments(api.load(args.workdir, args.step), text)
     out.mkdir(parents=True, exist_ok=True)
     page = text_page(f"Which experts read {args.text.name}", segments, r_YxNxE)
     write_atomically(out / TEXT_PAGE, page)

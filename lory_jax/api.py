@@ -13,7 +13,6 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from lory_jax.data.manifest import TOKENIZER_NAME
 from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.errors import InputError
 from lory_jax.generation.loop import continue_prompts, mesh_of
@@ -22,8 +21,8 @@ from lory_jax.model.config import ModelConfig
 from lory_jax.model.routing import Routing
 from lory_jax.model.transformer import Params, assemble, build
 from lory_jax.parallel import make_mesh, start_process
-from lory_jax.run.directory import load_params
-from lory_jax.storage import storage_path
+from lory_jax.run.directory import RunDirectory
+from lory_jax.run.step_choice import NEWEST, Step
 
 
 class Model:
@@ -243,16 +242,22 @@ class Model:
         return lengths.astype(np.int32)
 
 
-def load(workdir: str | Path) -> Model:
-    """The model of the newest intact checkpoint of a run, over all devices of this process.
+def load(workdir: str | Path, step: Step = NEWEST) -> Model:
+    """Loads the model of a run over all devices of this process.
+
+    Args:
+      workdir: the run directory.
+      step: "newest" or "best" (the lowest validation loss) among the intact checkpoints, or the
+        step of one of them.
 
     Raises:
-      InputError: `workdir` holds no run, or none of its checkpoints can be read.
+      InputError: `workdir` holds no run, or no such checkpoint, or it is damaged.
+      ConfigError: `step` is none of the above.
     """
+    run = RunDirectory(workdir, step)
     start_process()
-    workdir = storage_path(workdir)
-    config, params, step = load_params(workdir, make_mesh(data=1, fsdp=0, tensor=1))
-    return Model(config, params, Tokenizer.load(workdir / TOKENIZER_NAME), step)
+    trained = run.load_params(make_mesh(data=1, fsdp=0, tensor=1))
+    return Model(trained.model_config, trained.params, run.tokenizer, trained.step)
 
 
 @functools.lru_cache(maxsize=8)

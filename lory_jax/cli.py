@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lory_jax import interrupts, recipes
 from lory_jax.errors import ConfigError, InputError
+from lory_jax.run.step_choice import NEWEST, Step, parse_step
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -53,6 +54,17 @@ class Parser(argparse.ArgumentParser):
             self.epilog = describe_fields()
         return super().format_help()
 
+    def add_step_flag(self) -> None:
+        """Adds `--step=newest|best|N`, which checkpoint of a run to read."""
+        self.add_argument(
+            "--step",
+            type=_step,
+            default=NEWEST,
+            metavar="newest|best|N",
+            help="the checkpoint to read: the newest, the one with the lowest validation loss, or "
+            "that of step N (default: newest)",
+        )
+
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parses flags; `args.config` becomes the loaded and validated ConfigDict."""
         plain, overrides = _split_overrides(argv)
@@ -87,6 +99,13 @@ def _load_config(spec: str, overrides: list[tuple[str, str]]) -> "ConfigDict":
     except ConfigError as error:
         raise ConfigError(f"--config: {error}") from None
     return load_config(path, overrides)
+
+
+def _step(text: str) -> Step:
+    try:
+        return parse_step(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("step: ")) from None
 
 
 def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lory_jax import cli
 from lory_jax.errors import ConfigError
+from lory_jax.storage import write_atomically
 
 
 def main(argv: list[str]) -> None:
@@ -45,11 +46,11 @@ def write_report(args: argparse.Namespace) -> None:
     from lory_jax.comparison.runs import check_comparable, read_finished_run
     from lory_jax.comparison.samples import draw_samples
     from lory_jax.report.comparison import comparison_page
-    from lory_jax.run.directory import data_directory, write_atomically
+    from lory_jax.run.directory import RunDirectory
 
-    runs = {name: read_finished_run(workdir) for name, workdir in workdirs.items()}
+    runs = {name: read_finished_run(RunDirectory(workdir)) for name, workdir in workdirs.items()}
     check_comparable(runs)
-    data = data_directory(next(iter(workdirs.values())), args.data)
+    data = next(iter(runs.values())).directory.open_data(args.data)
 
     report = compare_runs(runs, data)
     report["samples"] = draw_samples(runs, data)

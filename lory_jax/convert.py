@@ -21,11 +21,12 @@ def main(argv: list[str]) -> None:
 def to_hf(argv: list[str]) -> None:
     parser = cli.Parser(
         "convert to-hf",
-        "Writes a run's newest model as a LLaMA directory. The experts of a Lory are merged once, "
+        "Writes the model of a run as a LLaMA directory. The experts of a Lory are merged once, "
         "by exactly one of --prompt, --text and --domain; a dense model needs none of them.",
     )
     add = parser.add_argument
     add("--workdir", required=True, type=Path, help="the run directory of train")
+    parser.add_step_flag()
     add("--out", required=True, type=Path, metavar="DIR", help="the directory to make")
     routed_by = parser.add_mutually_exclusive_group()
     routed_by.add_argument("--prompt", metavar="TEXT", help="merge as generation from it would")
@@ -52,10 +53,11 @@ def to_hf(argv: list[str]) -> None:
 
     # Imported here, after the flags are checked, so that the command line answers fast.
     from lory_jax.conversion import runs
+    from lory_jax.run.directory import RunDirectory
 
     with parser.named_as_flags():
         runs.to_hf(
-            args.workdir,
+            RunDirectory(args.workdir, args.step),
             args.out,
             prompt=args.prompt,
             text=None if args.text is None else cli.read_text(args.text, "--text"),

@@ -55,13 +55,14 @@ def main(argv: list[str]) -> None:
     from lory_jax.diagnosis.findings import Findings
     from lory_jax.diagnosis.run import examine_run
     from lory_jax.parallel import start_process
+    from lory_jax.run.directory import RunDirectory
 
     start_process()
     begin, findings = time.perf_counter(), Findings()
     if args.workdir is None:
         examine_devices(args.size, args.scratch, findings)
     else:
-        examine_run(args.workdir, args.data, findings)
+        examine_run(RunDirectory(args.workdir), args.data, findings)
     if findings.problems:
         noun = "problem" if findings.problems == 1 else "problems"
         raise InputError(f"doctor: {findings.problems} {noun} found; see above")

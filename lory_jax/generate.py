@@ -24,6 +24,7 @@ def main(argv: list[str]) -> None:
     parser = cli.Parser("generate", __doc__)
     add = parser.add_argument
     add("--workdir", required=True, type=storage_path, help="the run directory of train")
+    parser.add_step_flag()
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", help="text to continue; may be repeated")
     source.add_argument("--interactive", action="store_true", help="read prompts line by line")
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> None:
     from lory_jax import api
 
     with parser.named_as_flags():
-        model = api.load(args.workdir)
+        model = api.load(args.workdir, args.step)
         if args.top_k_experts is not None:
             model = model.with_top_k_experts(args.top_k_experts)
         if args.interactive:

@@ -4,6 +4,7 @@ docs/storage.md says which part of a run requires a local copy, and why.
 """
 
 import argparse
+import errno
 import fcntl
 import importlib.util
 import os
@@ -78,6 +79,25 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def check_writable(path: Path, argument: str) -> None:
+    """Raises `InputError`, with the argument's name, unless a file can be written at `path`.
+
+    Its directory need not exist yet. Nothing is left behind. Object stores are not checked.
+    """
+    if is_remote(path):
+        return
+    directory = path.absolute().parent
+    while not directory.exists():
+        directory = directory.parent
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise InputError(f"{argument}: {path} cannot be written ({error.strerror})") from None
 
 
 def fetch(source: Path, target: Path) -> None:

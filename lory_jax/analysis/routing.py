@@ -14,14 +14,14 @@ from lory_jax import api
 from lory_jax.analysis.texts import telling_texts
 from lory_jax.console import progress
 from lory_jax.errors import InputError
-from lory_jax.evaluation.held_out import batches_of, held_out_sets
-from lory_jax.run.directory import data_directory, read_config, read_metrics
+from lory_jax.evaluation.held_out import batches_of
+from lory_jax.run.directory import RunDirectory
 
 ANALYSIS = "analysis.json"
 HALVINGS = 100  # random halvings of a domain, over which its distance is averaged
 
 
-def analyze_run(workdir: Path, data: Path | None = None, seed: int = 0) -> dict[str, Any]:
+def analyze_run(run: RunDirectory, data: Path | None = None, seed: int = 0) -> dict[str, Any]:
     """Routes the test set of a run's data, and returns what `analysis.json` holds.
 
     routing_weights: `{domain: [Y][E]}`, the mean weights of every layer.
@@ -32,22 +32,23 @@ def analyze_run(workdir: Path, data: Path | None = None, seed: int = 0) -> dict[
     Raises:
       InputError: the model is dense, or its instances are a single segment.
     """
-    model = api.load(workdir)
+    model = api.load(run.path, run.step)
     if not model.config.num_experts:
-        raise InputError(f"{workdir}: a dense model, which routes nothing; give a run with experts")
+        raise InputError(f"{run}: a dense model, which routes nothing; give a run with experts")
     if model.config.sequence_length <= model.config.segment_length:
-        raise InputError(f"{workdir}: instances are a single segment, so none is routed by another")
-    sets = held_out_sets(data_directory(workdir, data), "test")
-    by_segment = segment_weights(model, sets, read_config(workdir)["train"]["global_batch_size"])
+        raise InputError(f"{run}: instances are a single segment, so none is routed by another")
+    sets = run.open_data(data).held_out_with_instances("test")
+    by_segment = segment_weights(model, sets, run.config["train"]["global_batch_size"])
     weights = instance_weights(by_segment)
     return {
         "step": model.step,
+        "checkpoint": run.step,
         "instances": {domain: len(rows) for domain, rows in sets.items()},
         "routing_weights": {d: w_YxIxE.mean(axis=1).tolist() for d, w_YxIxE in weights.items()},
         "routing_distance": routing_distances(weights, seed),
         "telling_texts": telling_texts(by_segment, sets, model),
         "utilisation": expert_use(
-            read_metrics(workdir), model.config.num_layers * model.config.num_experts
+            run.read_metrics(), model.config.num_layers * model.config.num_experts
         ),
     }
 

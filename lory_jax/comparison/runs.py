@@ -9,7 +9,8 @@ from typing import Any
 from lory_jax.analysis.routing import ANALYSIS
 from lory_jax.errors import InputError
 from lory_jax.model.config import ModelConfig
-from lory_jax.run.directory import model_config, read_config, read_metrics
+from lory_jax.run.directory import RunDirectory
+from lory_jax.run.step_choice import NEWEST
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class FinishedRun:
     """What a run directory holds about its run.
 
     Attributes:
-      workdir: the run directory.
+      directory: the run directory.
       config: the config, section by section.
       model_config: its section `model`.
       metrics: the lines of metrics.jsonl.
@@ -25,7 +26,7 @@ class FinishedRun:
       analysis: what the verb `analyze` wrote; None for a dense model.
     """
 
-    workdir: Path
+    directory: RunDirectory
     config: dict[str, Any]
     model_config: ModelConfig
     metrics: list[dict[str, Any]]
@@ -33,33 +34,39 @@ class FinishedRun:
     analysis: dict[str, Any] | None
 
 
-def read_finished_run(workdir: Path) -> FinishedRun:
+def read_finished_run(run: RunDirectory) -> FinishedRun:
     """Reads a finished run; `InputError` names the verb that must be run first."""
-    metrics, trained = read_metrics(workdir), model_config(workdir)
+    metrics, trained = run.read_metrics(), run.model_config
     if not metrics:
-        raise InputError(f"{workdir}: no step has been trained yet")
-    step = metrics[-1]["step"]
-    evaluation = _read_result(workdir / "evaluation.json", "evaluate", step)
+        raise InputError(f"{run}: no step has been trained yet")
+    evaluation = _read_result(run.evaluation_file, "evaluate")
+    # The best checkpoint, or one chosen by number, may be older than the last step.
+    if evaluation.get("checkpoint", NEWEST) == NEWEST:
+        _check_step(run.evaluation_file, "evaluate", evaluation, metrics[-1]["step"], "trained")
     analysis = None
     if trained.num_experts:
-        analysis = _read_result(workdir / "analysis" / ANALYSIS, "analyze", step)
-    return FinishedRun(workdir, read_config(workdir), trained, metrics, evaluation, analysis)
+        path = run.analysis / ANALYSIS
+        analysis = _read_result(path, "analyze")
+        _check_step(path, "analyze", analysis, evaluation["step"], "evaluated")
+    return FinishedRun(run, run.config, trained, metrics, evaluation, analysis)
 
 
-def _read_result(path: Path, verb: str, step: int) -> dict[str, Any]:
-    """What a verb wrote about a run that is at `step`."""
+def _check_step(path: Path, verb: str, result: dict[str, Any], step: int, was: str) -> None:
+    if result["step"] != step:
+        raise InputError(
+            f"{path}: written at step {result['step']}, but the run was {was} at step {step}; run "
+            f"the verb {verb} again with step={step}"
+        )
+
+
+def _read_result(path: Path, verb: str) -> dict[str, Any]:
+    """What a verb wrote about a run."""
     try:
-        result = json.loads(path.read_text("utf-8"))
+        return json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: missing; run the verb {verb} on this run first") from None
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error}); run the verb {verb} again") from None
-    if result["step"] != step:
-        raise InputError(
-            f"{path}: written at step {result['step']}, but the run is at step {step}; run the "
-            f"verb {verb} again"
-        )
-    return result
 
 
 def check_comparable(runs: Mapping[str, FinishedRun]) -> None:

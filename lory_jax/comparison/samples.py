@@ -21,7 +21,7 @@ def draw_samples(runs: Mapping[str, FinishedRun], data: PreparedData) -> dict[st
     """
     with_experts = (name for name, run in runs.items() if run.model_config.num_experts)
     name = next(with_experts, next(iter(runs)))
-    model = api.load(runs[name].workdir)
+    model = api.load(runs[name].directory.path, runs[name].evaluation["step"])
     T, L = model.config.segment_length, model.config.sequence_length
     prompts = {
         domain: model.tokenizer.decode_bytes(

@@ -14,14 +14,13 @@ from lory_jax.conversion.hf_directory import (
 from lory_jax.conversion.model_card import MergedBy, model_card
 from lory_jax.conversion.to_run import write_start
 from lory_jax.errors import InputError
-from lory_jax.evaluation.held_out import held_out_sets
 from lory_jax.generation.merge import domain_routing, merged_params, text_routing
 from lory_jax.parallel import make_mesh, start_process
-from lory_jax.run.directory import data_directory
+from lory_jax.run.directory import RunDirectory
 
 
 def to_hf(
-    workdir: Path,
+    run: RunDirectory,
     out: Path,
     *,
     prompt: str | None = None,
@@ -31,10 +30,10 @@ def to_hf(
     dtype: str = "float32",
     top_k_experts: int | None = None,
 ) -> None:
-    """Exports the newest intact checkpoint of a run as a LLaMA directory.
+    """Exports the chosen checkpoint of a run as a LLaMA directory.
 
     Args:
-      workdir: the run.
+      run: the run and its checkpoint.
       out: the directory to make.
       prompt, text, domain: what routes the merge of a Lory's experts, exactly one of them: a text
         of either name, or the validation documents of a domain.
@@ -48,11 +47,11 @@ def to_hf(
         experts than `top_k_experts`.
     """
     check_absent(out)
-    model = load(workdir)
+    model = load(run.path, run.step)
     if top_k_experts is not None:
         model = model.with_top_k_experts(top_k_experts)
     config, params = model.config, model.params
-    merged_by = _merged_by(model, workdir, data, prompt=prompt, text=text, domain=domain)
+    merged_by = _merged_by(model, run, data, prompt=prompt, text=text, domain=domain)
     card = model_card(config, model.step, dtype, merged_by)
     if merged_by is not None:
         mesh = make_mesh(data=1, fsdp=0, tensor=1)
@@ -74,29 +73,27 @@ def from_hf(hf: Path, workdir: Path, experts: int = 0, seed: int = 0) -> None:
 
 
 def _merged_by(
-    model: Model, workdir: Path, data: Path | None, **routed_by: str | None
+    model: Model, run: RunDirectory, data: Path | None, **routed_by: str | None
 ) -> MergedBy | None:
     """The routing weights by a prompt, a text or a domain; None for a dense model."""
     given = {name: value for name, value in routed_by.items() if value is not None}
     config, params = model.config, model.params
     if not config.num_experts:
         if given:
-            raise InputError(
-                f"{next(iter(given))}: {workdir} is a dense model, which has no routing"
-            )
+            raise InputError(f"{next(iter(given))}: {run} is a dense model, which has no routing")
         return None
     if config.is_sparse:
         raise InputError(
-            f"{workdir}: config.model.routing is {config.routing}, whose experts are chosen, not "
+            f"{run}: config.model.routing is {config.routing}, whose experts are chosen, not "
             "merged, which no LLaMA computes; must be a dense model or routing=causal or prefix"
         )
     if len(given) != 1:
         raise InputError(
-            f"{workdir}: has experts to merge, requires exactly one of {', '.join(routed_by)}"
+            f"{run}: has experts to merge, requires exactly one of {', '.join(routed_by)}"
         )
     ((name, value),) = given.items()
     if name == "domain":
-        rows = _validation_instances(workdir, value, data)
+        rows = _validation_instances(run, value, data)
         what = f"the mean routing of the domain {value!r} ({len(rows)} validation instances)"
         return MergedBy(what, None, domain_routing(config, params, rows))
     tokens = model.encode(value)
@@ -104,8 +101,8 @@ def _merged_by(
     return MergedBy(what, value, text_routing(config, params, tokens))
 
 
-def _validation_instances(workdir: Path, domain: str, data: Path | None) -> np.ndarray:
-    sets = held_out_sets(data_directory(workdir, data), "validation")
+def _validation_instances(run: RunDirectory, domain: str, data: Path | None) -> np.ndarray:
+    sets = run.open_data(data).held_out_with_instances("validation")
     if domain not in sets:
         raise InputError(f"domain: got {domain!r}, must be one of {', '.join(sorted(sets))}")
     return sets[domain][:, :-1]

@@ -16,7 +16,8 @@ from lory_jax.model.config import ModelConfig
 from lory_jax.model.transformer import Params, build, init_params
 from lory_jax.parallel import shardings
 from lory_jax.run.checkpoints import Checkpoints
-from lory_jax.run.directory import CONFIG, EXPERTS
+from lory_jax.run.directory import CONFIG
+from lory_jax.run.phases import EXPERTS
 from lory_jax.training.upcycle import upcycle_params
 
 EVALUATION_BATCH = 8  # instances; no training here has shown how many fit into memory

@@ -25,7 +25,7 @@ from lory_jax.model.config import ModelConfig
 from lory_jax.model.flops import flops_per_token, parameter_counts, peak_flops
 from lory_jax.parallel import make_mesh, place_batch
 from lory_jax.run.checkpoints import Checkpoints, leaf_sums
-from lory_jax.run.directory import EXPERTS
+from lory_jax.run.phases import EXPERTS
 from lory_jax.training.optimizer import make_optimizer
 from lory_jax.training.state import State, abstract_state, init_state
 from lory_jax.training.step import make_train_step

@@ -14,58 +14,49 @@ from lory_jax.diagnosis.findings import Findings
 from lory_jax.errors import InputError
 from lory_jax.model.config import ModelConfig
 from lory_jax.parallel import make_mesh
-from lory_jax.run.checkpoints import UNFINISHED, Checkpoints, Meta
-from lory_jax.run.directory import (
-    CONFIG,
-    DATASET,
-    abstract_params,
-    data_directory,
-    model_config,
-    phase_config,
-    read_config,
-    read_metrics,
-)
-from lory_jax.run.lock import holder
-from lory_jax.training.monitoring.log_files import METRICS
+from lory_jax.run.checkpoints import UNFINISHED, Meta
+from lory_jax.run.directory import CONFIG, METRICS, RunDirectory, abstract_params
+from lory_jax.run.phases import phase_config
+from lory_jax.run.retention import best_first
 from lory_jax.training.optimizer import make_optimizer
 from lory_jax.training.state import abstract_state
 
 
-def examine_run(workdir: Path, data: Path | None, findings: Findings) -> None:
+def examine_run(run: RunDirectory, data: Path | None, findings: Findings) -> None:
     """Checks everything in a run directory, and prints what `train` would do in it.
 
     Args:
-      workdir: the run directory.
+      run: the run directory.
       data: where the prepared data are; by default where the run found them.
       findings: where to report.
 
     Raises:
       InputError: `workdir` is not a run directory.
     """
-    config, trained = read_config(workdir), model_config(workdir)
+    config, trained = run.config, run.model_config
     kind = f"Lory with {trained.num_experts} experts" if trained.num_experts else "a dense model"
     findings.ok(f"{CONFIG}: {kind}, {config['train']['steps']:,} steps")
-    if process := holder(workdir):
+    if process := run.lock_holder():
         findings.note(f"a run is training in it right now ({process}), so its files change")
-    check_tokenizer(workdir, findings)
-    check_data(workdir, data, findings)
-    meta, has_any = check_checkpoints(workdir, config["train"], trained, findings)
-    check_metrics(workdir, meta["step"] if meta else 0, findings)
-    findings.say(prospect(workdir, config["train"]["steps"], meta, has_any))
+    check_tokenizer(run, findings)
+    check_data(run, data, findings)
+    meta, has_any = check_checkpoints(run, config["train"], trained, findings)
+    check_metrics(run, meta["step"] if meta else 0, findings)
+    findings.say(prospect(run, config["train"]["steps"], meta, has_any))
 
 
-def check_tokenizer(workdir: Path, findings: Findings) -> None:
+def check_tokenizer(run: RunDirectory, findings: Findings) -> None:
     try:
-        Tokenizer.load(workdir / TOKENIZER_NAME)
+        Tokenizer.load(run.tokenizer_file)
         findings.ok(TOKENIZER_NAME)
     except InputError as error:
         findings.problem(str(error))
 
 
-def check_data(workdir: Path, data: Path | None, findings: Findings) -> None:
+def check_data(run: RunDirectory, data: Path | None, findings: Findings) -> None:
     """Hashes the files of the prepared data, which must be those that the run was trained on."""
     try:
-        prepared = data_directory(workdir, data)
+        prepared = run.open_data(data)
         if prepared.is_remote:
             findings.note(
                 f"{prepared.directory}: its {MANIFEST_NAME} is that of the run; the files "
@@ -81,12 +72,12 @@ def check_data(workdir: Path, data: Path | None, findings: Findings) -> None:
 
 
 def check_checkpoints(
-    workdir: Path, train: dict[str, Any], trained: ModelConfig, findings: Findings
+    run: RunDirectory, train: dict[str, Any], trained: ModelConfig, findings: Findings
 ) -> tuple[Meta | None, bool]:
     """Reads every checkpoint, newest first.
 
     Args:
-      workdir: the run directory.
+      run: the run directory.
       train: the section `train` of its config.
       trained: its model, with experts.
       findings: where to report.
@@ -94,7 +85,7 @@ def check_checkpoints(
     Returns:
       The meta of the newest intact checkpoint, and whether there is any checkpoint at all.
     """
-    directory, newest = workdir / "checkpoints", None
+    directory, newest = run.checkpoint_directory, None
     if not directory.is_dir():
         return None, False
     mesh = make_mesh(data=1, fsdp=0, tensor=1)
@@ -108,11 +99,12 @@ def check_checkpoints(
 
     def target(meta: Meta) -> dict[str, Any]:
         phase_model_config = phase_config(trained, meta["phase"])
-        if not (workdir / DATASET).exists():  # made by convert from-hf
+        if run.dataset is None:  # made by convert from-hf
             return {"params": abstract_params(phase_model_config, mesh)}
         return abstract_state(phase_model_config, optimizer, mesh)
 
-    checkpoints = Checkpoints(directory)
+    checkpoints = run.open_checkpoints()
+    losses: dict[int, float | None] = {}  # of the intact ones
     for step in reversed(checkpoints.steps()):
         restored, damage = checkpoints.restore(step, target)
         if damage is not None:
@@ -120,12 +112,16 @@ def check_checkpoints(
             continue
         tree, meta = restored
         newest = newest or meta
-        loss = meta.get("validation_loss")
+        losses[step] = loss = meta.get("validation_loss")
         findings.ok(
             f"checkpoint {step}: phase {meta['phase']}, all {len(jax.tree.leaves(tree))} leaves "
             "are as they were saved" + ("" if loss is None else f", validation loss {loss:.4f}")
         )
         del restored, tree  # hold one state in memory at a time
+    if losses:
+        best = best_first(losses)
+        which = f"the best is {best[0]}" if best else "none has a validation loss"
+        findings.note(f"intact checkpoints: {', '.join(map(str, sorted(losses)))}; {which}")
     for path in sorted(directory.iterdir()):
         if UNFINISHED in path.name:
             findings.note(f"checkpoints/{path.name}: half-written; train removes it when it starts")
@@ -134,13 +130,13 @@ def check_checkpoints(
     return newest, has_any
 
 
-def check_metrics(workdir: Path, step: int, findings: Findings) -> None:
+def check_metrics(run: RunDirectory, step: int, findings: Findings) -> None:
     """Reads metrics.jsonl; `step` is that of the newest intact checkpoint."""
-    if not (workdir / METRICS).exists():
+    if not run.metrics_file.exists():
         findings.note(f"{METRICS}: none yet")
         return
     try:
-        lines = read_metrics(workdir)
+        lines = run.read_metrics()
     except InputError as error:
         findings.problem(str(error))
         return
@@ -148,9 +144,9 @@ def check_metrics(workdir: Path, step: int, findings: Findings) -> None:
     findings.ok(f"{METRICS}: {len(lines):,} lines, {later:,} of steps that would run again")
 
 
-def prospect(workdir: Path, steps: int, meta: Meta | None, has_any: bool) -> str:
+def prospect(run: RunDirectory, steps: int, meta: Meta | None, has_any: bool) -> str:
     """What `train` would do in this run directory."""
-    if not (workdir / DATASET).exists():
+    if run.dataset is None:
         return "made by convert from-hf: start a run from it with train --init_from"
     if meta is None and has_any:
         return "train would refuse to start: there are checkpoints, but none is intact"

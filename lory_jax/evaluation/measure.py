@@ -1,6 +1,11 @@
-"""A trained model on its mesh, and the losses it has on sets of instances."""
+"""Losses and perplexities of a trained model on sets of instances.
+
+Letters: N instances, L sequence, T tokens per segment.
+"""
 
 import dataclasses
+import math
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,73 +14,165 @@ import numpy as np
 
 from lory_jax.api import Model
 from lory_jax.console import progress
-from lory_jax.data.manifest import TOKENIZER_NAME
-from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.errors import InputError
 from lory_jax.evaluation.held_out import batches_of
-from lory_jax.evaluation.perplexity import token_losses
+from lory_jax.evaluation.perplexity import standard_error, summarize, token_losses
+from lory_jax.evaluation.tables import MEASURES
 from lory_jax.parallel import make_mesh
-from lory_jax.run.directory import load_params, read_config
+from lory_jax.run.directory import RunDirectory
 from lory_jax.training.step import make_loss_step
 
 
-class Run(NamedTuple):
-    """A model to be measured, over all devices of the mesh, in batches of a size."""
+class EvaluatedModel(NamedTuple):
+    """A trained model, the mesh that it is spread over, and how many rows are read at a time."""
 
-    workdir: Path
+    run: RunDirectory
     model: Model
     mesh: jax.sharding.Mesh
     batch_size: int
 
-    def replace(self, **fields: Any) -> "Run":
+    def replace(self, **fields: Any) -> "EvaluatedModel":
         """The same parameters under a model config that differs in these fields."""
         old = self.model
         config = dataclasses.replace(old.config, **fields)
         return self._replace(model=Model(config, old.params, old.tokenizer, old.step))
 
 
-def open_run(workdir: Path, batch_size: int | None = None) -> Run:
-    """The newest intact checkpoint of a run; `batch_size` is as in training unless given."""
+def open_model(run: RunDirectory, batch_size: int | None = None) -> EvaluatedModel:
+    """Loads the chosen checkpoint of a run.
+
+    Args:
+      run: the run and its checkpoint.
+      batch_size: rows at a time over all devices; None is the batch size of training.
+
+    Raises:
+      InputError: the run has no such checkpoint, or the batch does not divide over the devices.
+    """
     mesh = make_mesh(data=1, fsdp=0, tensor=1)
-    config, params, step = load_params(workdir, mesh)
-    batch_size = batch_size or read_config(workdir)["train"]["global_batch_size"]
+    trained = run.load_params(mesh)
+    batch_size = batch_size or run.config["train"]["global_batch_size"]
     if batch_size % jax.device_count():
         raise InputError(
-            f"--batch_size: got {batch_size}, takes a multiple of the {jax.device_count()} devices"
+            f"batch_size: got {batch_size}, must be a multiple of the {jax.device_count()} devices"
         )
-    tokenizer = Tokenizer.load(workdir / TOKENIZER_NAME)
-    return Run(workdir, Model(config, params, tokenizer, step), mesh, batch_size)
+    model = Model(trained.model_config, trained.params, run.tokenizer, trained.step)
+    return EvaluatedModel(run, model, mesh, batch_size)
+
+
+def evaluate_run(
+    run: RunDirectory,
+    routing: str | None = None,
+    data: Path | None = None,
+    split: str = "test",
+    batch_size: int | None = None,
+) -> dict[str, Any]:
+    """Measures the chosen checkpoint of a run on its held-out documents.
+
+    Args:
+      run: the run and its checkpoint.
+      routing: "segment" or "prompt"; None routes positions >= T as in training.
+      data: where its prepared data are, if they were moved.
+      split: "test" or "validation".
+      batch_size: instances at a time over all devices.
+    """
+    evaluated = open_model(run, batch_size)
+    return measure(evaluated, run.open_data(data).held_out_with_instances(split), routing)
+
+
+def measure(
+    evaluated: EvaluatedModel, sets: dict[str, np.ndarray], routing: str | None = None
+) -> dict[str, Any]:
+    """Measures a model on the instances of every domain.
+
+    Args:
+      evaluated: the model.
+      sets: instances by domain, int32 `[N, L + 1]`.
+      routing: "segment" or "prompt"; None routes positions >= T as in training.
+
+    Returns:
+      every one of `MEASURES` by domain, their geometric means, and how they were measured.
+
+    Raises:
+      InputError: no position is >= T.
+    """
+    start = time.perf_counter()
+    model, T = evaluated.model, evaluated.model.config.segment_length
+    if sets and model.config.sequence_length <= T:
+        raise InputError(
+            f"{evaluated.run}: its instances of {model.config.sequence_length} tokens are a single "
+            "segment, so there are no positions >= T to score"
+        )
+    training, scored, routed_by = _both_losses(evaluated, sets, routing)
+    by_domain: dict[str, dict[str, Any]] = {}
+    for domain, rows in sets.items():
+        everywhere = summarize(training[domain], rows, model.tokenizer.token_bytes, T)
+        by_domain[domain] = summarize(scored[domain], rows, model.tokenizer.token_bytes, T) | {
+            "perplexity_all_positions": everywhere["perplexity_all_positions"],
+            "standard_error": standard_error(scored[domain], T),
+        }
+    result: dict[str, Any] = {
+        name: {domain: values[name] for domain, values in by_domain.items()}
+        for name in (*MEASURES, "standard_error")
+    }
+    result["geometric_mean"] = {
+        name: geometric_mean(list(result[name].values())) for name in MEASURES if sets
+    }
+    return result | {
+        "routing": routed_by,
+        "instances": {domain: len(rows) for domain, rows in sets.items()},
+        "step": model.step,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _both_losses(
+    evaluated: EvaluatedModel, sets: dict[str, np.ndarray], routing: str | None
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], str | None]:
+    """Losses routed as in training, losses as `routing` asks, and the name of that routing."""
+    config, trained_routing = evaluated.model.config, as_trained(evaluated)
+    routing = routing or trained_routing
+    training = losses(evaluated, sets, "evaluating", config.measured_routing)
+    if not config.num_experts:
+        return training, training, None
+    # Where tokens are routed one by one, a prompt decides nothing.
+    if config.routes_tokens:
+        return training, training, "token"
+    # With the first segment as the prompt, positions >= T are routed as in training: one pass
+    # serves both.
+    if routing == trained_routing:
+        return training, training, routing
+    label = f"evaluating, routed by {routing}"
+    return training, losses(evaluated, sets, label, routing), routing
 
 
 def losses(
-    run: Run, sets: dict[str, np.ndarray], label: str, routing: str | None
+    evaluated: EvaluatedModel, sets: dict[str, np.ndarray], label: str, routing: str | None
 ) -> dict[str, np.ndarray]:
     """Losses in nats of every domain, `[N, L]`, batch by batch under a progress line.
 
-    `routing` "segment" and "prompt" take the first T tokens of every row as its prompt; None routes
+    `routing` "segment" and "prompt" use the first T tokens of every row as its prompt; None routes
     exactly as in training.
     """
     if not sets:
         return {}
-    config = run.model.config
-    loss_step = make_loss_step(config, run.mesh, routing, prompt_length=config.segment_length)
-    batches = batches_of(sets, run.batch_size)
+    config, params = evaluated.model.config, evaluated.model.params
+    mesh, batch_size = evaluated.mesh, evaluated.batch_size
+    loss_step = make_loss_step(config, mesh, routing, prompt_length=config.segment_length)
+    batches = batches_of(sets, batch_size)
     found: dict[str, list[np.ndarray]] = {domain: [] for domain in sets}
-    with jax.set_mesh(run.mesh):
+    with jax.set_mesh(mesh):
         for domain, rows in progress(batches, len(batches), label, "batches"):
             found[domain].append(
-                token_losses(
-                    loss_step, run.model.params, rows, run.batch_size, run.mesh, config.batch_axis
-                )
+                token_losses(loss_step, params, rows, batch_size, mesh, config.batch_axis)
             )
     return {domain: np.concatenate(parts) for domain, parts in found.items()}
 
 
-def as_trained(run: Run) -> str:
-    """The routing at inference that is training's own on positions >= T."""
-    return "prompt" if run.model.config.routing == "prefix" else "segment"
+def as_trained(evaluated: EvaluatedModel) -> str:
+    """The routing at inference that equals that of training on positions >= T."""
+    return "prompt" if evaluated.model.config.routing == "prefix" else "segment"
 
 
-def perplexity(nll: np.ndarray) -> float:
-    """exp of the mean loss."""
-    return float(np.exp(np.mean(nll, dtype=np.float64)))
+def geometric_mean(values: list[float]) -> float:
+    """The geometric mean of positive values."""
+    return math.exp(math.fsum(math.log(value) for value in values) / len(values))

@@ -3,6 +3,7 @@
 Letters: N instances, L sequence, V vocabulary.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,15 +24,20 @@ def token_losses(
 ) -> np.ndarray:
     """Negative log-likelihood in nats of every target token, float32 `[N, L]`.
 
-    `loss_step` is `training.step.make_loss_step`'s; `batch_size` is over all processes, and
-    `batch_axis` the model's.
+    Args:
+      loss_step: made by `training.step.make_loss_step`.
+      params: the parameters.
+      instances_NxL1: the instances.
+      batch_size: instances at a time, over all processes.
+      mesh: where they are placed.
+      batch_axis: the logical axis of the batch, `ModelConfig.batch_axis`.
     """
     local = batch_size // jax.process_count()
     offset = jax.process_index() * local
     losses = []
     for start in range(0, len(instances_NxL1), batch_size):
         rows = np.arange(start, start + batch_size)
-        # The last batch is filled up with the last instance, so that one shape is compiled.
+        # The last instance fills up the last batch, so that a single shape is compiled.
         batch = instances_NxL1[np.minimum(rows, len(instances_NxL1) - 1)]
         rows = batch[offset : offset + local]
         nll_BxL = loss_step(params, place_batch(rows, mesh, batch_axis))
@@ -48,13 +54,31 @@ def summarize(
     """Perplexity over positions >= T (leak-free), over all positions, and bits per byte (>= T).
 
     Position p reads token p and predicts token p + 1. In segment 1 (p < T) the routing weights come
-    from the segment's own mean, so its predictions have seen a little of their future.
+    from the segment's own mean, so later tokens leak slightly into these predictions.
     """
     scored_NxL = nll_NxL[:, segment_length:]
     targets_NxL = instances_NxL1[:, 1 + segment_length :]
     scored_bytes = int(token_bytes_V[targets_NxL].sum())
     return {
-        "perplexity": float(np.exp(np.mean(scored_NxL, dtype=np.float64))),
-        "perplexity_all_positions": float(np.exp(np.mean(nll_NxL, dtype=np.float64))),
+        "perplexity": perplexity(scored_NxL),
+        "perplexity_all_positions": perplexity(nll_NxL),
         "bits_per_byte": float(np.sum(scored_NxL, dtype=np.float64) / np.log(2) / scored_bytes),
     }
+
+
+def perplexity(nll: np.ndarray) -> float:
+    """exp of the mean loss."""
+    return float(np.exp(np.mean(nll, dtype=np.float64)))
+
+
+def standard_error(nll_NxL: np.ndarray, segment_length: int) -> float | None:
+    """Standard error of the perplexity over positions >= T, from the spread between samples.
+
+    To first order, exp(mean) varies by itself times the standard error of the mean. None for a
+    single sample.
+    """
+    if len(nll_NxL) < 2:
+        return None
+    mean_N = np.mean(nll_NxL[:, segment_length:], axis=1, dtype=np.float64)
+    error = float(np.std(mean_N, ddof=1)) / math.sqrt(len(nll_NxL))
+    return math.exp(float(np.mean(mean_N))) * error

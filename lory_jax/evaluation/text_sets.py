@@ -3,7 +3,6 @@
 Letters: N samples, L sequence.
 """
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +12,9 @@ from lory_jax.errors import InputError
 from lory_jax.preparation.packing import cut_instances, tokenize
 from lory_jax.preparation.sources.corpus import read_directory
 
-SAMPLES = 1000
-
 
 def read_sets(
-    directory: Path, tokenizer: Tokenizer, sequence_length: int, samples: int = SAMPLES
+    directory: Path, tokenizer: Tokenizer, sequence_length: int, samples: int
 ) -> dict[str, np.ndarray]:
     """Returns samples of L tokens of every set, int32 `[N, L + 1]`, sets sorted by name.
 
@@ -49,16 +46,3 @@ def read_sets(
             rows_NxL1 = rows_NxL1[np.arange(samples) * found // samples]
         sets[name] = rows_NxL1.astype(np.int32)
     return sets
-
-
-def standard_error(nll_NxL: np.ndarray, segment_length: int) -> float | None:
-    """Returns the standard error of the perplexity over positions >= T, from the spread of samples.
-
-    To first order, the standard error of exp(mean) is exp(mean) times the standard error of the
-    mean. A single sample gives None.
-    """
-    if len(nll_NxL) < 2:
-        return None
-    mean_N = np.mean(nll_NxL[:, segment_length:], axis=1, dtype=np.float64)
-    error = float(np.std(mean_N, ddof=1)) / math.sqrt(len(nll_NxL))
-    return math.exp(float(np.mean(mean_N))) * error

@@ -1,4 +1,4 @@
-"""The same trained model under other routings: fewer experts, another first segment.
+"""A trained model under other routings: fewer experts, another routing of the first segment.
 
 Letters: N instances, L sequence, T tokens per segment.
 """
@@ -9,52 +9,59 @@ from typing import Any
 import numpy as np
 
 from lory_jax.errors import InputError
-from lory_jax.evaluation.measure import Run, as_trained, losses, perplexity
+from lory_jax.evaluation.measure import EvaluatedModel, as_trained, losses
+from lory_jax.evaluation.perplexity import perplexity
 
 
-def check_variants(run: Run, counts: Sequence[int], leakage: bool) -> None:
-    """Raises `InputError` unless the model has as many experts as any of `counts`, or any to leak.
+def check_variants(evaluated: EvaluatedModel, counts: Sequence[int], leakage: bool) -> None:
+    """Raises `InputError` unless the model has the experts that these measurements require.
 
-    Called before anything long starts.
+    `counts` are numbers of experts to merge. Call this before anything long starts.
     """
     for k in counts:
-        run.model.with_top_k_experts(k)
-    config = run.model.config
+        evaluated.model.with_top_k_experts(k)
+    config = evaluated.model.config
     if leakage and (not config.num_experts or config.is_sparse):
         raise InputError(
-            f"--leakage: {run.workdir} is a dense model, which routes nothing, or a sparse one"
+            f"leakage: {evaluated.run} is a dense model, which has no routing, or a sparse "
+            "baseline; requires a run with experts that merge"
         )
 
 
 def top_k_perplexity(
-    run: Run, sets: dict[str, np.ndarray], counts: Sequence[int], routing: str | None
+    evaluated: EvaluatedModel,
+    sets: dict[str, np.ndarray],
+    counts: Sequence[int],
+    routing: str | None,
 ) -> dict[str, dict[str, float]]:
     """`{k: {domain: perplexity}}` over positions >= T, merging only the k largest experts."""
-    T = run.model.config.segment_length
+    T = evaluated.model.config.segment_length
     found = {}
     for k in counts:
-        some = losses(
-            run.replace(top_k_experts=k), sets, f"evaluating, top {k}", routing or as_trained(run)
-        )
-        found[str(k)] = {domain: perplexity(nll_NxL[:, T:]) for domain, nll_NxL in some.items()}
+        fewer = evaluated.replace(top_k_experts=k)
+        by_domain = losses(fewer, sets, f"evaluating, top {k}", routing or as_trained(evaluated))
+        found[str(k)] = {d: perplexity(nll_NxL[:, T:]) for d, nll_NxL in by_domain.items()}
     return found
 
 
-def leakage(run: Run, sets: dict[str, np.ndarray]) -> dict[str, Any]:
-    """What segment 1 gains by seeing its own mean, the leak of routing by `self`.
+def leakage(evaluated: EvaluatedModel, sets: dict[str, np.ndarray]) -> dict[str, Any]:
+    """What segment 1 gains from being routed by its own mean: the leak of routing by `self`.
 
     Returns:
-      `perplexity`, by domain: over `all_positions_self` and `all_positions_uniform`, where the
-      first segment is routed by its own mean or gets 1/E for every expert, and over
-      `positions_from_T`, routed as in training;
-      `loss_by_position`: mean nats at every position, `self` and `uniform`, all instances alike.
+      `perplexity` by domain: `all_positions_self` and `all_positions_uniform`, where the first
+      segment is routed by its own mean or by 1/E for every expert, and `positions_from_T`, routed
+      as in training;
+      `loss_by_position`: mean loss in nats at every position over the instances of all domains,
+      for `self` and `uniform`.
     """
     by_first = {
-        first: losses(run.replace(first_segment_routing=first), sets, f"evaluating, {first}", None)
+        first: losses(
+            evaluated.replace(first_segment_routing=first), sets, f"evaluating, {first}", None
+        )
         for first in ("self", "uniform")
     }
-    T = run.model.config.segment_length
-    mine = by_first[run.model.config.first_segment_routing]
+    T = evaluated.model.config.segment_length
+    mine = by_first[evaluated.model.config.first_segment_routing]
     return {
         "perplexity": {
             "all_positions_self": _by_domain(by_first["self"]),
@@ -70,16 +77,3 @@ def leakage(run: Run, sets: dict[str, np.ndarray]) -> dict[str, Any]:
 
 def _by_domain(found: dict[str, np.ndarray]) -> dict[str, float]:
     return {domain: perplexity(nll_NxL) for domain, nll_NxL in found.items()}
-
-
-def table(title: str, rows: dict[str, dict[str, float]]) -> str:
-    """One line per variant, one column per domain."""
-    domains = list(next(iter(rows.values())))
-    width = max(len(name) for name in [*rows, title])
-    columns = [max(len(domain), 10) for domain in domains]
-    heads = "".join(f"  {d:>{c}}" for d, c in zip(domains, columns, strict=True))
-    lines = [f"{title:{width}}{heads}"]
-    for name, row in rows.items():
-        cells = "".join(f"  {row[d]:{c}.3f}" for d, c in zip(domains, columns, strict=True))
-        lines.append(f"{name:{width}}{cells}")
-    return "\n".join(lines)

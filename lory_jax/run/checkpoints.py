@@ -1,12 +1,13 @@
-"""Checkpoints: Orbax writes the state, and sums over its bits say whether it came back intact.
+"""Checkpoints: Orbax writes the state, and sums over its bits show whether it was read back intact.
 
-A checkpoint holds two items: `state`, the train state, and `meta`, JSON: the step (which is also
-the data position: batches are a pure function of it), the phase, one sum per leaf, what the run
-counts, and a digest of all this. The sums are over all elements modulo 2^32, so they are the same
-on every mesh, and any single flipped bit changes one.
+A checkpoint holds two items: `state`, the train state, and `meta`, which is JSON: the step (also
+the data position, because batches are a pure function of it), the phase, one sum per leaf, the
+counters of the run, the validation loss if there is one, and a digest of all this. A sum runs over
+the bits of all elements modulo 2^32, so it is the same on every mesh, and any single flipped bit
+changes it.
 
-Orbax writes to file systems and to gs://, not to s3://: there it writes to the cache, and a
-`Mirror` copies.
+Orbax writes to file systems and to gs://, but not to s3://. For s3:// it writes to the cache, and
+`Mirror` copies the files.
 """
 
 import hashlib
@@ -26,10 +27,11 @@ from jax import Array
 
 from lory_jax.errors import InputError
 from lory_jax.run.mirror import Mirror
-from lory_jax.run.retention import OrbaxPolicy, Retention
+from lory_jax.run.retention import OrbaxPolicy, Retention, best_first
+from lory_jax.run.step_choice import BEST, NEWEST, Step
 from lory_jax.storage import is_remote
-from lory_jax.training.state import State
 
+State = dict[str, Any]
 Meta = dict[str, Any]
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # ends the name of a checkpoint until it is complete
@@ -38,7 +40,7 @@ UNFINISHED = ".orbax-checkpoint-tmp"  # ends the name of a checkpoint until it i
 class Checkpoints:
     """The checkpoints of one run, newest last."""
 
-    # Whether a save failed in this process: Orbax's threads then wait minutes for its files.
+    # Whether a save failed in this process. Orbax's threads then wait for its files for minutes.
     has_failed_saves = False
 
     def __init__(
@@ -48,14 +50,16 @@ class Checkpoints:
         all_well: Callable[[bool], bool] = bool,
         witness: Path | None = None,
     ):
-        """Opens the checkpoints; what a killed process left unfinished is removed.
+        """Opens the checkpoints, and removes what a killed process left unfinished.
 
         Args:
           directory: where they are.
-          keep: which stay, or how many of the newest; None opens them for reading only.
-          all_well: whether it is true in every process; asked once per checkpoint restored.
-          witness: a local file without which nothing is saved: Orbax would make the directory
-            anew where a disk is not mounted any more.
+          keep: which checkpoints to keep, or how many of the newest; None opens them read-only and
+            removes nothing.
+          all_well: returns whether its argument is true in every process; called once for each
+            checkpoint that is restored.
+          witness: a local file that must exist for a save to happen. Without it, Orbax would create
+            the directory again where a disk is no longer mounted.
 
         Raises:
           InputError: the directory is on s3:// and there are several processes.
@@ -82,17 +86,31 @@ class Checkpoints:
             ),
         )
         if keep and keep.best:
-            self._losses |= {s: saved_loss(self.directory / str(s)) for s in self.steps()}
+            self._losses |= self.validation_losses()
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""
         return self._mirror.steps() if self._mirror else sorted(self._manager.all_steps())
 
+    def validation_losses(self) -> dict[int, float | None]:
+        """The validation loss of every step; None where there is none or the meta is damaged."""
+        metas = {step: self.read_meta(step) or {} for step in self.steps()}
+        return {step: meta.get("validation_loss") for step, meta in metas.items()}
+
+    def read_meta(self, step: int) -> Meta | None:
+        """The meta of a checkpoint, without its state; None if it is damaged."""
+        path = self.directory / str(step) / "meta" / "metadata"
+        try:
+            return checked_meta(json.loads(path.read_text("utf-8")), step)
+        except (OSError, ValueError):
+            return None
+
     def save(self, state: State, phase: str, **facts: Any) -> None:
         """Saves in the background; returns once the state may be donated.
 
-        `facts` go into the meta; `validation_loss` counts for which checkpoints stay. Where this
-        checkpoint, or the one before it, cannot be written, that is said, and those before stay.
+        `facts` are stored in the meta; `validation_loss` decides which checkpoints are the best.
+        If this checkpoint or the previous one cannot be written, a warning says so and the earlier
+        ones are kept.
         """
         step = int(state["step"])
         meta = {"step": step, "phase": phase, "sums": leaf_sums(state)} | facts
@@ -103,7 +121,7 @@ class Checkpoints:
             if self._witness and not self._witness.exists():
                 raise FileNotFoundError(f"{self._witness} is gone")
             for later in self._manager.all_steps():
-                if later >= step:  # damaged, or its steps would not have run again
+                if later >= step:  # it was damaged: otherwise the run would have resumed from it
                     self._manager.delete(later)
             self._losses[step] = facts.get("validation_loss")
             items = {"state": ocp.args.PyTreeSave(state), "meta": ocp.args.JsonSave(meta)}
@@ -116,7 +134,7 @@ class Checkpoints:
             self._failed(error)
 
     def _finish(self) -> None:
-        """Waits for the save under way; says so if it failed."""
+        """Waits for the save in progress; prints a warning if it failed."""
         try:
             self._manager.wait_until_finished()
             if self._mirror:
@@ -130,14 +148,12 @@ class Checkpoints:
         Checkpoints.has_failed_saves = True
         step, self._saving = self._saving or 0, None
         self._failure = (step, reason(error))
-        print(
-            f"WARNING: checkpoint {self.directory / str(step)} could not be written: "
-            f"{reason(error)}; those before it stay",
-            file=sys.stderr,
-            flush=True,
+        _warn(
+            f"checkpoint {self.directory / str(step)} could not be written: {reason(error)}; "
+            "earlier ones are kept"
         )
         if not is_remote(self.directory) and jax.process_index() == 0:
-            for rest in self.directory.glob(f"{step}{UNFINISHED}*"):  # it takes space
+            for rest in self.directory.glob(f"{step}{UNFINISHED}*"):  # frees its space
                 shutil.rmtree(rest, ignore_errors=True)
 
     def restore_newest(self, target: Callable[[Meta], Any]) -> tuple[Any, Meta] | None:
@@ -150,22 +166,57 @@ class Checkpoints:
         Raises:
           InputError: there are checkpoints, but none is intact.
         """
-        for step in reversed(self.steps()):
+        return self.restore_chosen(NEWEST, target) if self.steps() else None
+
+    def restore_chosen(self, choice: Step, target: Callable[[Meta], Any]) -> tuple[Any, Meta]:
+        """Restores the newest or best intact checkpoint, or the one of a given step.
+
+        Damaged checkpoints are named on standard error; the next newest or next best one is
+        restored instead. A given step is never replaced by another.
+
+        Args:
+          choice: "newest", "best" (the lowest validation loss) or a step.
+          target: as for `restore_newest`.
+
+        Raises:
+          InputError: there is no such checkpoint, or none of those that qualify is intact.
+        """
+        candidates = self._candidates(choice)
+        for step in candidates:
             restored, damage = self.restore(step, target)
             if damage is None:
                 return restored
-            print(
-                f"WARNING: checkpoint {self.directory / str(step)} is damaged and skipped: "
-                f"{damage}",
-                file=sys.stderr,
-                flush=True,
-            )
-        if self.steps():
-            raise InputError(
-                f"{self.directory}: none of the checkpoints {self.steps()} is intact; "
-                "move the directory away to start from scratch"
-            )
-        return None
+            if step == choice:
+                raise InputError(f"step: {self.directory / str(step)} is damaged: {damage}")
+            _warn(f"checkpoint {self.directory / str(step)} is damaged and skipped: {damage}")
+        which = "with a validation loss " if choice == BEST else ""
+        raise InputError(
+            f"{self.directory}: none of the checkpoints {which}{sorted(candidates)} is intact"
+            + ("" if choice == BEST else "; move the directory away to start from scratch")
+        )
+
+    def _candidates(self, choice: Step) -> list[int]:
+        """The steps that a choice can mean, the first choice first."""
+        steps = self.steps()
+        if not steps:
+            raise InputError(f"{self.directory}: holds no checkpoint yet")
+        there = f"its checkpoints are {', '.join(map(str, steps))}"
+        if choice == NEWEST:
+            return steps[::-1]
+        if choice == BEST:
+            for step in steps:
+                if self.read_meta(step) is None:
+                    _warn(f"checkpoint {self.directory / str(step)} is damaged and skipped: meta")
+            best = best_first(self.validation_losses())
+            if not best:
+                raise InputError(
+                    f"step: got best, but no checkpoint in {self.directory} has a validation loss; "
+                    f"{there}"
+                )
+            return best
+        if choice not in steps:
+            raise InputError(f"step: got {choice}, not a checkpoint in {self.directory}; {there}")
+        return [int(choice)]
 
     def restore(self, step: int, target: Callable[[Meta], Any]) -> tuple[Any, str | None]:
         """`((tree, meta), None)` of one checkpoint, or `(None, what is wrong with it)`."""
@@ -173,8 +224,8 @@ class Checkpoints:
         try:
             restored = self._read(step, target)
         except (InputError, jax.errors.JaxRuntimeError):
-            raise  # the mesh does not fit, or memory does not suffice: no damage
-        except Exception as error:  # bits turned in Orbax's own files raise anything at all
+            raise  # the mesh does not fit or memory is short: the checkpoint is not to blame
+        except Exception as error:  # flipped bits in Orbax's own files can raise anything
             damage = reason(error)
         if not self._all_well(damage is None):
             return None, damage or "another process cannot read its part"
@@ -190,10 +241,7 @@ class Checkpoints:
             self._mirror.download(step)
             self._manager.reload()
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        meta = self._manager.restore(step, args=args)["meta"]
-        # The first checkpoints had no digest; one that has lost it has a malformed meta otherwise.
-        if meta["step"] != step or meta.get("digest", digest(meta)) != digest(meta):
-            raise ValueError("meta differs from what was saved")
+        meta = checked_meta(self._manager.restore(step, args=args)["meta"], step)
         wanted = target(meta)
         restore_args = jax.tree.map(
             lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype), wanted
@@ -203,12 +251,12 @@ class Checkpoints:
         )
         tree = self._manager.restore(step, args=args)["state"]
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            if not isinstance(leaf, Array):  # a partial restore leaves the target where it is
+            if not isinstance(leaf, Array):  # a partial restore returns the target
                 raise ValueError(f"{jax.tree_util.keystr(path)} is missing")
         return tree, meta
 
     def close(self) -> None:
-        """Waits for saves under way; raises `InputError` if the last one failed."""
+        """Waits for saves in progress; raises `InputError` if the last one failed."""
         self._finish()
         self._manager.close()
         if self._mirror:
@@ -224,16 +272,18 @@ def digest(meta: Meta) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def saved_loss(checkpoint: Path) -> float | None:
-    """The validation loss in the meta of a checkpoint, if it can be read and has one."""
-    try:
-        return json.loads((checkpoint / "meta" / "metadata").read_text("utf-8"))["validation_loss"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def checked_meta(meta: Any, step: int) -> Meta:
+    """Returns a meta that was read back; raises `ValueError` unless it is what was saved."""
+    if not isinstance(meta, dict) or meta.get("step") != step:
+        raise ValueError("meta differs from what was saved")
+    # The first checkpoints had no digest. Damage that removed the digest would also break the JSON.
+    if meta.get("digest", digest(meta)) != digest(meta):
+        raise ValueError("meta differs from what was saved")
+    return meta
 
 
 def reason(error: Exception) -> str:
-    """An error in one short line; of TensorStore's long ones, what the system said."""
+    """An error in one short line; from TensorStore's long messages, only the system's own words."""
     text = str(error) or type(error).__name__
     if system := re.search(r": ([^:]+) \[os_error_code=", text):
         return system[1]
@@ -241,7 +291,7 @@ def reason(error: Exception) -> str:
 
 
 def leaf_sums(tree: Any) -> dict[str, int]:
-    """For every leaf, the sum of its elements' bits modulo 2^32, computed where the leaf lies."""
+    """The sum of every leaf's bits modulo 2^32, computed on the devices that hold the leaf."""
     sums = jax.device_get(_leaf_sums(tree))
     leaves, _ = jax.tree_util.tree_flatten_with_path(sums)
     return {jax.tree_util.keystr(path): int(value) for path, value in leaves}
@@ -254,3 +304,7 @@ def _leaf_sums(tree: Any) -> Any:
         return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
 
     return jax.tree.map(bits_sum, tree)
+
+
+def _warn(text: str) -> None:
+    print(f"WARNING: {text}", file=sys.stderr, flush=True)

@@ -1,27 +1,31 @@
-"""What a run leaves in its work directory, and how other verbs read it.
+"""A run directory: what a training run leaves on disk, and how everyone else reads it.
 
 config.json      the config, section by section
-dataset.json     where the prepared data are, and the hash of their manifest; none where the model
-                 was trained elsewhere
-tokenizer.json   a copy of the data's
-metrics.jsonl    one object per step
+dataset.json     where the prepared data are, and the digest of their manifest; absent where the
+                 model was trained elsewhere
+tokenizer.json   a copy of the tokenizer of the prepared data
+metrics.jsonl    one JSON object per step
 lock             held by the process that trains
-tensorboard/     the same for TensorBoard
+tensorboard/     the metrics for TensorBoard
 checkpoints/     one directory per step
+profile/         profiler traces
+diverged-N.json  what is known about the last of many skipped steps
+evaluation.json  written by `evaluate`
+analysis/        written by `analyze`
 
-It may be in an object store (gs://, s3://): docs/storage.md.
+A run directory may be in an object store (gs://, s3://); docs/storage.md describes this.
 """
 
-import dataclasses
+import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
-from lory_jax.config import may_change, section_defaults
-from lory_jax.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, differences
+from lory_jax.config import section_defaults
+from lory_jax.data.manifest import TOKENIZER_NAME
 from lory_jax.data.prepared import PreparedData
 from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.errors import InputError
@@ -29,165 +33,262 @@ from lory_jax.model.config import ModelConfig
 from lory_jax.model.transformer import Params, build, init_params
 from lory_jax.parallel import shardings
 from lory_jax.run.checkpoints import Checkpoints, Meta
-from lory_jax.run.lock import WorkdirLock
+from lory_jax.run.lock import WorkdirLock, holder
+from lory_jax.run.phases import phase_config
+from lory_jax.run.same_run import config_changes
+from lory_jax.run.step_choice import NEWEST, Step, parse_step
 from lory_jax.storage import is_remote, storage_path, write_atomically
-from lory_jax.training.monitoring.log_files import METRICS
 
-CONFIG, DATASET = "config.json", "dataset.json"
-
-DENSE, EXPERTS = "dense", "experts"  # the phases of a run
+CONFIG, DATASET, METRICS = "config.json", "dataset.json", "metrics.jsonl"
 
 
-def phase_config(config: ModelConfig, phase: str) -> ModelConfig:
-    """The model that a phase trains: during the dense warm-up, the dense baseline."""
-    return dataclasses.replace(config, num_experts=0) if phase == DENSE else config
+class Dataset(NamedTuple):
+    """The prepared data that a run is trained on."""
+
+    path: str
+    manifest_sha256: str
 
 
-def open_workdir(
-    workdir: Path, config: dict[str, Any], data: PreparedData, change_steps: bool = False
-) -> WorkdirLock | None:
-    """Makes the work directory of a new run, or checks that it belongs to this very run.
+class TrainedParams(NamedTuple):
+    """Parameters from a checkpoint, the config of their model, and their step."""
 
-    Process 0 gets the lock, which must be kept as long as the run goes on.
+    model_config: ModelConfig
+    params: Params
+    step: int
 
-    Raises:
-      InputError: another process trains in it; it cannot be written; or it holds a run with
-        another config or other data: the message shows how they differ.
+
+class RunDirectory:
+    """A run on disk, and which of its checkpoints is meant.
+
+    Files are read when they are first asked for; opening a directory that holds no run raises
+    nothing.
+
+    Attributes:
+      path: the directory.
+      step: "newest", "best" (the lowest validation loss) or a step.
     """
-    dataset = {
-        "path": str(data.directory if data.is_remote else data.directory.resolve()),
-        "manifest_sha256": data.digest,
-    }
-    try:
-        if not is_remote(workdir):
-            workdir.mkdir(parents=True, exist_ok=True)
-        lock = WorkdirLock(workdir) if jax.process_index() == 0 else None
-        is_new = not (workdir / CONFIG).exists()
-        changed: list[str] = []
-        if not is_new:
-            changed = check_same_run(workdir, config, dataset, change_steps)
-            if changed and jax.process_index() == 0:
-                print(f"changed since the run began: {'; '.join(changed)}", flush=True)
-        elif lock is not None:
-            write_atomically(workdir / TOKENIZER_NAME, data.tokenizer.json_text)
-            write_atomically(workdir / DATASET, json.dumps(dataset, indent=1) + "\n")
-        if lock is not None and (is_new or changed):
-            write_atomically(workdir / CONFIG, json.dumps(config, indent=1) + "\n")
-        if lock is not None:
-            for rest in [] if is_remote(workdir) else workdir.glob("*.tmp-*"):
-                rest.unlink()  # of a process that was killed while it wrote
-    except OSError as error:
-        raise InputError(f"{workdir}: cannot be written ({error.strerror or error})") from None
-    return lock
 
+    def __init__(self, path: str | Path, step: Step = NEWEST):
+        self.path = storage_path(path)
+        self.step = parse_step(step)
 
-def check_same_run(
-    workdir: Path, config: dict[str, Any], dataset: dict[str, str], change_steps: bool
-) -> list[str]:
-    """Which changeable fields differ from those of a run; `InputError` if anything else does."""
-    found = read_config(workdir)
-    changed: list[str] = []
-    wrong: list[str] = []
-    for section in sorted(found.keys() | config.keys()):
-        # A field that is younger than the run had its default.
-        wanted, defaults = config.get(section, {}), section_defaults(section)
-        before = {name: defaults[name] for name in wanted if name in defaults}
-        for line in differences(before | found.get(section, {}), wanted):
-            field = line.partition(":")[0]
-            may = may_change(section, field)
-            may |= change_steps and (section, field) == ("train", "steps")
-            (changed if may else wrong).append(f"{section}.{line}")
-    if any(line.startswith("train.steps:") for line in wrong):
-        wrong.append("--change_steps changes the number of steps on purpose")
-    trained_on = _read_json(workdir / DATASET)
-    if trained_on["manifest_sha256"] != dataset["manifest_sha256"]:
-        wrong.append(f"data: made from {trained_on['path']}, wanted {dataset['path']}")
-    if wrong:
-        raise InputError(f"{workdir}: holds a run of another config ({'; '.join(wrong)})")
-    return changed
+    def __str__(self) -> str:
+        return str(self.path)
 
+    # ---------------------------------------------------------------- where things are
 
-def read_config(workdir: Path) -> dict[str, Any]:
-    """The config of a run, section by section; `InputError` if `workdir` holds none."""
-    return _read_json(workdir / CONFIG)
+    @property
+    def config_file(self) -> Path:
+        return self.path / CONFIG
 
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.path / TOKENIZER_NAME
 
-def model_config(workdir: Path) -> ModelConfig:
-    """The `config.model` of a run."""
-    try:
-        # How attention and the merged FFN are computed is up to the machine that reads.
-        computed = {"attention": "auto", "merged_ffn": "auto"}
-        fields = section_defaults("model") | read_config(workdir)["model"] | computed
-        return ModelConfig.for_platform(fields, jax.default_backend())
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{workdir / CONFIG}: no usable section model ({error})") from None
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / METRICS
 
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
 
-def data_directory(workdir: Path, override: Path | None = None) -> PreparedData:
-    """The prepared data that a run was trained on, or `override`; the manifest must be the same.
+    @property
+    def checkpoint_directory(self) -> Path:
+        return self.path / "checkpoints"
 
-    A model that was not trained here (`convert from-hf`) takes any data made with its tokenizer.
-    """
-    if (workdir / CONFIG).exists() and not (workdir / DATASET).exists():
-        return _data_with_tokenizer(workdir, override)
-    dataset = _read_json(workdir / DATASET)
-    directory = storage_path(override or dataset["path"])
-    if not (directory / MANIFEST_NAME).is_file():
-        raise InputError(f"{directory}: holds no prepared data; say where they are with --data=DIR")
-    data = PreparedData.open(directory)
-    if data.digest != dataset["manifest_sha256"]:
-        raise InputError(f"{directory}: other data than {workdir} was trained on")
-    return data
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile"
 
+    @property
+    def evaluation_file(self) -> Path:
+        return self.path / "evaluation.json"
 
-def _data_with_tokenizer(workdir: Path, directory: Path | None) -> PreparedData:
-    if directory is None:
-        raise InputError(f"{workdir}: was trained elsewhere; say which data with --data=DIR")
-    data = PreparedData.open(directory)
-    check_same_ids(data.tokenizer, directory, workdir)
-    return data
+    @property
+    def analysis(self) -> Path:
+        return self.path / "analysis"
 
+    def diverged_file(self, step: int) -> Path:
+        return self.path / f"diverged-{step}.json"
 
-def check_same_ids(tokenizer: Tokenizer, data: Path, workdir: Path) -> None:
-    """Raises `InputError` unless prepared data have the ids of a work directory's tokenizer."""
-    if not tokenizer.same_ids(Tokenizer.load(workdir / TOKENIZER_NAME)):
-        raise InputError(
-            f"{data}: made with another tokenizer than {workdir} has; prepare it with "
-            f"--tokenizer={workdir / TOKENIZER_NAME}"
+    # ---------------------------------------------------------------- what the files say
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """The config, section by section; `InputError` if the directory holds none."""
+        return _read_json(self.config_file)
+
+    @functools.cached_property
+    def model_config(self) -> ModelConfig:
+        """The network of the expert phase, computed in the way that suits this machine."""
+        try:
+            chosen_here = {"attention": "auto", "merged_ffn": "auto"}
+            fields = section_defaults("model") | self.config["model"] | chosen_here
+            return ModelConfig.for_platform(fields, jax.default_backend())
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{self.config_file}: no usable section model ({error})") from None
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.tokenizer_file)
+
+    @functools.cached_property
+    def dataset(self) -> Dataset | None:
+        """The prepared data of the run; None if the model was trained elsewhere."""
+        path = self.path / DATASET
+        if self.config_file.exists() and not path.exists():
+            return None
+        found = _read_json(path)
+        return Dataset(found["path"], found["manifest_sha256"])
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`, without a last line that a killed run left unfinished."""
+        if not self.metrics_file.is_file():
+            raise InputError(f"{self.metrics_file}: missing; train first")
+        lines = self.metrics_file.read_text("utf-8").split("\n")
+        try:
+            return [json.loads(line) for line in lines[:-1]]
+        except ValueError as error:
+            raise InputError(
+                f"{self.metrics_file}: damaged, a line is not JSON ({error})"
+            ) from None
+
+    def lock_holder(self) -> str | None:
+        """Who trains in this directory at the moment, or None."""
+        return holder(self.path)
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def open_checkpoints(self) -> Checkpoints:
+        """The checkpoints, for reading; `InputError` if there is no directory of them."""
+        if not self.checkpoint_directory.is_dir():
+            raise InputError(f"{self.checkpoint_directory}: missing; train first")
+        return Checkpoints(self.checkpoint_directory)
+
+    def load_params(self, mesh: Mesh) -> TrainedParams:
+        """The parameters of the chosen checkpoint; of the dense model during dense warm-up."""
+        model_config = self.model_config
+
+        def target(meta: Meta) -> dict[str, Any]:
+            return {"params": abstract_params(phase_config(model_config, meta["phase"]), mesh)}
+
+        checkpoints = self.open_checkpoints()
+        tree, meta = checkpoints.restore_chosen(self.step, target)
+        checkpoints.close()
+        return TrainedParams(
+            phase_config(model_config, meta["phase"]), tree["params"], meta["step"]
         )
 
+    # ---------------------------------------------------------------- the prepared data
 
-def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; a last line that a killed run left unfinished is dropped."""
-    path = workdir / METRICS
-    if not path.is_file():
-        raise InputError(f"{path}: missing; train first")
-    lines = path.read_text("utf-8").split("\n")
-    try:
-        return [json.loads(line) for line in lines[:-1]]
-    except ValueError as error:
-        raise InputError(f"{path}: damaged, a line is not JSON ({error})") from None
+    def data_path(self, data: Path | None = None) -> Path:
+        """Where the prepared data are: `data` if given, else where the run found them."""
+        if data is not None:
+            return storage_path(data)
+        if self.dataset is None:
+            raise InputError(
+                f"data: {self} was trained elsewhere; requires the directory of prepared data"
+            )
+        return storage_path(self.dataset.path)
 
+    def open_data(self, data: Path | None = None) -> PreparedData:
+        """The prepared data of the run, from `data` if they were moved.
 
-def load_params(workdir: Path, mesh: Mesh) -> tuple[ModelConfig, Params, int]:
-    """The newest intact parameters of a run, the model they belong to, and their step.
+        A model that was trained elsewhere (`convert from-hf`) accepts any data made with its
+        tokenizer.
 
-    The model is the dense one while the run is in its dense warm-up.
-    """
-    config = model_config(workdir)
-    directory = workdir / "checkpoints"
-    if not directory.is_dir():
-        raise InputError(f"{directory}: missing; train first")
-    checkpoints = Checkpoints(directory)
+        Raises:
+          InputError: there are none, or they are not the ones that the run was trained on.
+        """
+        directory = self.data_path(data)
+        try:
+            prepared = PreparedData.open(directory)
+        except InputError as error:
+            raise InputError(
+                f"data: {directory} does not hold what {self} was trained on ({error})"
+            ) from None
+        if self.dataset is None:
+            self.check_same_ids(prepared)
+        elif prepared.digest != self.dataset.manifest_sha256:
+            raise InputError(f"data: {directory} is not what {self} was trained on")
+        return prepared
 
-    def target(meta: Meta) -> dict[str, Any]:
-        return {"params": abstract_params(phase_config(config, meta["phase"]), mesh)}
+    def check_same_ids(self, data: PreparedData) -> None:
+        """Raises `InputError` unless the tokenizer of `data` has the token ids of this run."""
+        if not data.tokenizer.same_ids(self.tokenizer):
+            raise InputError(
+                f"data: {data.directory} was made with another tokenizer than that of {self}; "
+                f"prepare it with tokenizer={self.tokenizer_file}"
+            )
 
-    restored = checkpoints.restore_newest(target)
-    if restored is None:
-        raise InputError(f"{directory}: holds no checkpoint yet")
-    tree, meta = restored
-    return phase_config(config, meta["phase"]), tree["params"], meta["step"]
+    # ---------------------------------------------------------------- training
+
+    def open_for_training(
+        self,
+        config: dict[str, Any],
+        data: PreparedData,
+        change_steps: bool = False,
+    ) -> WorkdirLock | None:
+        """Creates the directory of a new run, or checks that the run in it is the same.
+
+        Args:
+          config: the config to train with.
+          data: the prepared data to train on.
+          change_steps: whether `train.steps` may differ from that of the run so far.
+
+        Returns:
+          the lock, which must be kept while the run trains; None in processes other than 0.
+
+        Raises:
+          InputError: another process trains in the directory, it cannot be written, or it holds a
+            run with another config or other data.
+        """
+        path = data.directory if data.is_remote else data.directory.resolve()
+        dataset = Dataset(str(path), data.digest)
+        try:
+            if not is_remote(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+            lock = WorkdirLock(self.path) if jax.process_index() == 0 else None
+            is_new = not self.config_file.exists()
+            changed = [] if is_new else self.check_same_run(config, dataset, change_steps)
+            if lock is not None:
+                if is_new:
+                    self._write_start(dataset, data.tokenizer)
+                if changed:
+                    print(f"changed since the run began: {'; '.join(changed)}", flush=True)
+                if is_new or changed:
+                    write_atomically(self.config_file, json.dumps(config, indent=1) + "\n")
+                self._remove_temporary_files()
+        except OSError as error:
+            raise InputError(f"{self}: cannot be written ({error.strerror or error})") from None
+        for name in ("config", "model_config"):
+            vars(self).pop(name, None)  # what was just written replaces what was read before
+        return lock
+
+    def check_same_run(
+        self, config: dict[str, Any], dataset: Dataset, change_steps: bool
+    ) -> list[str]:
+        """The differences to the run's config that are allowed; `InputError` if others exist."""
+        changed, refused = config_changes(self.config, config, change_steps)
+        before = self.dataset
+        if before is None:
+            raise InputError(f"{self.path / DATASET}: missing, so the run cannot be resumed")
+        if before.manifest_sha256 != dataset.manifest_sha256:
+            refused.append(f"data: made from {before.path}, wanted {dataset.path}")
+        if refused:
+            raise InputError(f"{self}: holds a run with another config ({'; '.join(refused)})")
+        return changed
+
+    def _write_start(self, dataset: Dataset, tokenizer: Tokenizer) -> None:
+        write_atomically(self.tokenizer_file, tokenizer.json_text)
+        write_atomically(self.path / DATASET, json.dumps(dataset._asdict(), indent=1) + "\n")
+
+    def _remove_temporary_files(self) -> None:
+        """Removes what a process left that was killed while it wrote a file."""
+        if not is_remote(self.path):
+            for path in self.path.glob("*.tmp-*"):
+                path.unlink()
 
 
 def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:
@@ -204,6 +305,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; is {path.parent} a work directory?") from None
+        raise InputError(f"{path}: no such file; is {path.parent} a run directory?") from None
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error})") from None

@@ -1,4 +1,4 @@
-"""One process at a time trains in a work directory."""
+"""A lock, so that only one process at a time trains in a run directory."""
 
 import fcntl
 import json
@@ -13,14 +13,14 @@ from lory_jax.errors import InputError
 from lory_jax.storage import is_remote
 
 LOCK = "lock"
-PATIENCE_SECONDS = 2.0  # doctor holds the lock for an instant; a process that was killed, too
+PATIENCE_SECONDS = 2.0  # doctor holds the lock for an instant, and so does a dying process
 
 
 class WorkdirLock:
-    """Holds a work directory for as long as this process lives.
+    """Holds the lock of a run directory for as long as this process lives.
 
-    The lock is the kernel's (flock), so that it ends with its process, however that ends; the text
-    of the file only says who it was. Object stores have no locks.
+    The kernel keeps the lock (flock), so it is released when its process ends, however that
+    happens. The text of the file only says who holds it. Object stores have no locks.
     """
 
     def __init__(self, workdir: Path):
@@ -30,16 +30,19 @@ class WorkdirLock:
           InputError: another process holds it; the message says which.
         """
         if is_remote(workdir):
-            say(f"{workdir} is in an object store, which has no locks: start no second run in it")
+            say(
+                f"{workdir} is in an object store, which has no locks; do not start a second run "
+                "in it"
+            )
             return
         self._file = open(workdir / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 (see above)
         deadline = time.monotonic() + PATIENCE_SECONDS
         while (taken := _try(self._file, fcntl.LOCK_EX)) is False:
             if time.monotonic() > deadline:
-                raise InputError(f"{workdir}: another run is in it ({_owner(self._file)})")
+                raise InputError(f"{workdir}: another process trains in it ({_owner(self._file)})")
             time.sleep(0.05)
         if taken is None:
-            say(f"{workdir} is on a file system without locks: start no second run in it")
+            say(f"{workdir} is on a file system without locks; do not start a second run in it")
         self._file.truncate(0)
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%c")}
         self._file.write(json.dumps(owner))
@@ -47,7 +50,7 @@ class WorkdirLock:
 
 
 def holder(workdir: Path) -> str | None:
-    """Who trains in a work directory at this moment, or None; writes nothing."""
+    """Who trains in a run directory at the moment, or None; writes nothing."""
     path = workdir / LOCK
     if is_remote(workdir) or not path.exists():
         return None
@@ -56,7 +59,7 @@ def holder(workdir: Path) -> str | None:
 
 
 def _try(file: IO[str], kind: int) -> bool | None:
-    """Whether the lock was free and is taken now; None where there are no locks."""
+    """Whether the lock was free and is now held; None where the file system has no locks."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -72,7 +75,7 @@ def _owner(file: IO[str]) -> str:
         owner = json.loads(file.read())
         return f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
     except (ValueError, KeyError, TypeError):
-        return "its owner is just starting"
+        return "a process that is just starting"
 
 
 def say(text: str) -> None:

@@ -1,6 +1,7 @@
-"""Checkpoints in an object store that Orbax cannot write: it writes to the cache, this copies.
+"""Checkpoints in an object store that Orbax cannot write to.
 
-A step is there when its `UPLOADED` is: the last object written, a list of the step's files.
+Orbax writes to the cache, and this module copies. `UPLOADED` lists the files of a step and is its
+last object to be written: a step without it is incomplete.
 """
 
 import json
@@ -19,22 +20,23 @@ UPLOADED = "uploaded.json"
 
 
 class Mirror:
-    """The steps of a remote checkpoint directory, and a local directory to write and read them in.
+    """The steps of a remote checkpoint directory, and a local directory for Orbax.
 
     Attributes:
-      local: where Orbax writes; empty at first, gone after `close`.
+      local: where Orbax reads and writes; empty at first, removed by `close`.
     """
 
     def __init__(self, remote: Path, keep: Retention | None):
-        """`keep` says which steps stay in `remote`; None, as a reader, uploads nothing.
+        """`keep` says which steps are kept in `remote`; None is for readers, who upload nothing.
 
         Raises:
-          InputError: there are several processes: each would see its own part of a checkpoint.
+          InputError: there are several processes; each would see only its part of a checkpoint.
         """
         if jax.process_count() > 1:
             raise InputError(
-                f"{remote}: an s3:// work directory takes one process, got {jax.process_count()}; "
-                "several take gs://, a shared file system, or the bucket mounted as one"
+                f"{remote}: a run directory on s3:// requires one process, got "
+                f"{jax.process_count()}; several processes require gs://, a shared file system, or "
+                "the bucket mounted as one"
             )
         self._remote, self._keep = remote, keep
         self._staging = Staging("checkpoints")
@@ -55,15 +57,15 @@ class Mirror:
         )
 
     def upload(self, step: int, losses: Mapping[int, float | None]) -> None:
-        """Copies a step that Orbax has finished, in the background, and removes old ones.
+        """Copies a finished step in the background, and removes old ones.
 
-        `losses` are validation losses by step, where known.
+        `losses` are the validation losses by step, where known.
         """
         self.wait()
         self._running = self._pool.submit(self._upload, step, dict(losses))
 
     def download(self, step: int) -> None:
-        """Copies a step to `local`, if it is not there.
+        """Copies a step to `local` unless it is there already.
 
         Raises:
           OSError: an object of it is missing.
@@ -80,13 +82,13 @@ class Mirror:
         unfinished.replace(target)
 
     def close(self) -> None:
-        """Waits for the upload under way and removes `local`."""
+        """Waits for the upload in progress and removes `local`."""
         self.wait()
         self._pool.shutdown()
         self._staging.close()
 
     def wait(self) -> None:
-        """Waits for the upload under way; raises what failed there."""
+        """Waits for the upload in progress; raises the error if it failed."""
         if self._running is not None:
             self._running.result()
 
@@ -100,7 +102,7 @@ class Mirror:
         write_atomically(target / UPLOADED, json.dumps(names))
         stored = {int(path.name) for path in self._remote.iterdir() if path.name.isdigit()}
         if self._keep:
-            # Later ones are damaged, as in `Checkpoints.save`.
+            # Later steps are damaged; `Checkpoints.save` removes them, too.
             kept = self._keep.kept({s: losses.get(s) for s in stored if s <= step})
             for gone in stored - kept:
                 self._remove(gone)

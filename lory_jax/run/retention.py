@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay."""
+"""Which checkpoints of a run are kept, and which of them is the best."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,12 +8,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Retention:
-    """The newest, the best by validation loss, and every so many steps; the rest may go.
+    """Keeps the newest checkpoints, the best ones, and one every so many steps.
 
     Attributes:
-      newest: at least 1: the newest checkpoint always stays.
-      best: of those saved right after a validation, so many with the lowest loss.
-      every_steps: those at a multiple of it stay for good; 0 for none.
+      newest: how many of the newest are kept; at least 1.
+      best: how many are kept of those with the lowest validation loss. Only checkpoints saved
+        right after a validation have one.
+      every_steps: checkpoints at a multiple of this step are kept for good; 0 for none.
     """
 
     newest: int
@@ -21,22 +22,25 @@ class Retention:
     every_steps: int = 0
 
     def kept(self, losses: Mapping[int, float | None]) -> set[int]:
-        """The steps that stay, of all steps with their validation losses."""
+        """The steps to keep, out of all steps with their validation losses."""
         steps = sorted(losses)
-        known = [(loss, step) for step, loss in losses.items() if _is_number(loss)]
-        kept = set(steps[-self.newest :]) | {step for _, step in sorted(known)[: self.best]}
+        kept = set(steps[-self.newest :]) | set(best_first(losses)[: self.best])
         if self.every_steps:
             kept |= {step for step in steps if step % self.every_steps == 0}
         return kept
 
 
-def _is_number(loss: float | None) -> bool:
-    return loss is not None and math.isfinite(loss)
+def best_first(losses: Mapping[int, float | None]) -> list[int]:
+    """The steps that have a validation loss, the lowest loss first."""
+    known = [
+        (loss, step) for step, loss in losses.items() if loss is not None and math.isfinite(loss)
+    ]
+    return [step for _, step in sorted(known)]
 
 
 @dataclass(frozen=True)
 class OrbaxPolicy:
-    """`Retention` as Orbax asks for it; `losses` is filled in by who saves."""
+    """`Retention` in the form that Orbax requires; the caller fills in `losses` as it saves."""
 
     retention: Retention
     losses: Mapping[int, float | None]

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 
 import lory_jax
-from lory_jax import convert, evaluate
+from lory_jax import convert
 from lory_jax.config import load_config
 from lory_jax.conversion import runs
 from lory_jax.data.prepared import PreparedData
 from lory_jax.errors import ConfigError, InputError
 from lory_jax.model.config import ModelConfig
 from lory_jax.run.checkpoints import Checkpoints
-from lory_jax.run.directory import EXPERTS, open_workdir
+from lory_jax.evaluation.measure import evaluate_run
+from lory_jax.run.directory import RunDirectory
+from lory_jax.run.phases import EXPERTS
 from tests.conversion.test_hf_directory import llama, their_logits
 from tests.support.models import params_of
 from tests.support.tiny import (
@@ -43,7 +45,7 @@ def write_run(workdir, data, experts=4, **model):
     recipe = write_recipe(workdir.parent)
     overrides = [(f"model.{name}", value) for name, value in model.items()]
     config = load_config(f"{recipe}:experts={experts}", overrides)
-    open_workdir(workdir, config.to_dict(), PreparedData.open(data))
+    RunDirectory(workdir).open_for_training(config.to_dict(), PreparedData.open(data))
     params = params_of(ModelConfig(**config.model))
     checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
     checkpoints.save(jax.device_put({"step": np.int32(7), "params": params}), EXPERTS)
@@ -86,15 +88,15 @@ def test_a_run_begun_before_a_field_existed_resumes(data, tmp_path):
     old = {**config, "model": dict(config["model"])}
     del old["model"]["num_kv_heads"]
     (workdir / "config.json").write_text(json.dumps(old))
-    open_workdir(workdir, config, PreparedData.open(data))
+    RunDirectory(workdir).open_for_training(config, PreparedData.open(data))
     config["model"]["num_kv_heads"] = 1
     with pytest.raises(InputError, match="num_kv_heads: found 0, wanted 1"):
-        open_workdir(workdir, config, PreparedData.open(data))
+        RunDirectory(workdir).open_for_training(config, PreparedData.open(data))
 
 
 def test_the_largest_experts_alone_are_merged(run, tmp_path):
     text = "counting by steps"
-    runs.to_hf(run, tmp_path / "hf", prompt=text, top_k_experts=2)
+    runs.to_hf(RunDirectory(run), tmp_path / "hf", prompt=text, top_k_experts=2)
     model = lory_jax.load(run).with_top_k_experts(2)
     tokens = np.array([prompt_tokens(model, text)])
     expected = model.logits(tokens, "prompt", [tokens.shape[1]])
@@ -121,7 +123,7 @@ def test_a_dense_run_needs_no_routing(data, tmp_path):
     expected = lory_jax.load(dense).logits(tokens)
     np.testing.assert_allclose(their_logits(tmp_path / "hf", tokens), expected, atol=TOLERANCE)
     with pytest.raises(InputError, match=r"prompt: .* is a dense model"):
-        runs.to_hf(dense, tmp_path / "no", prompt="a")
+        runs.to_hf(RunDirectory(dense), tmp_path / "no", prompt="a")
 
 
 def test_the_script_of_the_documentation_runs(run, tmp_path):
@@ -138,7 +140,7 @@ def test_the_script_of_the_documentation_runs(run, tmp_path):
 def test_a_sparse_baseline_is_refused(data, tmp_path):
     workdir = write_run(tmp_path / "sparse", data, routing="top1")
     with pytest.raises(InputError, match="routing is top1, whose experts are chosen, not merged"):
-        runs.to_hf(workdir, tmp_path / "hf", prompt="a")
+        runs.to_hf(RunDirectory(workdir), tmp_path / "hf", prompt="a")
 
 
 def test_the_script_of_the_python_page_runs(run, tmp_path):
@@ -234,11 +236,11 @@ def test_the_seed_draws_the_router(hf, start, tmp_path):
 def test_a_dense_start_evaluates_and_goes_back(hf, data, tmp_path):
     workdir = tmp_path / "W"
     runs.from_hf(hf, workdir)
-    result = evaluate.evaluate(workdir, data=data)
+    result = evaluate_run(RunDirectory(workdir), data=data)
     assert set(result["perplexity"]) == {"ones", "threes"}
-    with pytest.raises(InputError, match="trained elsewhere; say which data with --data"):
-        evaluate.evaluate(workdir)
-    runs.to_hf(workdir, tmp_path / "back")
+    with pytest.raises(InputError, match=r"^data: .*trained elsewhere"):
+        evaluate_run(RunDirectory(workdir))
+    runs.to_hf(RunDirectory(workdir), tmp_path / "back")
     tokens = np.arange(20)[None]
     np.testing.assert_array_equal(their_logits(tmp_path / "back", tokens), their_logits(hf, tokens))
 

@@ -4,9 +4,7 @@ import json
 import math
 import os
 import random
-import signal
 import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,14 +15,11 @@ import pytest
 from lory_jax.data.batches import Lookahead, TrainingInstances
 from lory_jax.data.prepared import PreparedData
 from lory_jax.errors import InputError
-from lory_jax.run.directory import check_same_run
-from lory_jax.run.lock import WorkdirLock, holder
-from lory_jax.run.retention import Retention
 from lory_jax.storage import is_inside
 from lory_jax.training.monitoring.goodput import Goodput
 from lory_jax.training.monitoring.log_files import LogFiles
 from lory_jax.training.monitoring.loss_watch import LossWatch
-from tests.support.tiny import ROOT, write_prepared
+from tests.support.tiny import write_prepared
 
 
 @contextmanager
@@ -38,28 +33,6 @@ def small_disk(directory: Path, size: str):
         yield directory
     finally:
         subprocess.run(["umount", "--lazy", str(directory)], check=True)
-
-
-# ---------------------------------------------------------------- retention
-
-
-def test_the_newest_always_stays_and_the_rest_as_asked():
-    """Against a loop, over random histories in which checkpoints come and go one by one."""
-    rng = random.Random(0)
-    for _ in range(200):
-        rule = Retention(rng.randint(1, 3), rng.randint(0, 2), rng.choice([0, 4]))
-        stored, ever = {}, []
-        for step in sorted(rng.sample(range(1, 40), 15)):
-            stored[step] = rng.choice([None, math.nan, rng.random()])
-            ever.append((step, stored[step]))
-            kept = rule.kept(stored)
-            stored = {s: loss for s, loss in stored.items() if s in kept}
-            assert step in stored
-            newest = [s for s, _ in ever][-rule.newest :]
-            real = sorted((x, s) for s, x in ever if x is not None and x == x)
-            best = [s for _, s in real[: rule.best]]
-            periodic = [s for s, _ in ever if rule.every_steps and s % rule.every_steps == 0]
-            assert set(stored) == set(newest) | set(best) | set(periodic)
 
 
 # ---------------------------------------------------------------- numbers
@@ -120,69 +93,6 @@ def test_metrics_wait_for_a_full_disk_and_lose_no_line(tmp_path, capsys):
         assert files.close() == 0
         lines = [json.loads(line) for line in (disk / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 201))
-
-
-# ---------------------------------------------------------------- one run in a work directory
-
-HOLD = "import sys, time, pathlib; from lory_jax.run.lock import WorkdirLock\n"
-HOLD += "lock = WorkdirLock(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
-
-
-def test_a_lock_ends_with_its_process_even_by_kill(tmp_path):
-    assert holder(tmp_path) is None and not list(tmp_path.iterdir())
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, cwd=ROOT
-    )
-    assert process.stdout is not None and process.stdout.readline() == b"held\n"
-    assert f"process {process.pid} on" in (holder(tmp_path) or "")
-    with pytest.raises(InputError, match=f"another run is in it .process {process.pid} on"):
-        WorkdirLock(tmp_path)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert holder(tmp_path) is None
-    lock = WorkdirLock(tmp_path)  # the file was still there
-    assert lock is not None
-    assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
-
-
-def test_what_may_change_in_a_run(tmp_path):
-    config = {
-        "model": {"embed_dim": 16, "remat": "none"},
-        "train": {"steps": 12, "microbatches": 1, "learning_rate": 0.1},
-        "checkpoint": {"keep": 2},
-        "parallel": {"fsdp": 0},
-    }
-    dataset = {"path": "/data", "manifest_sha256": "abc"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "dataset.json").write_text(json.dumps(dataset))
-
-    def changed(change_steps=False, **fields):
-        other = json.loads(json.dumps(config))
-        for name, value in fields.items():
-            section, _, field = name.partition("__")
-            other[section][field] = value
-        return check_same_run(tmp_path, other, dataset, change_steps)
-
-    assert changed() == []
-    assert changed(parallel__fsdp=4, train__microbatches=2, checkpoint__keep_best=1) == [
-        "checkpoint.keep_best: found 0, wanted 1",
-        "parallel.fsdp: found 0, wanted 4",
-        "train.microbatches: found 1, wanted 2",
-    ]
-    # A field that is younger than the run: at its default no difference, else one.
-    assert changed(model__rope_theta=10_000.0) == []
-    with pytest.raises(InputError, match=r"rope_theta: found 10000.0, wanted 2.0"):
-        changed(model__rope_theta=2.0)
-    with pytest.raises(InputError, match=r"model.embed_dim: found 16, wanted 32\)"):
-        changed(model__embed_dim=32, model__remat="full")
-    with pytest.raises(InputError, match=r"steps: found 12, wanted 24; --change_steps"):
-        changed(train__steps=24)
-    assert changed(True, train__steps=24) == ["train.steps: found 12, wanted 24"]
-    with pytest.raises(InputError, match="learning_rate"):
-        changed(True, train__steps=24, train__learning_rate=0.2)
-    dataset = {"path": "/other", "manifest_sha256": "def"}
-    with pytest.raises(InputError, match="data: made from /data, wanted /other"):
-        changed()
 
 
 # ---------------------------------------------------------------- damaged data

@@ -13,9 +13,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from lory_jax.run.directory import METRICS
 from lory_jax.storage import write_atomically
-
-METRICS = "metrics.jsonl"
 
 
 class LogFiles:
