@@ -33,7 +33,7 @@ from lory_jax.run.checkpoints import Checkpoints, leaf_sums
 from lory_jax.run.directory import EXPERTS
 from lory_jax.storage import storage_path
 from lory_jax.training.loss import mean_loss
-from lory_jax.training.optimizer import make_optimizer
+from lory_jax.training.optimizer import Optimizer, make_optimizer
 from lory_jax.training.state import State, abstract_state, init_state
 from lory_jax.training.step import make_train_step
 
@@ -229,19 +229,18 @@ def check_loss(model: ModelConfig, mesh: Mesh) -> float:
 # ---------------------------------------------------------------- training, saving
 
 
-def make_check_optimizer() -> Any:
-    return make_optimizer(0.9, 0.95, 1e-8, 0.1)
-
-
-def constant_rate(step: Array) -> Array:
-    return jnp.full_like(step, 1e-3, jnp.float32)
+def make_check_optimizer() -> Optimizer:
+    """The default one, at a constant rate."""
+    train = base_config().train
+    train.update(learning_rate=1e-3, warmup_fraction=0.0, final_learning_rate_fraction=1.0)
+    return make_optimizer(train)
 
 
 def check_training(model: ModelConfig, mesh: Mesh, batch_size: int) -> tuple[State, bool]:
     """20 steps on one batch, whose loss must fall; prints seconds, tokens per second and MFU."""
     optimizer = make_check_optimizer()
     state = init_state(model, optimizer, mesh, seed=0)
-    step = make_train_step(model, optimizer, constant_rate, 1.0, mesh)
+    step = make_train_step(model, optimizer, mesh)
     rows, index = batch_size // jax.process_count(), jax.process_index()
     tokens_BxL1 = np.random.default_rng(0).integers(
         0, model.vocab_size, (batch_size, model.sequence_length + 1), np.int32

@@ -11,6 +11,14 @@ TERMINAL_SECONDS = 0.2
 LOG_SECONDS = 10.0
 
 
+def say(text: str) -> None:
+    """Prints a line, once for all processes of a run."""
+    import jax  # not needed by what else is here, and slow to import
+
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
 def progress(iterable: Iterable[T], total: int, label: str, unit: str = "docs") -> Iterator[T]:
     """Yields the items of `iterable` and reports count, rate and time left on standard error.
 

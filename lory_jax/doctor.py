@@ -107,13 +107,7 @@ def examine_checkpoints(
     if not directory.is_dir():
         return None, False
     train, mesh = config["train"], make_mesh(data=1, fsdp=0, tensor=1)
-    optimizer = make_optimizer(
-        train["beta1"],
-        train["beta2"],
-        train["epsilon"],
-        train["weight_decay"],
-        train["first_moment_dtype"],
-    )
+    optimizer = make_optimizer(train)
 
     def target(meta: Meta) -> dict[str, Any]:
         phase_model = phase_config(model, meta["phase"])

@@ -94,7 +94,7 @@ class Checkpoints:
         `facts` go into the meta; `validation_loss` counts for which checkpoints stay. Where this
         checkpoint, or the one before it, cannot be written, that is said, and those before stay.
         """
-        step = int(state["step"])
+        step = int(jax.device_get(state["step"]))
         meta = {"step": step, "phase": phase, "sums": leaf_sums(state)} | facts
         meta["digest"] = digest(meta)
         self._finish()

@@ -1,5 +1,8 @@
 """AdamW with linear warm-up and cosine decay (paper, section 4.1)."""
 
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -30,21 +33,56 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: IS_DECAYED[path[-1].key], params)
 
 
-def make_optimizer(
-    beta1: float,
-    beta2: float,
-    epsilon: float,
-    weight_decay: float,
-    first_moment_dtype: str = "float32",
-) -> optax.GradientTransformation:
-    """AdamW without its learning rate and clipping, which the step applies where all can see.
+@dataclass(frozen=True)
+class Optimizer:
+    """Clipping, AdamW and its schedule.
+
+    The learning rate is a function of the run's step, which moves on over skipped steps too; it
+    needs no count of its own. What is stored is the state of `adamw` alone.
+
+    Attributes:
+      adamw: AdamW without clipping and learning rate.
+      schedule: the learning rate of the update that follows so many completed steps.
+      clip_norm: largest global norm of the gradients; 0 for any.
+    """
+
+    adamw: optax.GradientTransformation
+    schedule: optax.Schedule
+    clip_norm: float
+
+    def init(self, params: Any) -> Any:
+        """The state before the first step."""
+        return self.adamw.init(params)
+
+    def update(self, gradients: Any, opt_state: Any, params: Any, step: Array) -> tuple[Any, Any]:
+        """What to add to the parameters after `step` completed steps, and the new state."""
+        gradients = clip_by_norm(gradients, optax.tree.norm(gradients), self.clip_norm)
+        updates, opt_state = self.adamw.update(gradients, opt_state, params)
+        return optax.tree.scale(-self.schedule(step), updates), opt_state
+
+
+def make_optimizer(train_config: Mapping[str, Any]) -> Optimizer:
+    """The optimiser of the section `config.train`.
 
     The second moment stays float32: with beta2 = 0.95 its changes are below bfloat16's precision.
     """
-    return optax.chain(
-        optax.scale_by_adam(b1=beta1, b2=beta2, eps=epsilon, mu_dtype=first_moment_dtype),
-        optax.add_decayed_weights(weight_decay, mask=decay_mask),
+    adamw = optax.chain(
+        optax.scale_by_adam(
+            b1=train_config["beta1"],
+            b2=train_config["beta2"],
+            eps=train_config["epsilon"],
+            mu_dtype=train_config["first_moment_dtype"],
+        ),
+        optax.add_decayed_weights(train_config["weight_decay"], mask=decay_mask),
     )
+    schedule = functools.partial(
+        learning_rate,
+        steps=train_config["steps"],
+        peak=train_config["learning_rate"],
+        warmup_fraction=train_config["warmup_fraction"],
+        final_fraction=train_config["final_learning_rate_fraction"],
+    )
+    return Optimizer(adamw, schedule, train_config["clip_norm"])
 
 
 def learning_rate(

@@ -6,15 +6,24 @@ import numpy as np
 import optax
 import pytest
 
-from lory_jax.training.optimizer import clip_by_norm, decay_mask, learning_rate, make_optimizer
+from lory_jax.config import base_config
+from lory_jax.training.optimizer import clip_by_norm, decay_mask, make_optimizer
 from tests.support import reference
-from tests.support.models import assert_trees_close, params_of, tiny_config
+from tests.support.models import assert_trees_close, constant_rate, params_of, tiny_config
 
-SCHEDULE = dict(steps=200, peak=3e-4, warmup_fraction=0.05, final_fraction=0.1)
+SCHEDULE = dict(
+    steps=200, learning_rate=3e-4, warmup_fraction=0.05, final_learning_rate_fraction=0.1
+)
 
 
 def rate(step, **fields):
-    return float(learning_rate(jnp.asarray(step), **{**SCHEDULE, **fields}))
+    return float(optimizer_of(**{**SCHEDULE, **fields}).schedule(jnp.asarray(step)))
+
+
+def optimizer_of(**fields):
+    train = base_config().train
+    train.update(fields)
+    return make_optimizer(train)
 
 
 def test_schedule_warms_up_from_above_zero_to_the_peak_then_falls_to_the_final_fraction():
@@ -67,7 +76,7 @@ def test_adamw_equals_a_numpy_loop():
     params = {name: rng.normal(size=(3, 2)) for name in ("gate", "final_norm")}
     decay = {"gate": 0.1, "final_norm": 0.0}
     settings = dict(beta1=0.8, beta2=0.9, epsilon=1e-3)
-    optimizer = make_optimizer(**settings, weight_decay=0.1)
+    optimizer = constant_rate(0.05, **settings, clip_norm=0.0)
     state = {
         "count": 0,
         "m": {n: np.zeros((3, 2)) for n in params},
@@ -80,6 +89,7 @@ def test_adamw_equals_a_numpy_loop():
         params = reference.adamw(
             params, gradients, state, rate=0.05, weight_decay=decay, **settings
         )
-        updates, opt_state = optimizer.update(jax.tree.map(jnp.float32, gradients), opt_state, got)
-        got = jax.tree.map(lambda p, u: p - 0.05 * u, got, updates)
+        gradients = jax.tree.map(jnp.float32, gradients)
+        updates, opt_state = optimizer.update(gradients, opt_state, got, 0)
+        got = optax.apply_updates(got, updates)
     assert_trees_close(got, params, 1e-5)
