@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 T = TypeVar("T")
 
@@ -11,12 +11,12 @@ TERMINAL_SECONDS = 0.2
 LOG_SECONDS = 10.0
 
 
-def say(text: str) -> None:
-    """Prints a line, once for all processes of a run."""
-    import jax  # not needed by what else is here, and slow to import
+def say(text: str, file: TextIO | None = None) -> None:
+    """Prints a line, once for all processes of a run; `file` is standard output if None."""
+    import jax  # slow to import, and nothing else here needs it
 
     if jax.process_index() == 0:
-        print(text, flush=True)
+        print(text, file=file, flush=True)
 
 
 def progress(iterable: Iterable[T], total: int, label: str, unit: str = "docs") -> Iterator[T]:

@@ -1,4 +1,4 @@
-"""Watches the losses of a run: steps that were skipped, and spikes."""
+"""Watches the losses of a run for skipped steps and spikes."""
 
 import json
 import math
@@ -78,8 +78,8 @@ def diverged(
         write_atomically(path, json.dumps(contents, indent=1) + "\n")
     return Diverged(
         f"step {step}: the loss or gradient was NaN or infinite {watch.in_a_row} times in a row; "
-        f"norms and record ids are in {path}. The same command would end here again: lower the "
-        "learning rate in a new run, perhaps with --init_from"
+        f"norms and record ids are in {path}. Resuming would end here again: lower "
+        "config.train.learning_rate in a new run, which may start from this one's parameters"
     )
 
 

@@ -1,6 +1,7 @@
-"""Where the figures of a run go: JSON lines, TensorBoard and the console."""
+"""The metrics of a run, written to JSON lines, TensorBoard and the console."""
 
 import math
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any
 
 import jax
 
+from lory_jax.console import duration, say
 from lory_jax.errors import InputError
 from lory_jax.run.directory import read_metrics
 from lory_jax.storage import Staging, Uploads, is_remote
-from lory_jax.training.monitoring.log_files import METRICS, LogFiles, say
+from lory_jax.training.monitoring.log_files import METRICS, LogFiles
 from lory_jax.training.monitoring.loss_watch import LossWatch
 
 SPARSE_METRICS = ("dropped_tokens", "load_balancing_loss")  # only sparse baselines have them
@@ -27,8 +29,8 @@ class MetricsLog:
     uploaded once a minute, after every validation and save, and at the end.
 
     Attributes:
-      watch: counts skipped steps, the same in all processes.
-      repeated_seconds: of the steps that an earlier process had logged and this one does again.
+      watch: counts skipped steps; the same in all processes.
+      repeated_seconds: how long an earlier process took for steps that this one repeats.
     """
 
     def __init__(
@@ -122,17 +124,21 @@ class MetricsLog:
             return
         if "skipped" in found:
             say(
-                f"step {step}: loss {line['loss']}, gradient norm {line['grad_norm']}: not applied "
-                f"({self.watch.in_a_row} in a row, {self.watch.skipped} in all)"
+                f"step {step}: loss {line['loss']}, gradient norm {line['grad_norm']}: update "
+                f"skipped ({self.watch.in_a_row} in a row, {self.watch.skipped} in total)",
+                sys.stderr,
             )
         if "loss_spike" in found:
-            say(f"step {step}: loss {line['loss']:.4f} stands out from the steps before it")
+            say(
+                f"step {step}: loss {line['loss']:.4f} is far above that of the steps before",
+                sys.stderr,
+            )
         self._files.write(line)
         if self._uploads is not None:
             self._uploads.poll()
         self._recent.append(line)
         if "validation_loss" in extra or step % self._log_every_steps == 0 or step == self._steps:
-            print(self._console_line(), flush=True)
+            say(self._console_line())
             self._recent.clear()
 
     def close(self) -> None:
@@ -171,5 +177,5 @@ class MetricsLog:
             parts.append(f"dropped {last['dropped_tokens']:.1%}")
         if "validation_loss" in last:
             parts.append(f"validation {last['validation_loss']:.4f}")
-        parts.append(f"ETA {int(remaining) // 60}:{int(remaining) % 60:02d}")
+        parts.append(f"{duration(remaining)} left")
         return "  ".join(parts)
