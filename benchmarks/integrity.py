@@ -4,7 +4,6 @@ python benchmarks/integrity.py [--config=configs/local.py:experts=8] [--json=FIL
 """
 
 import argparse
-import functools
 import json
 import statistics
 import time
@@ -19,7 +18,7 @@ from lory_jax.config import load_config
 from lory_jax.model.config import ModelConfig
 from lory_jax.parallel import make_mesh, place_batch
 from lory_jax.run.checkpoints import leaf_sums
-from lory_jax.training.optimizer import learning_rate, make_optimizer
+from lory_jax.training.optimizer import make_optimizer
 from lory_jax.training.state import init_state
 from lory_jax.training.step import make_train_step
 
@@ -33,12 +32,9 @@ def main() -> None:
     args = parser.parse_args()
     config = load_config(args.config)
     model = ModelConfig.for_platform(config.model, jax.default_backend())
-    mesh, optimizer = make_mesh(1, 0, 1), make_optimizer(0.9, 0.95, 1e-8, 0.1)
+    mesh, optimizer = make_mesh(1, 0, 1), make_optimizer(config.train)
     state = init_state(model, optimizer, mesh, seed=0)
-    rate = functools.partial(
-        learning_rate, steps=100, peak=1e-3, warmup_fraction=0.05, final_fraction=0.1
-    )
-    step = make_train_step(model, optimizer, rate, 1.0, mesh)
+    step = make_train_step(model, optimizer, mesh)
     shape = (config.train.global_batch_size, model.sequence_length + 1)
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, shape).astype(np.int32)
     steps, sums = [], []

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lory_jax.config import load_config
+from lory_jax.config import base_config, load_config
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.flops import flops_per_token, peak_flops
 from lory_jax.parallel import make_mesh, place_batch
@@ -71,10 +70,10 @@ def model_config(args: argparse.Namespace, E: int) -> ModelConfig:
 def measure(models: dict[int, ModelConfig], args: argparse.Namespace) -> dict[int, list[float]]:
     """Seconds of every step but the first, the models taking turns."""
     mesh = make_mesh(1, 0, 1)
-    optimizer = make_optimizer(0.9, 0.95, 1e-8, 0.1)
+    optimizer = make_optimizer(base_config().train)
     runs: dict[int, Any] = {}
     for E, model in models.items():
-        step = make_train_step(model, optimizer, _rate, 1.0, mesh)
+        step = make_train_step(model, optimizer, mesh)
         runs[E] = [init_state(model, optimizer, mesh, seed=0), step]
     model = next(iter(models.values()))
     tokens = np.random.default_rng(0).integers(
@@ -91,10 +90,6 @@ def measure(models: dict[int, ModelConfig], args: argparse.Namespace) -> dict[in
                 if turn:  # the first compiles
                     seconds[E].append(time.perf_counter() - begin)
     return seconds
-
-
-def _rate(step: Any) -> Any:
-    return jnp.full_like(step, 1e-4, jnp.float32)
 
 
 def row(

@@ -3,12 +3,20 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 T = TypeVar("T")
 
 TERMINAL_SECONDS = 0.2
 LOG_SECONDS = 10.0
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Prints a line, once for all processes of a run; `file` is standard output if None."""
+    import jax  # slow to import, and nothing else here needs it
+
+    if jax.process_index() == 0:
+        print(text, file=file, flush=True)
 
 
 def progress(iterable: Iterable[T], total: int, label: str, unit: str = "docs") -> Iterator[T]:

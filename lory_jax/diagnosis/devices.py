@@ -12,10 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jax import Array
 from jax.sharding import Mesh
 
 from lory_jax.config import base_config
@@ -26,7 +23,7 @@ from lory_jax.model.flops import flops_per_token, parameter_counts, peak_flops
 from lory_jax.parallel import make_mesh, place_batch
 from lory_jax.run.checkpoints import Checkpoints, leaf_sums
 from lory_jax.run.phases import EXPERTS
-from lory_jax.training.optimizer import make_optimizer
+from lory_jax.training.optimizer import Optimizer, make_optimizer
 from lory_jax.training.state import State, abstract_state, init_state
 from lory_jax.training.step import make_train_step
 
@@ -108,12 +105,11 @@ def check_kernels(model_config: ModelConfig, mesh: Mesh, findings: Findings) -> 
         )
 
 
-def optimizer_for_check() -> optax.GradientTransformation:
-    return make_optimizer(0.9, 0.95, 1e-8, 0.1)
-
-
-def constant_rate(step: Array) -> Array:
-    return jnp.full_like(step, 1e-3, jnp.float32)
+def optimizer_for_check(learning_rate: float = 1e-3) -> Optimizer:
+    """The default optimiser at a constant rate."""
+    train = base_config().train
+    train.update(learning_rate=learning_rate, warmup_fraction=0.0, final_learning_rate_fraction=1.0)
+    return make_optimizer(train)
 
 
 def check_training(
@@ -122,7 +118,7 @@ def check_training(
     """Trains 20 steps on one batch, whose loss must fall; reports speed and MFU."""
     optimizer = optimizer_for_check()
     state = init_state(model_config, optimizer, mesh, seed=0)
-    step = make_train_step(model_config, optimizer, constant_rate, 1.0, mesh)
+    step = make_train_step(model_config, optimizer, mesh)
     rows, index = batch_size // jax.process_count(), jax.process_index()
     tokens_BxL1 = np.random.default_rng(0).integers(
         0, model_config.vocab_size, (batch_size, model_config.sequence_length + 1), np.int32

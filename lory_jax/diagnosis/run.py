@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from lory_jax.config import section_defaults
 from lory_jax.data.manifest import MANIFEST_NAME, TOKENIZER_NAME
 from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.diagnosis.findings import Findings
@@ -89,13 +90,7 @@ def check_checkpoints(
     if not directory.is_dir():
         return None, False
     mesh = make_mesh(data=1, fsdp=0, tensor=1)
-    optimizer = make_optimizer(
-        train["beta1"],
-        train["beta2"],
-        train["epsilon"],
-        train["weight_decay"],
-        train["first_moment_dtype"],
-    )
+    optimizer = make_optimizer(section_defaults("train") | train)
 
     def target(meta: Meta) -> dict[str, Any]:
         phase_model_config = phase_config(trained, meta["phase"])

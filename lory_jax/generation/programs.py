@@ -144,7 +144,7 @@ def make_decoder(config: ModelConfig, routing: str, mesh: Mesh | None = None) ->
         model = assemble(kept_graph, {**weights, "layers": weights["layers"][0]})
         positions_B = cache.positions_B
         M = cache.keys[0].shape[-2]
-        mask_Bx1x1xM = (jnp.arange(M) <= positions_B[:, None])[:, None, None]
+        mask_Bx1x1xM = (jnp.arange(M)[None] <= positions_B[:, None])[:, None, None]
         x_Bx1xD = model.embed(tokens_B[:, None])
         keys, values, inputs = [], [], []
         none = (None,) * config.num_layers
@@ -257,9 +257,9 @@ def _merge(ffn: MergedFFN, r_RxE: Array) -> Any:
 
 def _running_total(h_BxPxD: Array, lengths_B: Array, segment_length: int) -> Array:
     """Sums the prompt's tokens in its last segment, which may be full: float32 `[B, D]`."""
-    position_P = jnp.arange(h_BxPxD.shape[1])
+    position_1xP = jnp.arange(h_BxPxD.shape[1])[None]
     last_Bx1 = (lengths_B[:, None] - 1) // segment_length
-    counts_BxP = (position_P // segment_length == last_Bx1) & (position_P < lengths_B[:, None])
+    counts_BxP = (position_1xP // segment_length == last_Bx1) & (position_1xP < lengths_B[:, None])
     return jnp.sum(jnp.where(counts_BxP[..., None], h_BxPxD.astype(jnp.float32), 0.0), axis=1)
 
 

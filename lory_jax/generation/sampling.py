@@ -53,12 +53,12 @@ def sample(
     order_BxV = jnp.argsort(logits_BxV, axis=-1, descending=True, stable=True)
     scores_BxV = jnp.take_along_axis(logits_BxV, order_BxV, axis=-1) / temperature
     if top_k:
-        scores_BxV = jnp.where(jnp.arange(V) < top_k, scores_BxV, -jnp.inf)
+        scores_BxV = jnp.where(jnp.arange(V)[None] < top_k, scores_BxV, -jnp.inf)
     if top_p < 1:
         probability_BxV = jax.nn.softmax(scores_BxV, axis=-1)
         before_BxV = jnp.cumsum(probability_BxV, axis=-1) - probability_BxV
-        # The first is kept, whatever rounding does to its sum.
-        is_kept_BxV = (before_BxV < top_p) | (jnp.arange(V) == 0)
+        # The first is kept whatever rounding makes of its sum.
+        is_kept_BxV = (before_BxV < top_p) | (jnp.arange(V)[None] == 0)
         scores_BxV = jnp.where(is_kept_BxV, scores_BxV, -jnp.inf)
     rank_B = jax.vmap(jax.random.categorical)(keys_B, scores_BxV)
     return jnp.take_along_axis(order_BxV, rank_B[:, None], axis=-1)[:, 0].astype(jnp.int32)

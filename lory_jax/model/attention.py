@@ -94,8 +94,8 @@ class Rope:
 
 def rotate(x_BxLxHxK: Array, positions_BxL: Array, rope: Rope) -> Array:
     """Rotary embedding in the half-rotation form; `positions_BxL` are integers from 0."""
-    frequency_K2 = rope.frequencies(x_BxLxHxK.shape[-1])
-    angle_BxLx1xK2 = positions_BxL[:, :, None, None].astype(jnp.float32) * frequency_K2
+    frequency_1x1x1xK2 = rope.frequencies(x_BxLxHxK.shape[-1])[None, None, None]
+    angle_BxLx1xK2 = positions_BxL[:, :, None, None].astype(jnp.float32) * frequency_1x1x1xK2
     cos, sin = jnp.cos(angle_BxLx1xK2), jnp.sin(angle_BxLx1xK2)
     first, second = jnp.split(x_BxLxHxK.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -169,11 +169,11 @@ def blocked_attention(
     blocks = []
     for start in range(0, L, block):
         end = min(start + block, L)
-        mask = jnp.arange(end) <= jnp.arange(start, end)[:, None]
+        mask = jnp.arange(end)[None] <= jnp.arange(start, end)[:, None]
         if branch_BxL is not None:
             mine_Bx1xLx1 = branch_BxL[:, None, start:end, None]
             its_Bx1x1xM = branch_BxL[:, None, None, :end]
-            mask = mask & ((its_Bx1x1xM == 0) | (its_Bx1x1xM == mine_Bx1xLx1))
+            mask = mask[None, None] & ((its_Bx1x1xM == 0) | (its_Bx1x1xM == mine_Bx1xLx1))
         blocks.append(attend(query[:, :, start:end], key[:, :, :end], value[:, :, :end], mask))
     return jnp.concatenate(blocks, axis=2).swapaxes(1, 2)
 

@@ -58,7 +58,7 @@ def segment_means(
     h_BxLxD = jnp.pad(h_BxLxD.astype(jnp.float32), ((0, 0), (0, padding), (0, 0)))
     if valid_lengths_B is None:
         valid_lengths_B = jnp.full(B, L)
-    is_valid_BxL = jnp.arange(N * segment_length) < jnp.minimum(valid_lengths_B, L)[:, None]
+    is_valid_BxL = jnp.arange(N * segment_length)[None] < jnp.minimum(valid_lengths_B, L)[:, None]
     is_valid_BxNxT = is_valid_BxL.reshape(B, N, segment_length)
     h_BxNxTxD = h_BxLxD.reshape(B, N, segment_length, D)
     total_BxNxD = jnp.sum(jnp.where(is_valid_BxNxT[..., None], h_BxNxTxD, 0.0), axis=2)
@@ -86,7 +86,7 @@ def keep_top_k(r_xE: Array, k: int) -> Array:
         return r_xE
     kept_xk, index_xk = jax.lax.top_k(r_xE, k)
     kept_xk = kept_xk / jnp.sum(kept_xk, axis=-1, keepdims=True)
-    is_expert_xkE = index_xk[..., None] == jnp.arange(num_experts)
+    is_expert_xkE = jax.nn.one_hot(index_xk, num_experts, dtype=bool)
     return jnp.sum(jnp.where(is_expert_xkE, kept_xk[..., None], 0.0), axis=-2)
 
 

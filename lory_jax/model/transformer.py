@@ -176,7 +176,8 @@ def rms_norm(x_xD: Array, scale_D: Array, epsilon: float) -> Array:
     """x / sqrt(mean(x^2) + epsilon) * scale, computed in float32, in the type of x."""
     x32_xD = x_xD.astype(jnp.float32)
     mean_square_x1 = jnp.mean(x32_xD**2, axis=-1, keepdims=True)
-    return (x32_xD * jax.lax.rsqrt(mean_square_x1 + epsilon) * scale_D).astype(x_xD.dtype)
+    scale_xD = jnp.broadcast_to(scale_D, x_xD.shape)
+    return (x32_xD * jax.lax.rsqrt(mean_square_x1 + epsilon) * scale_xD).astype(x_xD.dtype)
 
 
 def _remat(function: Any, policy: str) -> Any:

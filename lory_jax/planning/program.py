@@ -1,6 +1,5 @@
 """Compiles the real training step for devices that are not there."""
 
-import functools
 import re
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from lory_jax.errors import InputError
 from lory_jax.model.config import ModelConfig
 from lory_jax.parallel import check_batch, partition_spec
 from lory_jax.planning.topology import PIP
-from lory_jax.training.optimizer import learning_rate, make_optimizer
+from lory_jax.training.optimizer import make_optimizer
 from lory_jax.training.state import abstract_state
 from lory_jax.training.step import make_train_step
 
@@ -49,31 +48,16 @@ def compile_step(config: ConfigDict, mesh: Mesh) -> Program:
       InputError: the compiler refuses the program for another reason than its size, or its version
         writes programs that jaxlib cannot read.
     """
-    model = ModelConfig.for_platform(config.model, mesh.devices.flat[0].platform)
-    settings = config.train
-    check_batch(settings.global_batch_size, settings.microbatches, model.batch_axis, mesh)
-    optimizer = make_optimizer(
-        settings.beta1,
-        settings.beta2,
-        settings.epsilon,
-        settings.weight_decay,
-        settings.first_moment_dtype,
-    )
-    schedule = functools.partial(
-        learning_rate,
-        steps=settings.steps,
-        peak=settings.learning_rate,
-        warmup_fraction=settings.warmup_fraction,
-        final_fraction=settings.final_learning_rate_fraction,
-    )
-    step: Any = make_train_step(
-        model, optimizer, schedule, settings.clip_norm, mesh, settings.microbatches
-    )
-    state = abstract_state(model, optimizer, mesh)
+    model_config = ModelConfig.for_platform(config.model, mesh.devices.flat[0].platform)
+    train = config.train
+    check_batch(train.global_batch_size, train.microbatches, model_config.batch_axis, mesh)
+    optimizer = make_optimizer(train)
+    step: Any = make_train_step(model_config, optimizer, mesh, train.microbatches)
+    state = abstract_state(model_config, optimizer, mesh)
     tokens_BxL1 = jax.ShapeDtypeStruct(
-        (settings.global_batch_size, model.sequence_length + 1),
+        (train.global_batch_size, model_config.sequence_length + 1),
         jnp.int32,
-        sharding=NamedSharding(mesh, partition_spec((model.batch_axis, "length"))),
+        sharding=NamedSharding(mesh, partition_spec((model_config.batch_axis, "length"))),
     )
     arguments = bytes_on_one_device([*jax.tree.leaves(state), tokens_BxL1])
     start = time.monotonic()

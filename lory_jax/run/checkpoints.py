@@ -112,7 +112,7 @@ class Checkpoints:
         If this checkpoint or the previous one cannot be written, a warning says so and the earlier
         ones are kept.
         """
-        step = int(state["step"])
+        step = int(jax.device_get(state["step"]))
         meta = {"step": step, "phase": phase, "sums": leaf_sums(state)} | facts
         meta["digest"] = digest(meta)
         self._finish()

@@ -107,7 +107,7 @@ def _chunk(x_BxcxD: Array, targets_Bxc: Array, head_DxV: Array) -> tuple[Array, 
     with jax.named_scope("loss"):
         V = head_DxV.shape[1]
         first = jax.lax.axis_index(TENSOR) * V if has_mesh() else 0
-        is_target_BxcxV = targets_Bxc[..., None] - first == jnp.arange(V)
+        is_target_BxcxV = targets_Bxc[..., None] - first == jnp.arange(V)[None, None]
         greatest_Bxcx1 = jnp.max(logits_BxcxV, axis=-1, keepdims=True)
         if has_mesh():
             greatest_Bxcx1 = jax.lax.pmax(greatest_Bxcx1, TENSOR)

@@ -1,9 +1,10 @@
 """AdamW with linear warm-up and cosine decay (paper, section 4.1)."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax import Array
 
@@ -26,41 +27,68 @@ IS_DECAYED = {
 
 
 def decay_mask(params: Any) -> Any:
-    """True where weight decay applies; a parameter the table does not name raises `KeyError`."""
+    """True where weight decay applies; `KeyError` for a parameter that the table does not name."""
     return jax.tree_util.tree_map_with_path(lambda path, _: IS_DECAYED[path[-1].key], params)
 
 
-def make_optimizer(
-    beta1: float,
-    beta2: float,
-    epsilon: float,
-    weight_decay: float,
-    first_moment_dtype: str = "float32",
-) -> optax.GradientTransformation:
-    """AdamW without its learning rate and clipping, which the step applies where all can see.
+@dataclass(frozen=True)
+class Optimizer:
+    """Clipping, AdamW and the learning rate, as optax has them.
+
+    They are not one `optax.chain`, for two reasons. The learning rate is a function of the run's
+    step, which also counts skipped steps, so it needs no counter of its own. And the stored state
+    is that of `adamw` alone, as in checkpoints of every earlier version.
+
+    Attributes:
+      clip: clips the global norm of the gradients; it has no state.
+      adamw: AdamW before its learning rate.
+      schedule: the learning rate of the update that follows so many completed steps.
+    """
+
+    clip: optax.GradientTransformation
+    adamw: optax.GradientTransformation
+    schedule: optax.Schedule
+
+    def init(self, params: Any) -> Any:
+        """Returns the state before the first step."""
+        return self.adamw.init(params)
+
+    def update(self, gradients: Any, opt_state: Any, params: Any, step: Array) -> tuple[Any, Any]:
+        """Returns what to add to the parameters after `step` completed steps, and the new state."""
+        clipped, _ = self.clip.update(gradients, optax.EmptyState())
+        updates, opt_state = self.adamw.update(clipped, opt_state, params)
+        return optax.tree.scale(-self.schedule(step), updates), opt_state
+
+
+def make_optimizer(train_config: Mapping[str, Any]) -> Optimizer:
+    """The optimiser of the section `config.train`.
 
     The second moment stays float32: with beta2 = 0.95 its changes are below bfloat16's precision.
     """
-    return optax.chain(
-        optax.scale_by_adam(b1=beta1, b2=beta2, eps=epsilon, mu_dtype=first_moment_dtype),
-        optax.add_decayed_weights(weight_decay, mask=decay_mask),
+    clip_norm = train_config["clip_norm"]
+    return Optimizer(
+        clip=optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
+        adamw=optax.chain(
+            optax.scale_by_adam(
+                b1=train_config["beta1"],
+                b2=train_config["beta2"],
+                eps=train_config["epsilon"],
+                mu_dtype=train_config["first_moment_dtype"],
+            ),
+            optax.add_decayed_weights(train_config["weight_decay"], mask=decay_mask),
+        ),
+        schedule=make_schedule(train_config),
     )
 
 
-def learning_rate(
-    step: Array, *, steps: int, peak: float, warmup_fraction: float, final_fraction: float
-) -> Array:
-    """Rate of the update that follows `step` completed ones: linear to `peak`, then cosine."""
-    warmup_steps = max(1, round(warmup_fraction * steps))
-    warm = (step + 1) / warmup_steps
-    progress = jnp.clip((step - warmup_steps) / max(1, steps - warmup_steps), 0.0, 1.0)
-    cosine = final_fraction + (1 - final_fraction) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
-    return peak * jnp.where(step < warmup_steps, warm, cosine)
-
-
-def clip_by_norm(gradients: Any, norm: Array, clip_norm: float) -> Any:
-    """Scales gradients whose global norm is above `clip_norm` down to it; 0 turns it off."""
-    if not clip_norm:
-        return gradients
-    scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-16))
-    return jax.tree.map(lambda g: g * scale, gradients)
+def make_schedule(train_config: Mapping[str, Any]) -> optax.Schedule:
+    """Linear warm-up to the peak, then cosine decay to its final fraction."""
+    steps, peak = train_config["steps"], train_config["learning_rate"]
+    warmup_steps = max(1, round(train_config["warmup_fraction"] * steps))
+    return optax.warmup_cosine_decay_schedule(
+        init_value=peak / warmup_steps,  # from 0, the first update would do nothing
+        peak_value=peak,
+        warmup_steps=warmup_steps,
+        decay_steps=max(steps, warmup_steps + 1),  # optax requires a decay, though none may follow
+        end_value=train_config["final_learning_rate_fraction"] * peak,
+    )

@@ -17,39 +17,38 @@ from jax.sharding import Mesh
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.transformer import build, init_params
 from lory_jax.parallel import check_parameters, replicated, shardings
+from lory_jax.training.optimizer import Optimizer
 
 State = dict[str, Any]
 
 NEVER = -(2**30)
 
 
-def new_state(config: ModelConfig, optimizer: optax.GradientTransformation, params: Any) -> State:
+def new_state(model_config: ModelConfig, optimizer: Optimizer, params: Any) -> State:
     """A state at step 0 around these parameters."""
     state = {
         "step": jnp.zeros((), jnp.int32),
         "params": params,
         "opt_state": optimizer.init(params),
     }
-    if config.num_experts:
-        state["last_active_YxE"] = never_active(config)
+    if model_config.num_experts:
+        state["last_active_YxE"] = never_active(model_config)
     return state
 
 
-def never_active(config: ModelConfig) -> Array:
-    return jnp.full((config.num_layers, config.num_experts), NEVER, jnp.int32)
+def never_active(model_config: ModelConfig) -> Array:
+    return jnp.full((model_config.num_layers, model_config.num_experts), NEVER, jnp.int32)
 
 
-def state_shardings(
-    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> State:
+def state_shardings(model_config: ModelConfig, optimizer: Optimizer, mesh: Mesh) -> State:
     """A `NamedSharding` for every leaf; Adam's moments lie where their parameters do.
 
     Raises:
       ConfigError: the model does not fit the mesh (`lory_jax.parallel.check_parameters`).
     """
-    _, axes = build(config)
+    _, axes = build(model_config)
     on_mesh = shardings(axes, mesh)
-    abstract = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    abstract = jax.eval_shape(lambda: init_params(model_config, jax.random.key(0)))
     check_parameters(axes, abstract, mesh)
     abstract_opt = jax.eval_shape(optimizer.init, abstract)
     result = {
@@ -63,32 +62,28 @@ def state_shardings(
             transform_non_params=lambda _: replicated(mesh),
         ),
     }
-    if config.num_experts:
+    if model_config.num_experts:
         result["last_active_YxE"] = replicated(mesh)
     return result
 
 
-def init_state(
-    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int
-) -> State:
+def init_state(model_config: ModelConfig, optimizer: Optimizer, mesh: Mesh, seed: int) -> State:
     """A fresh state on the mesh. The seed alone decides its values, not the mesh."""
 
     def init(key: Array) -> State:
-        return new_state(config, optimizer, init_params(config, key))
+        return new_state(model_config, optimizer, init_params(model_config, key))
 
-    pinned = jax.jit(init, out_shardings=state_shardings(config, optimizer, mesh))
+    pinned = jax.jit(init, out_shardings=state_shardings(model_config, optimizer, mesh))
     return pinned(jax.random.key(seed))
 
 
-def abstract_state(
-    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> State:
+def abstract_state(model_config: ModelConfig, optimizer: Optimizer, mesh: Mesh) -> State:
     """Shapes, types and shardings of the state: what a checkpoint is restored into."""
     shapes = jax.eval_shape(
-        lambda key: new_state(config, optimizer, init_params(config, key)), jax.random.key(0)
+        lambda: new_state(model_config, optimizer, init_params(model_config, jax.random.key(0)))
     )
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
-        state_shardings(config, optimizer, mesh),
+        state_shardings(model_config, optimizer, mesh),
     )

@@ -18,7 +18,7 @@ from lory_jax.model.routing import Routed, Routing
 from lory_jax.model.transformer import Params, assemble, build
 from lory_jax.parallel import replicated
 from lory_jax.training.loss import mean_loss, token_losses
-from lory_jax.training.optimizer import clip_by_norm
+from lory_jax.training.optimizer import Optimizer
 from lory_jax.training.state import State, state_shardings
 
 Metrics = dict[str, Array]
@@ -57,14 +57,14 @@ def sparse_metrics(routed: Routed) -> Metrics:
     return metrics
 
 
-def make_gradients(config: ModelConfig, microbatches: int) -> Callable[..., Any]:
+def make_gradients(model_config: ModelConfig, microbatches: int) -> Callable[..., Any]:
     """Returns `(params, tokens_BxL+1) -> ((loss, how it was routed or None), gradients)`.
 
     With `microbatches` > 1 the gradient is accumulated over that many parts of the batch, one
     after another: the same gradient in less memory. Where tokens choose experts, what is minimised
     has the load-balancing loss of every layer added; the loss returned has not.
     """
-    graph, _ = build(config)
+    graph, _ = build(model_config)
 
     def loss_fn(params: Params, tokens_BxL1: Array) -> tuple[Array, tuple[Array, Routed | None]]:
         model = assemble(graph, params)
@@ -72,7 +72,7 @@ def make_gradients(config: ModelConfig, microbatches: int) -> Callable[..., Any]
         loss = mean_loss(x_BxLxD, model.output_head(), tokens_BxL1[:, 1:])
         if routed is None or routed.balance is None:
             return loss, (loss, routed)
-        return loss + config.load_balancing_weight * jnp.sum(routed.balance), (loss, routed)
+        return loss + model_config.load_balancing_weight * jnp.sum(routed.balance), (loss, routed)
 
     def loss_and_gradients(params: Params, tokens_BxL1: Array) -> tuple[tuple[Array, Any], Params]:
         (_, aux), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params, tokens_BxL1)
@@ -99,31 +99,27 @@ def make_gradients(config: ModelConfig, microbatches: int) -> Callable[..., Any]
 
 
 def make_train_step(
-    config: ModelConfig,
-    optimizer: optax.GradientTransformation,
-    schedule: Callable[[Array], Array],
-    clip_norm: float,
-    mesh: Mesh,
-    microbatches: int = 1,
+    model_config: ModelConfig, optimizer: Optimizer, mesh: Mesh, microbatches: int = 1
 ) -> Callable[[State, Array], tuple[State, Metrics]]:
     """Returns `(state, tokens_BxL+1) -> (state, metrics)`; the state given is donated.
 
     Where the loss or the gradient norm is NaN or infinite, only `step` moves on: the rest of the
     state stays as it is, bit for bit, and `metrics["skipped"]` is 1.
     """
-    compute = make_gradients(config, microbatches)
+    compute = make_gradients(model_config, microbatches)
 
     def train_step(state: State, tokens_BxL1: Array) -> tuple[State, Metrics]:
         (loss, routed), gradients = compute(state["params"], tokens_BxL1)
         with jax.named_scope("optimizer"):
-            rate = schedule(state["step"])
             norm = optax.tree.norm(gradients)
-            gradients = clip_by_norm(gradients, norm, clip_norm)
-            updates, opt_state = optimizer.update(gradients, state["opt_state"], state["params"])
-            params = jax.tree.map(lambda p, u: p - rate * u, state["params"], updates)
+            updates, opt_state = optimizer.update(
+                gradients, state["opt_state"], state["params"], state["step"]
+            )
+            params = optax.apply_updates(state["params"], updates)
             is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         new: State = {"step": state["step"] + 1, "params": params, "opt_state": opt_state}
-        metrics: Metrics = {"loss": loss, "learning_rate": rate, "grad_norm": norm}
+        metrics: Metrics = {"loss": loss, "grad_norm": norm}
+        metrics["learning_rate"] = optimizer.schedule(state["step"])
         metrics["skipped"] = 1 - is_finite.astype(jnp.int32)
         if routed is not None:
             utilisation, new["last_active_YxE"] = routing_metrics(
@@ -134,17 +130,17 @@ def make_train_step(
         kept = jax.tree.map(functools.partial(jnp.where, is_finite), new, state)
         return {**kept, "step": new["step"]}, metrics
 
-    pinned = (state_shardings(config, optimizer, mesh), replicated(mesh))
+    pinned = (state_shardings(model_config, optimizer, mesh), replicated(mesh))
     return jax.jit(train_step, donate_argnums=0, out_shardings=pinned)
 
 
-def make_norms(config: ModelConfig, mesh: Mesh, microbatches: int) -> Callable[..., Any]:
+def make_norms(model_config: ModelConfig, mesh: Mesh, microbatches: int) -> Callable[..., Any]:
     """Returns `(params, tokens_BxL+1) -> (norms of the parameters, norms of the gradients)`.
 
     For every leaf, float32 `[Y]` where it is stacked over the layers, else a scalar. To say where
     numbers went wrong.
     """
-    compute = make_gradients(config, microbatches)
+    compute = make_gradients(model_config, microbatches)
 
     def norms(tree: Params) -> Any:
         def norm(path: Any, leaf: Array) -> Array:
@@ -164,7 +160,7 @@ def make_norms(config: ModelConfig, mesh: Mesh, microbatches: int) -> Callable[.
 
 
 def make_loss_step(
-    config: ModelConfig, mesh: Mesh, routing: str | None = None, prompt_length: int = 0
+    model_config: ModelConfig, mesh: Mesh, routing: str | None = None, prompt_length: int = 0
 ) -> Callable[[Any, Array], Array]:
     """Returns `(params, tokens_BxL+1) -> nll_BxL`, replicated, in nats.
 
@@ -172,11 +168,11 @@ def make_loss_step(
     first `prompt_length` tokens of every row. In training, tokens of a sparse baseline compete with
     each other: measure it with "segment".
     """
-    graph, _ = build(config)
+    graph, _ = build(model_config)
 
     def loss_step(params: Params, tokens_BxL1: Array) -> Array:
         rule = None
-        if routing is not None and config.num_experts:
+        if routing is not None and model_config.num_experts:
             lengths_B = jnp.full(tokens_BxL1.shape[0], prompt_length)
             rule = Routing(routing, lengths_B)
         model = assemble(graph, params)

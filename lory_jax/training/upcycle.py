@@ -12,35 +12,38 @@ whose weights share 1, the function stays what it was where nothing is dropped. 
 with a probability, near 1/E at first: the loss jumps, and the router makes up for it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
 from jax.sharding import Mesh
 
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.routing_rules import EXPERT_CHOICE
 from lory_jax.model.transformer import Params, init_params
+from lory_jax.training.optimizer import Optimizer
 from lory_jax.training.state import State, never_active, state_shardings
 
 FFN_MATRICES = ("gate", "up", "down")
 
 
-def upcycle(
-    dense: State,
-    config: ModelConfig,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    seed: int,
-) -> State:
-    """The Lory state that continues a dense one; `config` is Lory's, `seed` that of the run."""
+def make_upcycle(
+    model_config: ModelConfig, optimizer: Optimizer, mesh: Mesh, seed: int
+) -> Callable[[State], State]:
+    """Returns `dense state -> the state with experts that continues it`.
 
-    def convert(dense: State, key: Array) -> State:
-        router_YxDxE = init_params(config, key)["layers"]["ffn"]["router"]
+    `model_config` is that of the experts, `seed` that of the run.
+    """
+
+    def upcycle(dense: State) -> State:
+        # Not the key of the dense parameters: the router would start as a copy of some of their
+        # draws.
+        key = jax.random.fold_in(jax.random.key(seed), 1)
+        router_YxDxE = init_params(model_config, key)["layers"]["ffn"]["router"]
         adam, *rest = dense["opt_state"]
-        zeros_YxDxE, divisor = jnp.zeros_like(router_YxDxE), gradient_divisor(config)
+        zeros_YxDxE, divisor = jnp.zeros_like(router_YxDxE), gradient_divisor(model_config)
         moments = adam._replace(
             mu=upcycle_params(adam.mu, zeros_YxDxE, divisor=divisor),
             nu=upcycle_params(adam.nu, zeros_YxDxE, divisor=divisor**2),
@@ -49,24 +52,22 @@ def upcycle(
             "step": dense["step"],
             "params": upcycle_params(dense["params"], router_YxDxE),
             "opt_state": (moments, *rest),
-            "last_active_YxE": never_active(config),
+            "last_active_YxE": never_active(model_config),
         }
 
-    pinned = jax.jit(convert, out_shardings=state_shardings(config, optimizer, mesh))
-    # Not the key of the dense parameters: the router would start as a copy of some of their draws.
-    return pinned(dense, jax.random.fold_in(jax.random.key(seed), 1))
+    return jax.jit(upcycle, out_shardings=state_shardings(model_config, optimizer, mesh))
 
 
-def gradient_divisor(config: ModelConfig) -> float:
+def gradient_divisor(model_config: ModelConfig) -> float:
     """The dense FFN's gradient over an expert's, if all experts get as much weight.
 
     Merged experts and those of top2 share each token's weight of 1. With top1, an expert sees 1/E
     of the tokens, each weighted with 1/E; expert choice has its capacity factor times as many.
     """
-    E = config.num_experts
-    if config.routing in EXPERT_CHOICE:
-        return E * E / config.capacity_factor
-    return E * E if config.routing == "top1" else E
+    E = model_config.num_experts
+    if model_config.routing in EXPERT_CHOICE:
+        return E * E / model_config.capacity_factor
+    return E * E if model_config.routing == "top1" else E
 
 
 def upcycle_params(params: Params, router_YxDxE: Array, divisor: float = 1) -> Params:

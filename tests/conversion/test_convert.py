@@ -15,9 +15,9 @@ from lory_jax.config import load_config
 from lory_jax.conversion import runs
 from lory_jax.data.prepared import PreparedData
 from lory_jax.errors import ConfigError, InputError
+from lory_jax.evaluation.measure import evaluate_run
 from lory_jax.model.config import ModelConfig
 from lory_jax.run.checkpoints import Checkpoints
-from lory_jax.evaluation.measure import evaluate_run
 from lory_jax.run.directory import RunDirectory
 from lory_jax.run.phases import EXPERTS
 from tests.conversion.test_hf_directory import llama, their_logits
@@ -249,11 +249,15 @@ def test_training_starts_from_it(start, hf, data, tmp_path):
     recipe = write_recipe(tmp_path)
     common = [f"--data={data}", f"--workdir={tmp_path / 'W'}", "--config.train.steps=20"]
     refused = verb("train", f"--config={recipe}:experts=8", f"--init_from={start}", *common)
-    flags = "--config.model.num_heads=4 --config.model.norm_epsilon=1e-06"
-    assert_one_line_error(refused, 2, flags)
+    fields = ("config.model.num_heads=4", "config.model.norm_epsilon=1e-06")
+    assert_one_line_error(refused, 2, "init_from", *fields)
     assert not (tmp_path / "W").exists()
     result = verb(
-        "train", f"--config={recipe}:experts=8", f"--init_from={start}", *common, *flags.split()
+        "train",
+        f"--config={recipe}:experts=8",
+        f"--init_from={start}",
+        *common,
+        *(f"--{field}" for field in fields),
     )
     assert result.returncode == 0, result.stderr
     lines = (tmp_path / "W" / "metrics.jsonl").read_text().splitlines()

@@ -12,10 +12,9 @@ import pytest
 from lory_jax.errors import InputError
 from lory_jax.parallel import make_mesh
 from lory_jax.run.checkpoints import Checkpoints
-from lory_jax.training.optimizer import make_optimizer
 from lory_jax.training.state import abstract_state, new_state
 from tests.faults.test_recovery import flipped
-from tests.support.models import params_of, tiny_config
+from tests.support.models import constant_rate, params_of, tiny_config
 
 pytestmark = [
     pytest.mark.faults,
@@ -24,7 +23,7 @@ pytestmark = [
 ]
 
 CONFIG, MESH = tiny_config(), make_mesh(1, 1, 1)
-OPTIMIZER = make_optimizer(0.9, 0.95, 1e-8, 0.1)
+OPTIMIZER = constant_rate(0.01)
 FLIPS = 200
 
 

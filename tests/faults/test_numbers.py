@@ -8,19 +8,18 @@ import numpy as np
 import pytest
 
 from lory_jax.parallel import make_mesh
-from lory_jax.training.optimizer import make_optimizer
 from lory_jax.training.state import new_state
 from lory_jax.training.step import make_norms, make_train_step
-from tests.support.models import params_of, random_tokens, tiny_config
+from tests.support.models import constant_rate, params_of, random_tokens, tiny_config
 
-OPTIMIZER = make_optimizer(0.9, 0.95, 1e-8, weight_decay=0.1)
+OPTIMIZER = constant_rate(0.01)
 POISON = 36  # a token whose embedding is broken below
 
 
 @functools.cache
 def step_of(experts: int, microbatches: int):
     config = tiny_config(num_experts=experts)
-    return make_train_step(config, OPTIMIZER, lambda _: 0.01, 1.0, make_mesh(1, 1, 1), microbatches)
+    return make_train_step(config, OPTIMIZER, make_mesh(1, 1, 1), microbatches)
 
 
 def poisoned_params(experts: int, value: float):

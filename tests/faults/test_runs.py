@@ -55,7 +55,7 @@ def test_a_run_without_numbers_stops_and_says_where(site):
     more = ("--config.train.learning_rate=1e30", "--config.train.clip_norm=0")
     run = Run(site, "diverged", *more, "--config.train.max_skipped_steps=3")
     assert run.wait() == 3, run.text()
-    assert "3 in a row, 3 in all" in run.text() and "Traceback" not in run.text()
+    assert "3 in a row, 3 in total" in run.text() and "Traceback" not in run.text()
     (path,) = run.workdir.glob("diverged-*.json")
     found = json.loads(path.read_text())
     lines = map(json.loads, (run.workdir / "metrics.jsonl").read_text().splitlines())

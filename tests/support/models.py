@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lory_jax.config import section_defaults
+from lory_jax.config import base_config, section_defaults
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.routing import Routing
 from lory_jax.model.transformer import assemble, build, init_params
+from lory_jax.training.optimizer import Optimizer, make_optimizer
 
 VOCAB = 37
 
@@ -33,6 +34,14 @@ def tiny_config(**fields) -> ModelConfig:
         segment_length=4,
     )
     return ModelConfig(**{**section_defaults("model"), **tiny, **fields})
+
+
+def constant_rate(rate: float, **fields) -> Optimizer:
+    """AdamW as in `config.train`, at one learning rate in all steps; any field can be given."""
+    train = base_config().train
+    train.update(learning_rate=rate, warmup_fraction=0.0, final_learning_rate_fraction=1.0)
+    train.update(fields)
+    return make_optimizer(train)
 
 
 @functools.cache

@@ -22,11 +22,10 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from lory_jax.parallel import make_mesh, place_batch  # noqa: E402
-from lory_jax.training.optimizer import make_optimizer  # noqa: E402
 from lory_jax.training.state import init_state, new_state, state_shardings  # noqa: E402
 from lory_jax.training.step import make_loss_step, make_train_step  # noqa: E402
-from lory_jax.training.upcycle import upcycle  # noqa: E402
-from tests.support.models import params_of, tiny_config  # noqa: E402
+from lory_jax.training.upcycle import make_upcycle  # noqa: E402
+from tests.support.models import constant_rate, params_of, tiny_config  # noqa: E402
 
 STEPS, BATCH = 3, 8
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
@@ -34,7 +33,7 @@ SPARSE_GROUPS = [("expert_choice_segment", 0), ("expert_choice_token", 2), ("top
 HEADS_MESHES = [(2, 2, 2), (1, 2, 4)]  # more devices than sequences per microbatch
 # Every sharded axis divides by 8. A large epsilon keeps Adam from amplifying rounding.
 CONFIG = functools.partial(tiny_config, vocab_size=40, sequence_length=10)
-OPTIMIZER = make_optimizer(0.9, 0.95, epsilon=1e-3, weight_decay=0.1)
+OPTIMIZER = constant_rate(0.01, epsilon=1e-3, clip_norm=0.0)
 
 
 def by_name(tree):
@@ -54,7 +53,7 @@ def train(config, mesh, microbatches=1):
     """Losses, gradients of the first step, final parameters, and facts about the placement."""
     state = new_state(config, OPTIMIZER, params_of(config))
     state = jax.device_put(state, state_shardings(config, OPTIMIZER, mesh))
-    step = make_train_step(config, OPTIMIZER, lambda _: 0.01, 0.0, mesh, microbatches)
+    step = make_train_step(config, OPTIMIZER, mesh, microbatches)
     tokens = np.random.default_rng(0).integers(0, 40, (STEPS, BATCH, 11)).astype(np.int32)
     place = functools.partial(place_batch, mesh=mesh, axis=config.batch_axis)
     result = {"losses": [], "donated": True}
@@ -99,7 +98,7 @@ def bytes_over_tensor(config, mesh) -> int:
 
     Loop bodies count once: only differences between equal programs mean something.
     """
-    step = make_train_step(config, OPTIMIZER, lambda _: 0.01, 0.0, mesh)
+    step = make_train_step(config, OPTIMIZER, mesh)
     state = new_state(config, OPTIMIZER, params_of(config))
     state = jax.device_put(state, state_shardings(config, OPTIMIZER, mesh))
     with jax.set_mesh(mesh):
@@ -172,7 +171,7 @@ def main() -> None:
     def upcycled(mesh):
         state = new_state(dense, OPTIMIZER, params_of(dense))
         state = jax.device_put(state, state_shardings(dense, OPTIMIZER, mesh))
-        return jax.device_get(upcycle(state, lory, OPTIMIZER, mesh, seed=3))
+        return jax.device_get(make_upcycle(lory, OPTIMIZER, mesh, seed=3)(state))
 
     report["upcycle_is_independent_of_the_mesh"] = error(upcycled(mesh), upcycled(single)) == 0.0
     json.dump(report, sys.stdout)

@@ -105,7 +105,7 @@ def verb_command(name: str, *arguments: str) -> list[str]:
 
 
 def verb_environment() -> dict[str, str]:
-    return {**os.environ, "JAX_PLATFORMS": "cpu"}
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUMPY_RANK_PROMOTION": "raise"}
 
 
 def run_worker(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What `train` does with signals, without training: the first one saves and ends, whichever it is."""
+"""What `train` does with signals, without training: the first of them saves and ends."""
 
 import signal
 import sys

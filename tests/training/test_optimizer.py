@@ -6,27 +6,38 @@ import numpy as np
 import optax
 import pytest
 
-from lory_jax.training.optimizer import clip_by_norm, decay_mask, learning_rate, make_optimizer
+from lory_jax.config import base_config
+from lory_jax.training.optimizer import decay_mask, make_optimizer
 from tests.support import reference
-from tests.support.models import assert_trees_close, params_of, tiny_config
+from tests.support.models import assert_trees_close, constant_rate, params_of, tiny_config
 
-SCHEDULE = dict(steps=200, peak=3e-4, warmup_fraction=0.05, final_fraction=0.1)
+SCHEDULE = dict(
+    steps=200, learning_rate=3e-4, warmup_fraction=0.05, final_learning_rate_fraction=0.1
+)
 
 
 def rate(step, **fields):
-    return float(learning_rate(jnp.asarray(step), **{**SCHEDULE, **fields}))
+    return float(optimizer_of(**{**SCHEDULE, **fields}).schedule(jnp.asarray(step)))
+
+
+def optimizer_of(**fields):
+    train = base_config().train
+    train.update(fields)
+    return make_optimizer(train)
 
 
 def test_schedule_warms_up_from_above_zero_to_the_peak_then_falls_to_the_final_fraction():
+    """The warm-up is the straight line from peak / 10 at step 0 to the peak at step 10."""
     warmup = 10
-    np.testing.assert_allclose(rate(0), 3e-4 / warmup, rtol=1e-6)
-    np.testing.assert_allclose(rate(warmup - 1), 3e-4, rtol=1e-6)
+    for step in range(warmup + 1):
+        expected = 3e-4 * (1 + (warmup - 1) * step / warmup) / warmup
+        np.testing.assert_allclose(rate(step), expected, rtol=1e-6)
     np.testing.assert_allclose(rate(200), 0.1 * 3e-4, rtol=1e-5)
     np.testing.assert_allclose(rate(500), 0.1 * 3e-4, rtol=1e-5)
     # Half-way between the end of the warm-up and the end: half-way between peak and final.
     np.testing.assert_allclose(rate(105), 0.55 * 3e-4, rtol=1e-5)
     rates = np.array([rate(step) for step in range(201)])
-    assert np.all(np.diff(rates[:warmup]) > 0) and np.all(np.diff(rates[warmup:]) < 0)
+    assert np.all(np.diff(rates[: warmup + 1]) > 0) and np.all(np.diff(rates[warmup:]) < 0)
 
 
 @pytest.mark.parametrize(
@@ -50,16 +61,28 @@ def test_an_unknown_parameter_is_refused():
         decay_mask({"layers": {"bias": np.zeros(3)}})
 
 
+def clipped(gradients, limit):
+    result, _ = optimizer_of(clip_norm=limit).clip.update(gradients, optax.EmptyState())
+    return result
+
+
 def test_clipping_scales_down_to_the_norm_and_never_up():
     gradients = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}
-    norm = optax.tree.norm(gradients)
-    clipped = clip_by_norm(gradients, norm, 1.0)
-    np.testing.assert_allclose(optax.tree.norm(clipped), 1.0, rtol=1e-6)
-    np.testing.assert_allclose(clipped["a"] / clipped["b"][0, 0], [0.75, 0.0], rtol=1e-6)
+    small = clipped(gradients, 1.0)
+    np.testing.assert_allclose(optax.tree.norm(small), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(small["a"] / small["b"][0, 0], [0.75, 0.0], rtol=1e-6)
     for limit in (5.0, 100.0, 0.0):  # 0 turns it off
-        assert_trees_close(clip_by_norm(gradients, norm, limit), gradients, 1e-6)
+        assert_trees_close(clipped(gradients, limit), gradients, 1e-6)
     zero = jax.tree.map(jnp.zeros_like, gradients)
-    assert_trees_close(clip_by_norm(zero, optax.tree.norm(zero), 1.0), zero, 0.0)
+    assert_trees_close(clipped(zero, 1.0), zero, 0.0)
+
+
+def test_the_stored_state_is_that_of_adam_alone():
+    """Checkpoints of every version have these leaves; the schedule and clipping add none."""
+    params = {"gate": np.ones((3, 2), np.float32)}
+    leaves = jax.tree_util.tree_leaves_with_path(optimizer_of().init(params))
+    names = [jax.tree_util.keystr(path) for path, _ in leaves]
+    assert names == ["[0].count", "[0].mu['gate']", "[0].nu['gate']"]
 
 
 def test_adamw_equals_a_numpy_loop():
@@ -67,7 +90,7 @@ def test_adamw_equals_a_numpy_loop():
     params = {name: rng.normal(size=(3, 2)) for name in ("gate", "final_norm")}
     decay = {"gate": 0.1, "final_norm": 0.0}
     settings = dict(beta1=0.8, beta2=0.9, epsilon=1e-3)
-    optimizer = make_optimizer(**settings, weight_decay=0.1)
+    optimizer = constant_rate(0.05, **settings, clip_norm=0.0)
     state = {
         "count": 0,
         "m": {n: np.zeros((3, 2)) for n in params},
@@ -80,6 +103,7 @@ def test_adamw_equals_a_numpy_loop():
         params = reference.adamw(
             params, gradients, state, rate=0.05, weight_decay=decay, **settings
         )
-        updates, opt_state = optimizer.update(jax.tree.map(jnp.float32, gradients), opt_state, got)
-        got = jax.tree.map(lambda p, u: p - 0.05 * u, got, updates)
+        gradients = jax.tree.map(jnp.float32, gradients)
+        updates, opt_state = optimizer.update(gradients, opt_state, got, 0)
+        got = optax.apply_updates(got, updates)
     assert_trees_close(got, params, 1e-5)

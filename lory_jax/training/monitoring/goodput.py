@@ -1,19 +1,19 @@
-"""Where the wall time of a run went, over all the processes that it took."""
+"""How the wall time of a run was spent, over all of its processes."""
 
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
 
 # start_up: until the first step of a phase is dispatched, compilation included. restart: the same
-# in a process that resumed, and the steps done again after a kill. stall: waiting for data.
+# in a process that resumed, and the steps repeated after a kill. stall: waiting for data.
 KINDS = ("productive", "start_up", "restart", "save", "validation", "stall")
 
 
 class Goodput:
     """Seconds by kind; at any moment exactly one kind is running, so they add up to the wall time.
 
-    Of a process that was killed, what came after its last save counts only through its steps that
-    are done again.
+    The time that a killed process spent after its last save counts only for the steps that are
+    repeated.
     """
 
     def __init__(self, since: float):
@@ -30,11 +30,11 @@ class Goodput:
         self._starting = self._kind = "restart"
 
     def repeats(self, seconds: float) -> None:
-        """Steps of so many seconds are done again."""
+        """Counts the seconds of steps that are repeated as restart."""
         self._seconds["restart"] += seconds
 
     def begin(self) -> None:
-        """From here on, time is productive unless `during` or `starting` says otherwise."""
+        """From now on, time is productive unless `during` or `starting` says otherwise."""
         self._switch("productive")
 
     @contextlib.contextmanager

@@ -13,6 +13,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from lory_jax.console import say
 from lory_jax.run.directory import METRICS
 from lory_jax.storage import write_atomically
 
@@ -20,7 +21,7 @@ from lory_jax.storage import write_atomically
 class LogFiles:
     """Appends lines. What cannot be written now is kept and tried again with the next line.
 
-    Trouble is said once, and once when it is over. TensorBoard misses the steps in between.
+    A problem is reported once, and so is its end. TensorBoard misses the steps in between.
     """
 
     def __init__(self, directory: Path, kept: list[dict[str, Any]], first_step: int):
@@ -41,11 +42,17 @@ class LogFiles:
             self._events.write(line)
         except OSError as error:
             if not self._in_trouble:
-                say(f"WARNING: {self._path.parent}: {error.strerror}; metrics are kept in memory")
+                say(
+                    f"WARNING: {self._path.parent}: {error.strerror}; metrics are kept in memory",
+                    sys.stderr,
+                )
             self._in_trouble = True
         else:
             if self._in_trouble:
-                say(f"{self._path.parent}: can be written again, no line of metrics is lost")
+                say(
+                    f"{self._path.parent}: can be written again, no line of metrics is lost",
+                    sys.stderr,
+                )
             self._in_trouble = False
 
     def close(self) -> int:
@@ -54,8 +61,8 @@ class LogFiles:
         return len(self._waiting)
 
     def _append_waiting(self) -> None:
-        # Opened anew for every line: a file that was opened before its directory vanished would
-        # take them without complaint. From a known size on: a full disk takes half a line.
+        # Opened again for every line: a file opened before its directory vanished would accept
+        # writes silently. From a known size on: a full disk may accept half a line.
         data = "".join(self._waiting).encode()
         with open(self._path, "r+b", buffering=0) as file:
             file.seek(self._size)
@@ -89,7 +96,7 @@ class Events:
             self._writer.write_event(event)
             self._writer.flush()
         except OSError:
-            self.close()  # what follows a torn record is lost to readers: on in a new file
+            self.close()  # readers stop at a torn record: continue in a new file
             self._first_step = step + 1
             raise
 
@@ -98,7 +105,3 @@ class Events:
         if writer is not None:
             with contextlib.suppress(OSError):
                 writer.close()
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

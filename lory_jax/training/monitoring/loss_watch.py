@@ -1,4 +1,4 @@
-"""Watches the losses of a run: steps that were skipped, and spikes."""
+"""Watches the losses of a run for skipped steps and spikes."""
 
 import json
 import math
@@ -53,12 +53,12 @@ class LossWatch:
 
 
 def diverged(
-    workdir: Path, step: int, watch: LossWatch, norms: tuple[Any, Any], record_ids: np.ndarray
+    path: Path, step: int, watch: LossWatch, norms: tuple[Any, Any], record_ids: np.ndarray
 ) -> Diverged:
     """Writes down what is known about the last of many skipped steps; returns the error.
 
     Args:
-      workdir: gains diverged-STEP.json.
+      path: where to write.
       step: the last step skipped.
       watch: says how many.
       norms: of parameters and gradients, leaf by leaf, layer by layer (`step.make_norms`).
@@ -73,13 +73,12 @@ def diverged(
         "gradient_norms": gradients,
         "record_ids": record_ids.tolist(),
     }
-    path = workdir / f"diverged-{step}.json"
     if jax.process_index() == 0:
         write_atomically(path, json.dumps(contents, indent=1) + "\n")
     return Diverged(
         f"step {step}: the loss or gradient was NaN or infinite {watch.in_a_row} times in a row; "
-        f"norms and record ids are in {path}. The same command would end here again: lower the "
-        "learning rate in a new run, perhaps with --init_from"
+        f"norms and record ids are in {path}. Resuming would end here again: lower "
+        "config.train.learning_rate in a new run, which may start from this one's parameters"
     )
 
 

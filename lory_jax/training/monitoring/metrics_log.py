@@ -1,17 +1,18 @@
-"""Where the figures of a run go: JSON lines, TensorBoard and the console."""
+"""The metrics of a run, written to JSON lines, TensorBoard and the console."""
 
 import math
+import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 
+from lory_jax.console import duration, say
 from lory_jax.errors import InputError
-from lory_jax.run.directory import read_metrics
+from lory_jax.run.directory import METRICS, RunDirectory
 from lory_jax.storage import Staging, Uploads, is_remote
-from lory_jax.training.monitoring.log_files import METRICS, LogFiles, say
+from lory_jax.training.monitoring.log_files import LogFiles
 from lory_jax.training.monitoring.loss_watch import LossWatch
 
 SPARSE_METRICS = ("dropped_tokens", "load_balancing_loss")  # only sparse baselines have them
@@ -27,13 +28,13 @@ class MetricsLog:
     uploaded once a minute, after every validation and save, and at the end.
 
     Attributes:
-      watch: counts skipped steps, the same in all processes.
-      repeated_seconds: of the steps that an earlier process had logged and this one does again.
+      watch: counts skipped steps; the same in all processes.
+      repeated_seconds: how long an earlier process took for steps that this one repeats.
     """
 
     def __init__(
         self,
-        workdir: Path,
+        directory: RunDirectory,
         *,
         start_step: int,
         steps: int,
@@ -57,16 +58,16 @@ class MetricsLog:
         self._files: LogFiles | None = None
         self._staging: Staging | None = None
         self._uploads: Uploads | None = None
-        logged = read_metrics(workdir) if (workdir / METRICS).exists() else []
+        logged = directory.read_metrics() if directory.metrics_file.exists() else []
         kept = [line for line in logged if line["step"] <= start_step]
         self.repeated_seconds = math.fsum(line["step_seconds"] for line in logged[len(kept) :])
         self.watch = LossWatch((line["loss"] for line in kept), counts)
         if jax.process_index() == 0:
-            local = workdir
-            if is_remote(workdir):
+            local = directory.path
+            if is_remote(local):
                 self._staging = Staging("logs")
                 local = self._staging.directory
-                self._uploads = Uploads(local, workdir)
+                self._uploads = Uploads(local, directory.path)
             self._files = LogFiles(local, kept, start_step + 1)
         self._clock = time.perf_counter()
 
@@ -122,17 +123,21 @@ class MetricsLog:
             return
         if "skipped" in found:
             say(
-                f"step {step}: loss {line['loss']}, gradient norm {line['grad_norm']}: not applied "
-                f"({self.watch.in_a_row} in a row, {self.watch.skipped} in all)"
+                f"step {step}: loss {line['loss']}, gradient norm {line['grad_norm']}: update "
+                f"skipped ({self.watch.in_a_row} in a row, {self.watch.skipped} in total)",
+                sys.stderr,
             )
         if "loss_spike" in found:
-            say(f"step {step}: loss {line['loss']:.4f} stands out from the steps before it")
+            say(
+                f"step {step}: loss {line['loss']:.4f} is far above that of the steps before",
+                sys.stderr,
+            )
         self._files.write(line)
         if self._uploads is not None:
             self._uploads.poll()
         self._recent.append(line)
         if "validation_loss" in extra or step % self._log_every_steps == 0 or step == self._steps:
-            print(self._console_line(), flush=True)
+            say(self._console_line())
             self._recent.clear()
 
     def close(self) -> None:
@@ -171,5 +176,5 @@ class MetricsLog:
             parts.append(f"dropped {last['dropped_tokens']:.1%}")
         if "validation_loss" in last:
             parts.append(f"validation {last['validation_loss']:.4f}")
-        parts.append(f"ETA {int(remaining) // 60}:{int(remaining) % 60:02d}")
+        parts.append(f"{duration(remaining)} left")
         return "  ".join(parts)

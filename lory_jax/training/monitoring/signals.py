@@ -16,7 +16,7 @@ from lory_jax.parallel import MESH_AXES, replicated
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a request that the loop sees; a second one kills."""
+    """Turns the first SIGINT or SIGTERM into a request to the loop; a second one kills."""
 
     def __init__(self) -> None:
         self.signal = 0
@@ -26,7 +26,11 @@ class StopRequest:
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
-        print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+        print(
+            "stopping after this step; signal again to stop immediately",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 class SaveTimer:
@@ -44,7 +48,7 @@ class SaveTimer:
 
 
 class Wishes(NamedTuple):
-    """What a process wants done after a step; 0 is nothing."""
+    """What a process requests after a step; 0 means nothing."""
 
     signal: int = 0  # stop: this signal came
     damage: int = 0  # stop: a batch ahead cannot be read
@@ -54,8 +58,8 @@ class Wishes(NamedTuple):
 class Agreement:
     """The wishes of all processes, the same in all of them at the same step.
 
-    One process gets its own wishes at once. Several get the largest of each, one step later: they
-    are reduced on the devices behind the step, as its metrics are, so that nobody waits.
+    A single process gets its own wishes at once. Several processes get the maximum of each wish one
+    step later: the devices reduce them after the step, like its metrics, so that no host waits.
     """
 
     def __init__(self, mesh: Mesh):

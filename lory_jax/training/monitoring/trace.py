@@ -1,18 +1,11 @@
 """A trace of a few training steps, for TensorBoard's profiler or Perfetto."""
 
-import re
 from pathlib import Path
 from types import TracebackType
 
 import jax
 
-
-def parse_steps(text: str) -> tuple[int, int]:
-    """`"10:12"` to `(10, 12)`; raises `ValueError` unless 1 <= first <= last."""
-    match = re.fullmatch(r"(\d+):(\d+)", text)
-    if match and 1 <= int(match[1]) <= int(match[2]):
-        return int(match[1]), int(match[2])
-    raise ValueError(f"got {text!r}, takes FIRST:LAST with 1 <= FIRST <= LAST, such as 10:12")
+from lory_jax.console import say
 
 
 class Trace:
@@ -50,4 +43,4 @@ class Trace:
     def _stop(self) -> None:
         jax.profiler.stop_trace()
         self._is_on = False
-        print(f"wrote the trace to {self._directory}", flush=True)
+        say(f"wrote the profile to {self._directory}")

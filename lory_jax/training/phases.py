@@ -1,0 +1,78 @@
+"""The two phases of a run: the dense warm-up, then the training of experts."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from lory_jax.model.config import ModelConfig
+from lory_jax.run.phases import DENSE, EXPERTS, phase_config
+from lory_jax.training.optimizer import Optimizer
+from lory_jax.training.state import State
+from lory_jax.training.step import make_loss_step, make_norms, make_train_step
+from lory_jax.training.upcycle import make_upcycle
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase and its programs, which are compiled when they are first used.
+
+    Attributes:
+      batch_size: instances per step over all processes.
+      upcycle: makes the first state of the phase from the last one of the dense phase; None for a
+        dense model.
+    """
+
+    name: str
+    model_config: ModelConfig
+    batch_size: int
+    train_step: Callable[..., Any]
+    loss_step: Callable[..., Any]
+    norms: Callable[..., Any]
+    upcycle: Callable[[State], State] | None
+
+
+class Phases:
+    """Makes the phases of a run.
+
+    Attributes:
+      dense_steps: where the dense phase ends; 0 for a run without one.
+    """
+
+    def __init__(
+        self, config: ConfigDict, model_config: ModelConfig, optimizer: Optimizer, mesh: Mesh
+    ):
+        """`model_config` is that of the run's last phase."""
+        self._config, self._model_config = config, model_config
+        self._optimizer, self._mesh = optimizer, mesh
+        fraction = config.train.dense_warmup_fraction if model_config.num_experts else 0
+        self.dense_steps = round(fraction * config.train.steps)
+
+    def first(self) -> Phase:
+        """The phase that a run from scratch starts in."""
+        return self.named(DENSE if self.dense_steps else EXPERTS)
+
+    def named(self, name: str) -> Phase:
+        """The phase DENSE or EXPERTS."""
+        model_config, mesh = phase_config(self._model_config, name), self._mesh
+        train = self._config.train
+        return Phase(
+            name,
+            model_config,
+            train.global_batch_size,
+            make_train_step(model_config, self._optimizer, mesh, train.microbatches),
+            make_loss_step(
+                model_config, mesh, model_config.measured_routing, model_config.segment_length
+            ),
+            make_norms(model_config, mesh, train.microbatches),
+            make_upcycle(model_config, self._optimizer, mesh, train.seed)
+            if model_config.num_experts
+            else None,
+        )
+
+    def after(self, phase: Phase) -> Phase | None:
+        """The phase that follows, or None after the last one."""
+        is_last = phase.name == EXPERTS or not self._model_config.num_experts
+        return None if is_last else self.named(EXPERTS)

@@ -1,0 +1,31 @@
+"""Validation inside the training loop."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from lory_jax.evaluation.perplexity import token_losses
+from lory_jax.model.transformer import Params
+from lory_jax.training.phases import Phase
+
+
+def validate(
+    phase: Phase, params: Params, sets: Mapping[str, np.ndarray], mesh: Mesh
+) -> dict[str, Any]:
+    """Loss in nats per token over positions >= T: for each domain, and the mean over domains."""
+    T = phase.model_config.segment_length
+    losses = {}
+    for domain, instances in sets.items():
+        nll = token_losses(
+            phase.loss_step,
+            params,
+            instances,
+            phase.batch_size,
+            mesh,
+            phase.model_config.batch_axis,
+        )
+        losses[domain] = float(nll[:, T:].mean(dtype=np.float64))
+    mean = float(np.mean(list(losses.values())))
+    return {"validation_loss": mean, "validation_loss_by_domain": losses}
