@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lory_jax.__main__ import VERBS
 from tests.support.tiny import ROOT, verb
 
 OUTSIDE_THE_SITE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tests/README.md")
@@ -27,8 +28,6 @@ INLINE = re.compile(r"`([^`\n]+(?:\n[^`\n]+)?)`")
 FLAG = re.compile(r"(?<![\w-])--[a-z_]\w*(?:\.\w+)*")
 FIELD = re.compile(r"\bconfig\.(?:model|train|checkpoint|parallel|data)\.\w+")
 
-VERBS = ("prepare", "train", "evaluate", "analyze", "generate", "compare", "convert", "plan")
-VERBS = (*VERBS, "doctor")
 # A verb after what runs it, or at the beginning of an inline command.
 COMMAND = re.compile(
     r"(?:python -m lory_jax[. ]|(?<![\w./-])lory |launch/gpu\.sh (?:--\S+ )*| -- )([a-z]\w*)(.*)"
