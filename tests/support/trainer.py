@@ -1,4 +1,4 @@
-"""What `train` does with signals, without training: the first of them saves and ends."""
+"""A stand-in for `train`: the first signal makes it save and end, whichever signal it is."""
 
 import signal
 import sys
