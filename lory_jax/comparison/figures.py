@@ -9,10 +9,10 @@ from typing import Any
 
 from lory_jax.comparison.runs import FinishedRun
 from lory_jax.data.prepared import PreparedData
+from lory_jax.evaluation.tables import MEASURES
 from lory_jax.model.flops import flops_per_token, parameter_counts
 from lory_jax.report.comparison import percent
 
-MEASURES = ("perplexity", "perplexity_all_positions", "bits_per_byte")  # of evaluation.json
 VERSIONED = ("lory_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 
 Metrics = Sequence[Mapping[str, Any]]
@@ -71,6 +71,7 @@ def describe_run(run: FinishedRun) -> dict[str, Any]:
         "dropped_tokens": sum(dropped) / len(dropped) if dropped else None,
         "num_experts": run.model_config.num_experts,
         "steps": last["step"],
+        "evaluated_step": run.evaluation["step"],
         "tokens": last["tokens"],
         "learning_rate": train["learning_rate"],
         "global_batch_size": train["global_batch_size"],
