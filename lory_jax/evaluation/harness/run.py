@@ -193,7 +193,7 @@ def _check_known(name: str, manager: TaskManager) -> None:
             raise InputError(f"tasks: {name}: no such file")
     elif name not in manager.all_tasks:
         near = difflib.get_close_matches(name, [GROUP, *manager.all_tasks], n=1, cutoff=NEAR_ENOUGH)
-        hint = f"did you mean {near[0]}?" if near else "`lm-eval ls tasks` lists the harness's"
+        hint = f"did you mean {near[0]}?" if near else "`lm-eval ls tasks` lists them"
         raise ConfigError(
             f"tasks: got {name!r}, must be {GROUP}, a task in it, another task of the harness or a "
             f"task file (.yaml); {hint}"
