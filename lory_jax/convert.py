@@ -56,7 +56,7 @@ def to_hf(argv: list[str]) -> None:
     from lory_jax.run.directory import RunDirectory
 
     with parser.named_as_flags():
-        runs.to_hf(
+        runs.export_run(
             RunDirectory(args.workdir, args.step),
             args.out,
             prompt=args.prompt,
@@ -90,7 +90,7 @@ def from_hf(argv: list[str]) -> None:
     from lory_jax.conversion import runs
 
     with parser.named_as_flags():
-        runs.from_hf(args.hf, args.workdir, args.experts, args.seed)
+        runs.import_llama(args.hf, args.workdir, args.experts, args.seed)
     print(f"wrote {args.workdir}")
 
 
