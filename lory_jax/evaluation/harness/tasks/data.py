@@ -103,7 +103,7 @@ def fetch_task_data(directory: Path, tasks: Mapping[str, Mapping[str, Any]]) -> 
     """
     for task, item in tasks.items():
         arguments = item["dataset_kwargs"]
-        for split, dataset in load(**arguments).items():
+        for split, dataset in load_task(**arguments).items():
             path = directory / task / f"{split}.parquet"
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f"{path.name}.tmp")
