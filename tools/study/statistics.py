@@ -16,7 +16,7 @@ Letters: S seeds, I instances of a domain.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
