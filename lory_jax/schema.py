@@ -125,6 +125,14 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "router_init_scale": _float(
             0.23, "the router is initialised from N(0, (scale/sqrt(D))^2)", 0.0
         ),
+        "ffn_init_scale": _float(
+            1.0,
+            "a dense FFN's matrices are initialised with the standard deviation scale/sqrt(fan-in)",
+            0.0,
+        ),
+        "expert_init_scale": _float(
+            1.0, "the same for experts that are trained from scratch, without dense warm-up", 0.0
+        ),
         "tie_embeddings": _bool(
             False, "the output head is the transposed embedding", is_architecture=True
         ),
@@ -202,6 +210,13 @@ SCHEMA: dict[str, dict[str, Field]] = {
         ),
         "dense_warmup_fraction": _float(
             0.05, "share of the steps that train the dense model before upcycling", 0.0, 1.0
+        ),
+        "upcycle_redraw": _float(
+            0.0,
+            "share of every expert's entries drawn anew when the dense FFN is copied "
+            "(Drop-Upcycling)",
+            0.0,
+            1.0,
         ),
         "beta1": _float(0.9, "AdamW: decay of the first moment", 0.0, 1.0),
         "beta2": _float(0.95, "AdamW: decay of the second moment", 0.0, 1.0),
