@@ -266,6 +266,13 @@ SCHEMA: dict[str, dict[str, Field]] = {
                 0.04, "share of each domain's bytes for validation", 0, 0.5
             ),
             "test_fraction": _float(0.06, "share of each domain's bytes for test", 0, 0.5),
+            "confirmation_fraction": _float(
+                0.0,
+                "share of each domain's bytes for a second test set, which only the final table of "
+                "a study reads",
+                0,
+                0.5,
+            ),
             "embedding_dim": _int(256, "dimensions of the document embedding", 2),
             "num_neighbors": _int(20, "neighbours per document in the similarity graph", 1),
             "tokenizer_sample_bytes": _int(

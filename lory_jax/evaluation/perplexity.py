@@ -66,6 +66,11 @@ def summarize(
     }
 
 
+def instance_losses(nll_NxL: np.ndarray, segment_length: int) -> np.ndarray:
+    """The mean loss of every instance over its positions >= T, float32 `[N]`."""
+    return np.mean(nll_NxL[:, segment_length:], axis=1, dtype=np.float64).astype(np.float32)
+
+
 def perplexity(nll: np.ndarray) -> float:
     """exp of the mean loss."""
     return float(np.exp(np.mean(nll, dtype=np.float64)))
