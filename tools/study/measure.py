@@ -1,6 +1,6 @@
 """Measures a finished run beside its losses, and writes one JSON object.
 
-    python -m tools.study.measure --workdir=RUN_DIR --data=DIR --out=FILE.json [--routing]
+python -m tools.study.measure --workdir=RUN_DIR --data=DIR --out=FILE.json [--routing]
 """
 
 import argparse

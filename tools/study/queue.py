@@ -67,7 +67,9 @@ def make_jobs(families: Sequence[Family], arms: Sequence[Arm], stages: str) -> l
             if family.name in needed
             for trial in range(len(family.trials()))
         ]
-        found += [Job(f"{arm.name}-s{seed}", arm, seed) for arm in finals for seed in range(arm.seeds)]
+        found += [
+            Job(f"{arm.name}-s{seed}", arm, seed) for arm in finals for seed in range(arm.seeds)
+        ]
         jobs += sorted(found, key=lambda job: job.order)
     return jobs
 

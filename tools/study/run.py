@@ -69,9 +69,7 @@ class Runner:
             self._measure(job, settings, core, workdir)
         shutil.rmtree(workdir)
 
-    def _measure(
-        self, job: Job, settings: Mapping[str, Any], core: int, workdir: Path
-    ) -> None:
+    def _measure(self, job: Job, settings: Mapping[str, Any], core: int, workdir: Path) -> None:
         losses, instances, seconds = {}, {}, {}
         for name, flags in self._evaluations(job).items():
             out = workdir / f"{name}.json"
