@@ -6,6 +6,7 @@ N instances.
 import io
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ def encode_instances(losses: Mapping[str, np.ndarray], origins: Mapping[str, lis
     It is a compressed NPZ with two arrays per domain: `loss/DOMAIN`, float32 `[N]`, and
     `origin/DOMAIN`, strings `[N]`.
     """
-    arrays = {f"loss/{domain}": loss_N for domain, loss_N in losses.items()}
+    arrays: dict[str, Any] = {f"loss/{domain}": loss_N for domain, loss_N in losses.items()}
     arrays |= {f"origin/{domain}": np.array(origins[domain], dtype=str) for domain in losses}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)

@@ -68,7 +68,8 @@ def summarize(
 
 def instance_losses(nll_NxL: np.ndarray, segment_length: int) -> np.ndarray:
     """The mean loss of every instance over its positions >= T, float32 `[N]`."""
-    return np.mean(nll_NxL[:, segment_length:], axis=1, dtype=np.float64).astype(np.float32)
+    mean_N = np.mean(nll_NxL[:, segment_length:], axis=1, dtype=np.float64)
+    return np.asarray(mean_N, np.float32)
 
 
 def perplexity(nll: np.ndarray) -> float:
