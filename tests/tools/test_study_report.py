@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from tools.study import arms, ladder
+from tools.study import arms, fair_start, ladder
+from tools.study.__main__ import unavailable
 from tools.study.claims import read_claims
 from tools.study.report import CLAIMS, write_report
 from tools.study.results import HELD_OUT, Results
@@ -54,6 +55,7 @@ def out(tmp_path_factory):
 
 def write(results, run_id, arm, seed, instances):
     losses = {s: {d: float(x.mean()) for d, x in found.items()} for s, found in instances.items()}
+    losses["validation"] = losses["test"]
     record = {"id": run_id, "kind": "run", "arm": arm, "family": arm, "seed": seed}
     record |= {"status": "finished", "losses": losses, "settings": {}, "step_seconds": 0.3}
     record |= {"curve": [[250, 4.0], [500, 3.5]], "flops_per_token": 1e6}
@@ -131,6 +133,28 @@ def test_a_claim_about_every_domain_fails_in_one(tmp_path):
     assert claim["verdict"] == "inconclusive"
 
 
+def test_the_baseline_is_checked_against_its_neighbours(tmp_path, capsys, monkeypatch):
+    results = Results(tmp_path / "runs")
+    monkeypatch.setattr("sys.argv", ["fair_start", f"--out={tmp_path}"])
+
+    def finish(name, loss):
+        record = {"id": f"{name}-s0", "kind": "run", "arm": name, "status": "finished"}
+        results.write(record | {"losses": {"validation": {"a": loss, "b": loss}}}, {})
+
+    finish("dense", 3.5)
+    for name in fair_start.NEIGHBOURS[1:]:
+        finish(name, 3.495)
+    with pytest.raises(SystemExit) as missing:
+        fair_start.main()
+    finish(fair_start.NEIGHBOURS[0], 3.6)
+    fair_start.main()
+    finish(fair_start.NEIGHBOURS[0], 3.48)
+    with pytest.raises(SystemExit) as better:
+        fair_start.main()
+    assert missing.value.code and better.value.code
+    assert "-0.0200 nats" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- claims and arms
 
 
@@ -156,6 +180,18 @@ def test_every_family_has_the_same_number_of_trials():
         assert len(family.trials()) == arms.TRIALS
         assert len(family.grid[arms.RATE]) == 4
     assert {arm.family for arm in arms.ARMS} <= set(names)
+    assert set(fair_start.NEIGHBOURS) <= {arm.name for arm in arms.ARMS}
+
+
+def test_every_arm_of_this_version_can_be_trained():
+    awaited = {"dropless_top1", "dropless_top2", "remoe", "expert_threshold", "uniform"}
+    assert set(unavailable([*arms.FAMILIES, *arms.ARMS])) <= {
+        *awaited,
+        "dropless_top1_upcycled",
+        "dropless_top2_upcycled",
+        "dense_masked",
+        "lory_masked",
+    }
 
 
 # ---------------------------------------------------------------- the ladder

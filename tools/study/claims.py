@@ -145,6 +145,8 @@ def contrast(
     seeds = sorted(set.intersection(*(set(of_seed) for of_seed in losses.values())))
     domains = {}
     for domain, origins in results.held_out["origins"][split].items() if seeds else ():
+        if not origins:  # a domain too small for an instance
+            continue
         origin_I = np.array(origins)
         kept_I = np.ones(len(origin_I), bool) if keep is None else keep(domain, origin_I)
         if not kept_I.any():

@@ -17,7 +17,7 @@ import numpy as np
 
 from lory_jax.report import html, plots
 from lory_jax.storage import write_atomically
-from tools.study import arms, ladder
+from tools.study import arms, fair_start, ladder
 from tools.study.claims import (
     Claim,
     Finding,
@@ -45,6 +45,7 @@ class Report:
     """Everything that the pages show.
 
     Attributes:
+      neighbours: validation loss of the dense baseline's neighbours minus its own.
       variants: for the headline claims, the finding on parts of the instances, by name.
     """
 
@@ -52,6 +53,7 @@ class Report:
     findings: list[Finding]
     variants: dict[str, dict[str, Finding]]
     records: list[Record]
+    neighbours: dict[str, float]
     ladder: dict[str, Any] | None
     margin: float
 
@@ -92,7 +94,15 @@ def make_report(out: Path, split: str, claims_file: Path) -> Report:
                 for name, keep in parts.items()
             }
     points = ladder.read_points(results, split)
-    return Report(split, findings, variants, results.records(), ladder.summarize(points), margin)
+    return Report(
+        split,
+        findings,
+        variants,
+        results.records(),
+        fair_start.differences(results),
+        ladder.summarize(points),
+        margin,
+    )
 
 
 def _only(claim: Claim, margin: float, results: Results, split: str, keep: Keep) -> Finding:
@@ -191,15 +201,28 @@ def arms_table(report: Report) -> Table:
 
 
 def tuning_table(report: Report) -> Table:
-    """The best trial of every family."""
+    """The best trial of every family, and which of its values are the ends of what was tried."""
+    grids = {family.name: family.grid for family in arms.FAMILIES}
     rows = []
     for name, trials in tuning(report.records).items():
         done = [trial for trial in trials if trial["validation_loss"] is not None]
         if done:
             best = min(done, key=lambda trial: trial["validation_loss"])
             settings = ", ".join(f"{key}={value:g}" for key, value in best["settings"].items())
-            rows.append([name, str(len(trials)), settings, f"{best['validation_loss']:.4f}"])
-    return ["family", "trials", "best settings", "validation loss"], rows
+            ends = [
+                key
+                for key, value in best["settings"].items()
+                if value in (min(grids[name][key]), max(grids[name][key]))
+            ]
+            loss = f"{best['validation_loss']:.4f}"
+            rows.append([name, str(len(trials)), settings, loss, ", ".join(ends)])
+    return ["family", "trials", "best settings", "validation loss", "at an end of its grid"], rows
+
+
+def fair_start_table(report: Report) -> Table:
+    """The neighbours of the dense baseline at full length."""
+    rows = [[name, _signed(value)] for name, value in report.neighbours.items()]
+    return ["dense, changed", "validation loss minus dense's"], rows
 
 
 def ladder_table(report: Report) -> Table:
@@ -251,6 +274,7 @@ def _sections(report: Report) -> list[tuple[str, Table]]:
         ("The headline on parts of the instances", variants_table(report)),
         ("Arms", arms_table(report)),
         ("Tuning, on validation", tuning_table(report)),
+        ("The dense baseline's start", fair_start_table(report)),
         ("The ladder: Lory's dense-equivalent parameter multiplier", ladder_table(report)),
     ]
     return [(title, table) for title, table in found if table[1]]
