@@ -203,10 +203,12 @@ def validate(config: ConfigDict) -> None:
     _check_model(config.model)
     _check_sparse(config.model, config.train)
     _check_train(config.train)
-    if config.data.validation_fraction + config.data.test_fraction > 0.5:
+    data = config.data
+    held_out = data.validation_fraction + data.test_fraction + data.confirmation_fraction
+    if held_out > 0.5:
         raise ConfigError(
-            "config.data.validation_fraction + test_fraction: got "
-            f"{config.data.validation_fraction + config.data.test_fraction}; must be at most 0.5"
+            "config.data.validation_fraction + test_fraction + confirmation_fraction: got "
+            f"{held_out}; must be at most 0.5"
         )
 
 

@@ -125,6 +125,14 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "router_init_scale": _float(
             0.23, "the router is initialised from N(0, (scale/sqrt(D))^2)", 0.0
         ),
+        "ffn_init_scale": _float(
+            1.0,
+            "a dense FFN's matrices are initialised with the standard deviation scale/sqrt(fan-in)",
+            0.0,
+        ),
+        "expert_init_scale": _float(
+            1.0, "the same for experts that are trained from scratch, without dense warm-up", 0.0
+        ),
         "tie_embeddings": _bool(
             False, "the output head is the transposed embedding", is_architecture=True
         ),
@@ -203,6 +211,13 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "dense_warmup_fraction": _float(
             0.05, "share of the steps that train the dense model before upcycling", 0.0, 1.0
         ),
+        "upcycle_redraw": _float(
+            0.0,
+            "share of every expert's entries drawn anew when the dense FFN is copied "
+            "(Drop-Upcycling)",
+            0.0,
+            1.0,
+        ),
         "beta1": _float(0.9, "AdamW: decay of the first moment", 0.0, 1.0),
         "beta2": _float(0.95, "AdamW: decay of the second moment", 0.0, 1.0),
         "epsilon": _float(1e-8, "AdamW: added to the root of the second moment", 0.0),
@@ -251,6 +266,13 @@ SCHEMA: dict[str, dict[str, Field]] = {
                 0.04, "share of each domain's bytes for validation", 0, 0.5
             ),
             "test_fraction": _float(0.06, "share of each domain's bytes for test", 0, 0.5),
+            "confirmation_fraction": _float(
+                0.0,
+                "share of each domain's bytes for a second test set, which only the final table of "
+                "a study reads",
+                0,
+                0.5,
+            ),
             "embedding_dim": _int(256, "dimensions of the document embedding", 2),
             "num_neighbors": _int(20, "neighbours per document in the similarity graph", 1),
             "tokenizer_sample_bytes": _int(

@@ -19,6 +19,7 @@ from lory_jax.storage import is_inside
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
+ORIGINS_NAME = "origins.json"
 FORMAT_VERSION = 1
 LONGEST_DIRECTORY_NAME = 200
 
@@ -136,6 +137,11 @@ def write_manifest(manifest: Manifest, directory: Path) -> None:
     temporary = directory / (MANIFEST_NAME + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(directory / MANIFEST_NAME)
+
+
+def write_origins(directory: Path, origins: list[str]) -> None:
+    """Writes the origin of every instance of a held-out domain beside its shards."""
+    (directory / ORIGINS_NAME).write_text(json.dumps(origins, indent=0) + "\n", encoding="utf-8")
 
 
 def domain_directory(domain: str) -> str:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from lory_jax.parallel import place_batch
 
 
-def instance_losses(
+def losses_of_tokens(
     loss_step: Callable[[Any, jax.Array], jax.Array],
     params: Any,
     instances_NxL1: np.ndarray,
@@ -64,6 +64,12 @@ def summarize(
         "perplexity_all_positions": perplexity(nll_NxL),
         "bits_per_byte": float(np.sum(scored_NxL, dtype=np.float64) / np.log(2) / scored_bytes),
     }
+
+
+def instance_losses(nll_NxL: np.ndarray, segment_length: int) -> np.ndarray:
+    """The mean loss of every instance over its positions >= T, float32 `[N]`."""
+    mean_N = np.mean(nll_NxL[:, segment_length:], axis=1, dtype=np.float64)
+    return np.asarray(mean_N, np.float32)
 
 
 def perplexity(nll: np.ndarray) -> float:

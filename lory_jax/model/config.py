@@ -34,6 +34,8 @@ class ModelConfig:
     routing_group: int
     load_balancing_weight: float
     router_init_scale: float
+    ffn_init_scale: float
+    expert_init_scale: float
     tie_embeddings: bool
     rope_theta: float
     rope_scaling: str

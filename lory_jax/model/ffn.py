@@ -24,10 +24,10 @@ class DenseFFN(nnx.Module):
     """The parameter-matched baseline, and the FFN of the dense warm-up."""
 
     def __init__(self, init: Initializer, config: ModelConfig, output_scale: float):
-        D, F = config.embed_dim, config.mlp_dim
-        self.gate = init.matrix((D, F), DENSE_AXES["gate"], fan_in=D)
-        self.up = init.matrix((D, F), DENSE_AXES["up"], fan_in=D)
-        self.down = init.matrix((F, D), DENSE_AXES["down"], fan_in=F, scale=output_scale)
+        D, F, scale = config.embed_dim, config.mlp_dim, config.ffn_init_scale
+        self.gate = init.matrix((D, F), DENSE_AXES["gate"], fan_in=D, scale=scale)
+        self.up = init.matrix((D, F), DENSE_AXES["up"], fan_in=D, scale=scale)
+        self.down = init.matrix((F, D), DENSE_AXES["down"], fan_in=F, scale=scale * output_scale)
 
     def __call__(self, x_BxLxD: Array) -> Array:
         x_BxLxD = constrain(x_BxLxD, "moe_batch", "length", "activation_embed")
@@ -45,9 +45,10 @@ class MergedFFN(nnx.Module):
         self.router = init.matrix(
             (D, E), ("embed", "router_experts"), fan_in=D, scale=config.router_init_scale
         )
-        self.gate = init.matrix((E, D, F), AXES["gate"], fan_in=D)
-        self.up = init.matrix((E, D, F), AXES["up"], fan_in=D)
-        self.down = init.matrix((E, F, D), AXES["down"], fan_in=F, scale=output_scale)
+        scale = config.expert_init_scale
+        self.gate = init.matrix((E, D, F), AXES["gate"], fan_in=D, scale=scale)
+        self.up = init.matrix((E, D, F), AXES["up"], fan_in=D, scale=scale)
+        self.down = init.matrix((E, F, D), AXES["down"], fan_in=F, scale=scale * output_scale)
 
     def experts(self) -> dict[str, Array]:
         """The experts in the layout of `merged_ffn`."""

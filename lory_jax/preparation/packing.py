@@ -81,6 +81,24 @@ def cut_instances(tokens_T: np.ndarray, sequence_length: int) -> np.ndarray:
     return windows[::sequence_length]
 
 
+def instance_origins(
+    lengths_N: np.ndarray, origins: Sequence[str], sequence_length: int
+) -> list[str]:
+    """The origin of most of the targets of each instance; the first of equals.
+
+    Args:
+      lengths_N: tokens per document, in the order of the stream.
+      origins: the origin of each document.
+      sequence_length: L.
+    """
+    names = sorted(set(origins))
+    number_N = np.searchsorted(names, np.array(origins, dtype=str))
+    number_T = np.repeat(number_N, lengths_N)[1:]  # the first token is no target
+    num_instances = count_instances(int(np.sum(lengths_N)), sequence_length)
+    number_IxL = number_T[: num_instances * sequence_length].reshape(-1, sequence_length)
+    return [names[np.bincount(number_L).argmax()] for number_L in number_IxL]
+
+
 def write_shards(directory: Path, instances_NxL1: np.ndarray, per_shard: int) -> list[Path]:
     """Writes instances as `part-00000-of-00003.array_record`, ... into a new directory.
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lory_jax.config import section_defaults
 from lory_jax.data.manifest import MANIFEST_NAME, differences
 from lory_jax.data.prepared import PreparedData
 from lory_jax.errors import InputError
@@ -28,7 +29,11 @@ def is_prepared(out: Path, settings: dict[str, Any]) -> bool:
             "or one that prepare wrote"
         )
     data = PreparedData.open(out)
-    if differs := differences(data.manifest.settings, settings):
+    # A field younger than the directory had its default.
+    found = dict(data.manifest.settings)
+    if "data" in found:
+        found["data"] = section_defaults("data") | found["data"]
+    if differs := differences(found, settings):
         raise InputError(
             f"out: {out} was prepared with other settings ({'; '.join(differs)}); "
             "choose another directory or remove it"

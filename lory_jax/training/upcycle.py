@@ -10,6 +10,12 @@ The sparse baselines are upcycled alike (Komatsuzaki et al. 2023, arXiv 2212.050
 uniform router an expert's part of the gradient is `gradient_divisor` times smaller. With top2,
 whose weights share 1, the function stays what it was where nothing is dropped. The others multiply
 with a probability, near 1/E at first: the loss jumps, and the router makes up for it.
+
+Copies are alike until the router tells them apart. A share of every expert's entries can be drawn
+anew, in the spirit of Drop-Upcycling (Nakamura et al. 2025, arXiv 2502.19261): from a normal with
+the mean and the standard deviation of the matrix that is copied. The paper draws whole hidden units
+(the same columns of gate and up and rows of down); here every entry is drawn by itself, so all
+units change a little. Adam's moments of redrawn entries start at zero.
 """
 
 from collections.abc import Callable
@@ -30,11 +36,16 @@ FFN_MATRICES = ("gate", "up", "down")
 
 
 def make_upcycle(
-    model_config: ModelConfig, optimizer: Optimizer, mesh: Mesh, seed: int
+    model_config: ModelConfig, optimizer: Optimizer, mesh: Mesh, seed: int, redraw: float = 0.0
 ) -> Callable[[State], State]:
     """Returns `dense state -> the state with experts that continues it`.
 
-    `model_config` is that of the experts, `seed` that of the run.
+    Args:
+      model_config: that of the experts.
+      optimizer: that of the run.
+      mesh: where the state lies.
+      seed: that of the run.
+      redraw: the share of every expert's entries that is drawn anew.
     """
 
     def upcycle(dense: State) -> State:
@@ -48,9 +59,13 @@ def make_upcycle(
             mu=upcycle_params(adam.mu, zeros_YxDxE, divisor=divisor),
             nu=upcycle_params(adam.nu, zeros_YxDxE, divisor=divisor**2),
         )
+        params = upcycle_params(dense["params"], router_YxDxE)
+        if redraw:
+            key = jax.random.fold_in(jax.random.key(seed), 2)
+            params, moments = redraw_entries(params, moments, key, redraw)
         return {
             "step": dense["step"],
-            "params": upcycle_params(dense["params"], router_YxDxE),
+            "params": params,
             "opt_state": (moments, *rest),
             "last_active_YxE": never_active(model_config),
         }
@@ -81,3 +96,28 @@ def upcycle_params(params: Params, router_YxDxE: Array, divisor: float = 1) -> P
     layers["ffn"] = {name: copy(layers["ffn"][name]) for name in FFN_MATRICES}
     layers["ffn"]["router"] = router_YxDxE
     return {**params, "layers": layers}
+
+
+def redraw_entries(params: Params, adam: Any, key: Array, share: float) -> tuple[Params, Any]:
+    """Draws a share of every expert's entries anew; returns the parameters and Adam's state.
+
+    The experts of `params` are copies of one dense FFN, whose mean and standard deviation the new
+    entries have. Every entry is chosen by itself.
+    """
+    experts, mu, nu = (dict(tree["layers"]["ffn"]) for tree in (params, adam.mu, adam.nu))
+    for number, name in enumerate(FFN_MATRICES):
+        w_YxExMxN = experts[name]
+        choice_key, value_key = jax.random.split(jax.random.fold_in(key, number))
+        is_new_YxExMxN = jax.random.bernoulli(choice_key, share, w_YxExMxN.shape)
+        mean_Yx1x1x1 = jnp.mean(w_YxExMxN[:, :1], axis=(2, 3), keepdims=True)
+        std_Yx1x1x1 = jnp.std(w_YxExMxN[:, :1], axis=(2, 3), keepdims=True)
+        normal_YxExMxN = jax.random.normal(value_key, w_YxExMxN.shape, w_YxExMxN.dtype)
+        drawn_YxExMxN = mean_Yx1x1x1 + std_Yx1x1x1 * normal_YxExMxN
+        experts[name] = jnp.where(is_new_YxExMxN, drawn_YxExMxN, w_YxExMxN)
+        mu[name], nu[name] = (jnp.where(is_new_YxExMxN, 0, tree[name]) for tree in (mu, nu))
+
+    def with_ffn(tree: Params, ffn: Params) -> Params:
+        return {**tree, "layers": {**tree["layers"], "ffn": ffn}}
+
+    moments = adam._replace(mu=with_ffn(adam.mu, mu), nu=with_ffn(adam.nu, nu))
+    return with_ffn(params, experts), moments

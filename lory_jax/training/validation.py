@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from lory_jax.evaluation.perplexity import instance_losses
+from lory_jax.evaluation.perplexity import losses_of_tokens
 from lory_jax.model.transformer import Params
 from lory_jax.training.phases import Phase
 
@@ -18,7 +18,7 @@ def validation_losses(
     T = phase.model_config.segment_length
     losses = {}
     for domain, instances in sets.items():
-        nll = instance_losses(
+        nll = losses_of_tokens(
             phase.loss_step,
             params,
             instances,

@@ -333,3 +333,15 @@ def test_initialisation_has_the_stated_deviations_and_no_two_draws_are_alike():
     for i, a in enumerate(rows):
         for b in rows[:i]:
             assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize(("field", "experts"), [("ffn_init_scale", 0), ("expert_init_scale", 4)])
+def test_init_scales_multiply_the_ffn_and_nothing_else(field, experts):
+    key = jax.random.key(3)
+    usual = init_params(tiny_config(num_experts=experts), key)
+    scaled = init_params(tiny_config(num_experts=experts, **{field: 0.5}), key)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(scaled), jax.tree.leaves(usual), strict=True
+    ):
+        factor = 0.5 if path[-1].key in ("gate", "up", "down") else 1.0
+        np.testing.assert_allclose(a, factor * np.asarray(b), rtol=1e-6)

@@ -168,12 +168,13 @@ def main() -> None:
     one, many = (init_state(lory, OPTIMIZER, m, seed=3) for m in (single, mesh))
     report["init_is_independent_of_the_mesh"] = error(many, one) == 0.0
 
-    def upcycled(mesh):
+    def upcycled(mesh, redraw=0.0):
         state = new_state(dense, OPTIMIZER, params_of(dense))
         state = jax.device_put(state, state_shardings(dense, OPTIMIZER, mesh))
-        return jax.device_get(make_upcycle(lory, OPTIMIZER, mesh, seed=3)(state))
+        return jax.device_get(make_upcycle(lory, OPTIMIZER, mesh, 3, redraw)(state))
 
     report["upcycle_is_independent_of_the_mesh"] = error(upcycled(mesh), upcycled(single)) == 0.0
+    report["redrawn_upcycle"] = error(upcycled(mesh, 0.5), upcycled(single, 0.5))
     json.dump(report, sys.stdout)
 
 

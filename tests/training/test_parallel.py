@@ -87,6 +87,8 @@ def test_parameters_and_both_moments_are_sharded(report, model, mesh):
 def test_initial_and_upcycled_states_do_not_depend_on_the_mesh(report):
     assert report["init_is_independent_of_the_mesh"]
     assert report["upcycle_is_independent_of_the_mesh"]
+    # The mean and the standard deviation of a matrix are summed in another order.
+    assert report["redrawn_upcycle"] <= 1e-6
 
 
 def test_partition_spec_looks_every_axis_up():
