@@ -268,7 +268,15 @@ def _check_train(train: ConfigDict) -> None:
 
 def _check_sparse(model: ConfigDict, train: ConfigDict) -> None:
     """Checks what only the sparse baselines need; a dense model (no experts) ignores it."""
-    if model.routing not in SPARSE or not model.num_experts:
+    if not model.num_experts:
+        return
+    if model.balancing == "loss_free" and model.routing not in TOKEN_CHOICE:
+        raise ConfigError(
+            "config.model.balancing: got 'loss_free'; must be auxiliary with "
+            f"config.model.routing={model.routing}; loss_free requires one of "
+            f"{', '.join(TOKEN_CHOICE)}"
+        )
+    if model.routing not in SPARSE:
         return
     factor, experts = model.capacity_factor, model.num_experts
     choices = TOKEN_CHOICE.get(model.routing, max(1, round(factor)))

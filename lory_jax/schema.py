@@ -119,8 +119,19 @@ SCHEMA: dict[str, dict[str, Field]] = {
             "sparse baselines: sequences that compete for slots; 0 means a whole microbatch",
             0,
         ),
+        "balancing": _choice(
+            "where tokens choose experts, what balances the load: a loss, or a bias per expert that "
+            "is adjusted after each step",
+            "auxiliary",
+            "loss_free",
+        ),
         "load_balancing_weight": _float(
-            0.01, "top1, top2: weight of the load-balancing loss, summed over layers", 0.0
+            0.01,
+            "balancing=auxiliary: weight of the load-balancing loss, summed over layers",
+            0.0,
+        ),
+        "balancing_rate": _float(
+            1e-3, "balancing=loss_free: how far a step moves the bias of an expert", 0.0
         ),
         "router_init_scale": _float(
             0.23, "the router is initialised from N(0, (scale/sqrt(D))^2)", 0.0

@@ -41,6 +41,7 @@ from lory_jax.model.config import ModelConfig
 from lory_jax.model.ffn import DenseFFN, MergedFFN, SparseFFN
 from lory_jax.model.merged_ffn import merge_experts, swiglu
 from lory_jax.model.routing import Routing, keep_top_k, route
+from lory_jax.model.routing_rules import ADAPTED
 from lory_jax.model.transformer import Params, Transformer, assemble, build, rms_norm
 from lory_jax.parallel import partition_spec
 
@@ -307,7 +308,7 @@ def _in_compute_type(config: ModelConfig, params: Params) -> Params:
 
     def convert(path: Any, w: Array) -> Array:
         name = path[-1].key
-        is_float32 = name.endswith("norm") or name == "router"
+        is_float32 = name.endswith("norm") or name == "router" or name in ADAPTED
         return w if is_float32 else w.astype(config.compute_dtype)
 
     return jax.tree_util.tree_map_with_path(convert, params)

@@ -32,7 +32,9 @@ class ModelConfig:
     first_segment_routing: str
     capacity_factor: float
     routing_group: int
+    balancing: str
     load_balancing_weight: float
+    balancing_rate: float
     router_init_scale: float
     tie_embeddings: bool
     rope_theta: float
@@ -105,6 +107,12 @@ class ModelConfig:
     def routes_tokens(self) -> bool:
         """Whether every token is routed by itself, rather than with its segment or prompt."""
         return self.is_sparse and self.routing != "expert_choice_segment"
+
+    @property
+    def adapted_parameter(self) -> str | None:
+        """The router's parameter that is adjusted without a gradient (sparse/adaptation.py)."""
+        is_loss_free = self.balancing == "loss_free" and self.routing in TOKEN_CHOICE
+        return "choice_bias" if self.is_sparse and is_loss_free else None
 
     @property
     def choices(self) -> int:

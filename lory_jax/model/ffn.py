@@ -15,8 +15,9 @@ from lory_jax.model.experts import AXES, DENSE_AXES
 from lory_jax.model.merged_ffn import merged_ffn, swiglu
 from lory_jax.model.parameters import Initializer
 from lory_jax.model.routing import Routed, Routing
-from lory_jax.model.routing_rules import MERGED, SPARSE
+from lory_jax.model.routing_rules import DROPLESS, MERGED, SPARSE, TOKEN_CHOICE
 from lory_jax.model.sparse import capacity
+from lory_jax.model.sparse.adaptation import declare_adapted
 from lory_jax.parallel import constrain
 
 
@@ -102,6 +103,11 @@ class MergedFFN(nnx.Module):
 class SparseFFN(MergedFFN):
     """The same parameters in a sparse mixture (capacity.py): experts are chosen, not merged."""
 
+    def __init__(self, init: Initializer, config: ModelConfig, output_scale: float):
+        super().__init__(init, config, output_scale)
+        for name, parameter in declare_adapted(init, config).items():
+            setattr(self, name, parameter)
+
     def __call__(self, x_BxLxD: Array, routing: Routing) -> tuple[Array, Routed]:
         """Returns `[B, L, D]` and how it was routed."""
         x_BxLxD = constrain(x_BxLxD, "moe_batch", "length", "activation_embed")
@@ -111,14 +117,27 @@ class SparseFFN(MergedFFN):
         routed = Routed(route.segment_means(p_BxUxE, T) if config.routes_tokens else p_BxUxE)
         if routing.kind not in SPARSE:
             return self.choose(x_BxLxD, p_BxUxE), routed
-        with jax.named_scope("router"):
-            slots, balance, dropped = capacity.assign(
-                p_BxUxE, config.routing, config.capacity_factor, config.routing_group
-            )
-        unit_length = 1 if config.routes_tokens else T
-        y_BxLxD = capacity.slots_ffn(x_BxLxD, slots, self.experts(), unit_length)
+        if config.routing in TOKEN_CHOICE:
+            load_E = capacity.load(self.chosen(p_BxUxE)[1], config.num_experts)
+            routed = routed._replace(load_E=load_E)
+        if config.routing in DROPLESS:
+            y_BxLxD = self.choose(x_BxLxD, p_BxUxE)
+            balance = capacity.load_balancing_loss(p_BxUxE.reshape(1, -1, config.num_experts))
+        else:
+            with jax.named_scope("router"):
+                slots, balance, dropped = capacity.assign(
+                    p_BxUxE,
+                    config.routing,
+                    config.capacity_factor,
+                    config.routing_group,
+                    self.choice_bias_E(),
+                )
+            unit_length = 1 if config.routes_tokens else T
+            y_BxLxD = capacity.slots_ffn(x_BxLxD, slots, self.experts(), unit_length)
+            routed = routed._replace(dropped=dropped)
         y_BxLxD = constrain(y_BxLxD, "moe_batch", "length", "activation_embed")
-        return y_BxLxD, routed._replace(balance=balance, dropped=dropped)
+        is_auxiliary = config.balancing == "auxiliary"
+        return y_BxLxD, routed._replace(balance=balance if is_auxiliary else None)
 
     def probabilities(self, h_BxLxD: Array, routing: Routing) -> Array:
         """The router's probabilities of every unit: `[B, L, E]`, or of segments `[B, N, E]`."""
@@ -132,17 +151,28 @@ class SparseFFN(MergedFFN):
         lengths_B = jnp.maximum(routing.prompt_lengths_B, 1)
         return self.routing_weights(h_BxLxD, Routing(routing.kind, lengths_B))
 
+    def choice_bias_E(self) -> Array | None:
+        """What balances the load without a loss; None for most rules."""
+        has_bias = self.config.adapted_parameter == "choice_bias"
+        return self.choice_bias[...] if has_bias else None
+
+    def chosen(self, p_BxUxE: Array) -> tuple[Array, Array]:
+        """The weights `[B, U, k]` of the experts that every unit chooses, and those experts."""
+        return capacity.choose_experts(
+            p_BxUxE,
+            self.config.choices,
+            is_shared=self.config.routing in TOKEN_CHOICE and self.config.choices > 1,
+            bias_E=self.choice_bias_E(),
+        )
+
     def choose(self, x_BxLxD: Array, p_BxUxE: Array) -> Array:
         """Sends every token through the most likely experts of its unit; returns `[B, L, D]`.
 
         There is one unit per token, one per segment, or one for the whole row.
         """
-        weights_BxUxk, experts_BxUxk = capacity.choose_experts(
-            p_BxUxE, self.config.choices, is_shared=self.config.routing == "top2"
-        )
         L, U = x_BxLxD.shape[1], p_BxUxE.shape[1]
         T = {1: L, L: 1}.get(U, self.config.segment_length)
         weights_BxLxk, experts_BxLxk = (
-            jnp.repeat(of_units, T, axis=1)[:, :L] for of_units in (weights_BxUxk, experts_BxUxk)
+            jnp.repeat(of_units, T, axis=1)[:, :L] for of_units in self.chosen(p_BxUxE)
         )
         return capacity.chosen_ffn(x_BxLxD, weights_BxLxk, experts_BxLxk, self.experts())

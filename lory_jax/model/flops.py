@@ -39,6 +39,8 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     outside = tables + D + Y * (_attention_parameters(config) + 2 * D)
     ffn = 3 * D * F
     experts = config.num_experts * (ffn + D) if config.num_experts else ffn
+    if config.adapted_parameter == "choice_bias":
+        experts += config.num_experts
     return {"total": outside + Y * experts, "active": round(outside + Y * ffn * _chosen(config))}
 
 

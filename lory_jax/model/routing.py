@@ -33,11 +33,13 @@ class Routed(NamedTuple):
       their probabilities.
     balance: the load-balancing loss; None unless tokens choose, in training.
     dropped: the share of tokens or segments that no expert took; None unless sparse, in training.
+    load_E: the share of tokens that chose each expert; None unless tokens choose, in training.
     """
 
     weights_BxNxE: Array
     balance: Array | None = None
     dropped: Array | None = None
+    load_E: Array | None = None
 
 
 def num_segments(length: int, segment_length: int) -> int:

@@ -20,6 +20,7 @@ IS_DECAYED = {
     "up": True,
     "down": True,
     "router": True,
+    "choice_bias": False,
     "attention_norm": False,
     "ffn_norm": False,
     "final_norm": False,

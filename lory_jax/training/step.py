@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.routing import Routed, Routing
+from lory_jax.model.sparse.adaptation import adapted
 from lory_jax.model.transformer import Params, assemble, build
 from lory_jax.parallel import replicated
 from lory_jax.training.loss import mean_loss, token_losses
@@ -47,14 +48,28 @@ def sparse_metrics(routed: Routed) -> Metrics:
     """Of the sparse baselines, means over the layers.
 
     `dropped_tokens` is the share of tokens (or segments) that no expert took; with token choice,
-    `load_balancing_loss` is 1 where all experts are asked for alike.
+    `load_balancing_loss` is 1 where all experts are asked for alike, and `load_violation` says by
+    what part of the mean load the largest exceeds it (MaxVio of arXiv 2408.15664).
     """
     metrics = {}
+    if routed.load_E is not None:
+        load_YxE = routed.load_E
+        largest_Y, mean_Y = jnp.max(load_YxE, axis=-1), jnp.mean(load_YxE, axis=-1)
+        metrics["load_violation"] = jnp.mean(largest_Y / mean_Y - 1)
     if routed.dropped is not None:
         metrics["dropped_tokens"] = jnp.mean(routed.dropped)
     if routed.balance is not None:
         metrics["load_balancing_loss"] = jnp.mean(routed.balance)
     return metrics
+
+
+def with_adapted(
+    model_config: ModelConfig, before: Params, after: Params, routed: Routed
+) -> Params:
+    """The parameters `after` an update, and what is adjusted without a gradient."""
+    values = adapted(model_config, before["layers"]["ffn"], routed)
+    layers = after["layers"]
+    return {**after, "layers": {**layers, "ffn": {**layers["ffn"], **values}}}
 
 
 def make_gradients(model_config: ModelConfig, microbatches: int) -> Callable[..., Any]:
@@ -122,6 +137,7 @@ def make_train_step(
         metrics["learning_rate"] = optimizer.schedule(state["step"])
         metrics["skipped"] = 1 - is_finite.astype(jnp.int32)
         if routed is not None:
+            new["params"] = with_adapted(model_config, state["params"], params, routed)
             utilisation, new["last_active_YxE"] = routing_metrics(
                 routed.weights_BxNxE, state["last_active_YxE"], new["step"]
             )

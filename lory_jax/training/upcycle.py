@@ -21,7 +21,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from lory_jax.model.config import ModelConfig
-from lory_jax.model.routing_rules import EXPERT_CHOICE
+from lory_jax.model.routing_rules import ADAPTED, EXPERT_CHOICE, TOKEN_CHOICE
 from lory_jax.model.transformer import Params, init_params
 from lory_jax.training.optimizer import Optimizer
 from lory_jax.training.state import State, never_active, state_shardings
@@ -41,16 +41,20 @@ def make_upcycle(
         # Not the key of the dense parameters: the router would start as a copy of some of their
         # draws.
         key = jax.random.fold_in(jax.random.key(seed), 1)
-        router_YxDxE = init_params(model_config, key)["layers"]["ffn"]["router"]
+        fresh = dict(init_params(model_config, key)["layers"]["ffn"])
+        router_YxDxE = fresh["router"]
+        adapted = {name: fresh[name] for name in fresh.keys() & ADAPTED}
         adam, *rest = dense["opt_state"]
         zeros_YxDxE, divisor = jnp.zeros_like(router_YxDxE), gradient_divisor(model_config)
         moments = adam._replace(
             mu=upcycle_params(adam.mu, zeros_YxDxE, divisor=divisor),
             nu=upcycle_params(adam.nu, zeros_YxDxE, divisor=divisor**2),
         )
+        zeros = jax.tree.map(jnp.zeros_like, adapted)
+        moments = moments._replace(mu=_add(moments.mu, zeros), nu=_add(moments.nu, zeros))
         return {
             "step": dense["step"],
-            "params": upcycle_params(dense["params"], router_YxDxE),
+            "params": _add(upcycle_params(dense["params"], router_YxDxE), adapted),
             "opt_state": (moments, *rest),
             "last_active_YxE": never_active(model_config),
         }
@@ -67,7 +71,7 @@ def gradient_divisor(model_config: ModelConfig) -> float:
     E = model_config.num_experts
     if model_config.routing in EXPERT_CHOICE:
         return E * E / model_config.capacity_factor
-    return E * E if model_config.routing == "top1" else E
+    return E * E if TOKEN_CHOICE.get(model_config.routing) == 1 else E
 
 
 def upcycle_params(params: Params, router_YxDxE: Array, divisor: float = 1) -> Params:
@@ -81,3 +85,8 @@ def upcycle_params(params: Params, router_YxDxE: Array, divisor: float = 1) -> P
     layers["ffn"] = {name: copy(layers["ffn"][name]) for name in FFN_MATRICES}
     layers["ffn"]["router"] = router_YxDxE
     return {**params, "layers": layers}
+
+
+def _add(params: Params, ffn: Params) -> Params:
+    layers = params["layers"]
+    return {**params, "layers": {**layers, "ffn": {**layers["ffn"], **ffn}}}

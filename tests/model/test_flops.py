@@ -86,8 +86,13 @@ def test_sparse_flops_equal_a_count_of_every_matrix_product():
         ("expert_choice_token", 1.5, True),
         ("top1", 1, True),
         ("top2", 2, True),
+        ("dropless_top1", 1, True),
+        ("dropless_top2", 2, True),
     ):
-        config = tiny_config(sequence_length=L, routing=routing, capacity_factor=1.5)
+        balancing = "loss_free" if routing == "dropless_top2" else "auxiliary"
+        config = tiny_config(
+            sequence_length=L, routing=routing, capacity_factor=1.5, balancing=balancing
+        )
         per_token = Y * (4 * D * D + 2 * D * L + 3 * D * F * experts_per_token) + D * V
         per_token += Y * D * E * routes_tokens
         assert flops_per_token(config) == pytest.approx(6 * per_token)

@@ -10,7 +10,7 @@ from flax import nnx
 
 from lory_jax.model.merged_ffn import swiglu
 from lory_jax.model.routing import Routing
-from lory_jax.model.routing_rules import SPARSE
+from lory_jax.model.routing_rules import DROPLESS, SPARSE, TOKEN_CHOICE
 from lory_jax.model.sparse.capacity import load_balancing_loss
 from lory_jax.model.transformer import Block, build
 from lory_jax.training.upcycle import gradient_divisor
@@ -39,7 +39,13 @@ CASES = [
     ("top1", {"capacity_factor": 0.5, "routing_group": 2}),
     ("top2", {}),
     ("top2", {"capacity_factor": 0.6, "routing_group": 1}),
+    ("top2", {"capacity_factor": 0.6, "balancing": "loss_free"}),
+    ("dropless_top1", {}),
+    ("dropless_top1", {"balancing": "loss_free"}),
+    ("dropless_top2", {}),
+    ("dropless_top2", {"balancing": "loss_free"}),
 ]
+CHOICES = sparse_reference.CHOICES
 
 
 @functools.cache
@@ -78,6 +84,7 @@ def test_training_equals_loops(routing, fields):
     upstream = rng.normal(size=h.shape)
     decided_by = sparse_reference.units_of(float64(h), float64(ffn["router"]), routing, T)
     frozen = [unit.p for unit in decided_by if unit.start == 0]
+    is_loss_free = config.balancing == "loss_free"
 
     def loops(inputs):
         ffn, h = inputs
@@ -87,7 +94,8 @@ def test_training_equals_loops(routing, fields):
         )
 
     def scalar(y, balance):
-        return (y * upstream).sum() + 30 * (0.0 if balance is None else balance)
+        counts = balance is not None and not is_loss_free
+        return (y * upstream).sum() + (30 * balance if counts else 0.0)
 
     def run(inputs):
         y, routed = layer(config)(*inputs)
@@ -96,9 +104,11 @@ def test_training_equals_loops(routing, fields):
     (_, (y, routed)), gradients = jax.value_and_grad(run, has_aux=True)((ffn, h))
     expected, balance, dropped = loops(float64((ffn, h)))
     assert_close(y, expected, VALUES)
-    np.testing.assert_allclose(routed.dropped, dropped, atol=1e-6)
-    assert (routed.balance is None) == (balance is None)
-    if balance is not None:
+    np.testing.assert_allclose(
+        0.0 if routing in DROPLESS else routed.dropped, dropped, atol=1e-6
+    )
+    assert (routed.balance is not None) == (routing in TOKEN_CHOICE and not is_loss_free)
+    if routed.balance is not None:
         np.testing.assert_allclose(routed.balance, balance, rtol=1e-5)
 
     leaves, structure = jax.tree.flatten(float64((ffn, h)))
@@ -111,12 +121,16 @@ def test_training_equals_loops(routing, fields):
 
         expected = (moved(1e-6) - moved(-1e-6)) / 2e-6
         norm = np.linalg.norm(gradient)
-        assert norm > 0 and abs(np.sum(gradient * direction) - expected) <= GRADIENTS * norm, i
+        assert abs(np.sum(gradient * direction) - expected) <= GRADIENTS * norm, i
+        assert (norm > 0) == (w.ndim > 1), i  # the bias alone is a vector
 
 
-@pytest.mark.parametrize(("routing", "choices"), [*((r, 1) for r in SPARSE[:3]), ("top2", 2)])
-def test_evaluation_equals_loops(routing, choices):
-    config = tiny_config(routing=routing)
+@pytest.mark.parametrize("balancing", ["auxiliary", "loss_free"])
+@pytest.mark.parametrize("routing", SPARSE)
+def test_evaluation_equals_loops(routing, balancing):
+    if balancing == "loss_free" and routing not in TOKEN_CHOICE:
+        pytest.skip("experts choose")
+    config, choices = tiny_config(routing=routing, balancing=balancing), CHOICES[routing]
     ffn, h = ffn_inputs(config)
     y, routed = layer(config)(ffn, h, LENGTHS)
     expected = sparse_reference.evaluate(
@@ -173,7 +187,7 @@ def test_load_balancing_loss_equals_its_formula(sharpness):
 
 
 @pytest.mark.parametrize("lengths", [None, np.array([0, 3, 9, 14])], ids=["training", "segment"])
-@pytest.mark.parametrize("routing", [r for r in SPARSE if r != "top2"])
+@pytest.mark.parametrize("routing", [r for r in SPARSE if CHOICES[r] == 1])
 def test_one_expert_equals_dense(routing, lengths):
     config = tiny_config(num_experts=1, routing=routing)
     ffn, h = ffn_inputs(config)
@@ -182,7 +196,7 @@ def test_one_expert_equals_dense(routing, lengths):
 
 
 # All tokens go through all experts, or each through its own: with weights near 1/E.
-EVEN = [("top1", {}), ("top2", {}), ("expert_choice_token", {"capacity_factor": float(E)})]
+EVEN = [*((r, {}) for r in TOKEN_CHOICE), ("expert_choice_token", {"capacity_factor": float(E)})]
 
 
 @pytest.mark.parametrize(("routing", "fields"), EVEN, ids=str)
@@ -199,7 +213,7 @@ def test_upcycled_experts_get_the_stated_part_of_the_dense_gradient(routing, fie
     for name, expected in zip(("gate", "up", "down"), dense, strict=True):
         got = np.mean(gradients[name], axis=0) * gradient_divisor(config)
         assert_close(got, expected, 2e-3, name)
-    if routing == "top2":
+    if CHOICES[routing] == 2:
         assert_close(layer(config)(copies, h)[0], swiglu(h, *matrices), 1e-5)
 
 
@@ -253,6 +267,13 @@ def test_no_row_sees_another_of_another_group():
     assert not moved_logits(config, None)[1]
 
 
+@pytest.mark.parametrize("balancing", ["auxiliary", "loss_free"])
+@pytest.mark.parametrize("routing", DROPLESS)
+def test_dropless_rules_are_causal_in_training_too(routing, balancing):
+    moved, other = moved_logits(tiny_config(routing=routing, balancing=balancing), None)
+    assert np.all(np.diag(moved)) and not np.any(moved & PAST) and not other
+
+
 def test_top1_is_causal_in_training_and_second_choices_are_not():
     """First choices come before all second ones: a later token's may take an earlier one's slot."""
     moved, _ = moved_logits(tiny_config(routing="top1"), None)
@@ -264,7 +285,7 @@ def test_top1_is_causal_in_training_and_second_choices_are_not():
 # ------------------------------------------------------------------ variants
 
 
-@pytest.mark.parametrize("routing", ["expert_choice_segment", "top2"])
+@pytest.mark.parametrize("routing", ["expert_choice_segment", "top2", "dropless_top2"])
 def test_remat_unrolled_and_bfloat16_agree(routing):
     config = tiny_config(routing=routing)
     params, tokens = params_of(config), random_tokens(2, L)
@@ -284,5 +305,5 @@ def test_remat_unrolled_and_bfloat16_agree(routing):
 
 def test_a_batch_that_does_not_divide_into_groups_is_refused():
     config = tiny_config(routing="top1", routing_group=3)
-    with pytest.raises(ValueError, match="batch of 4 sequences is no multiple of routing_group=3"):
+    with pytest.raises(ValueError, match="routing_group=3"):
         layer(config)(*ffn_inputs(config))

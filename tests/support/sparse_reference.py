@@ -12,6 +12,7 @@ import numpy as np
 from tests.support.reference import routing_weights, segments, silu, softmax
 
 CHOICES = {"top1": 1, "top2": 2, "expert_choice_token": 1, "expert_choice_segment": 1}
+CHOICES |= {"dropless_top1": 1, "dropless_top2": 2}
 
 
 @dataclass
@@ -44,6 +45,11 @@ def expert_output(h_D, params, e):
     return (silu(h_D @ gate) * (h_D @ up)) @ down
 
 
+def chosen(unit, params, choices):
+    """The experts of a unit, best first: by probability, and by the bias where there is one."""
+    return np.argsort(-(unit.p + params.get("choice_bias", 0.0)))[:choices]
+
+
 def train(h_BxLxD, params, routing, T, factor, group=0, frozen=None, decided_by=None):
     """Output [B, L, D], load-balancing loss, share of units that no expert takes.
 
@@ -72,10 +78,10 @@ def train(h_BxLxD, params, routing, T, factor, group=0, frozen=None, decided_by=
                 for unit in by_weight[:slots]:
                     add(unit, e, unit.p[e])
             continue
-        left = [slots] * num_experts
+        left = [len(mine) if routing.startswith("dropless") else slots] * num_experts
         for choice in range(CHOICES[routing]):
             for unit in mine:
-                best = np.argsort(-unit.p)[: CHOICES[routing]]
+                best = chosen(unit, params, CHOICES[routing])
                 e = best[choice]
                 weight = unit.p[e] / (sum(unit.p[best]) if len(best) > 1 else 1.0)
                 if left[e]:
@@ -93,9 +99,9 @@ def evaluate(h_BxLxD, params, routing, T, choices, prompts):
     """Every unit through its own `choices` experts: output [B, L, D]."""
     out = np.zeros_like(h_BxLxD)
     for unit in units_of(h_BxLxD, params["router"], routing, T, prompts):
-        best = np.argsort(-unit.p)[:choices]
+        best = chosen(unit, params, choices)
         for e in best:
-            weight = unit.p[e] / (sum(unit.p[best]) if routing == "top2" else 1.0)
+            weight = unit.p[e] / (sum(unit.p[best]) if routing.endswith("top2") else 1.0)
             for i in range(unit.start, unit.end):
                 out[unit.b, i] += weight * expert_output(h_BxLxD[unit.b, i], params, e)
     return out

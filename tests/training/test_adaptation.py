@@ -1,0 +1,104 @@
+"""What routers learn without gradients: new values after each step, and who else keeps them."""
+
+import jax
+import numpy as np
+import pytest
+
+from lory_jax.config import base_config, validate
+from lory_jax.errors import ConfigError
+from lory_jax.model.routing_rules import TOKEN_CHOICE
+from lory_jax.model.transformer import assemble, build
+from lory_jax.parallel import make_mesh
+from lory_jax.training.state import new_state
+from lory_jax.training.step import make_train_step
+from lory_jax.training.upcycle import make_upcycle
+from tests.support.models import constant_rate, params_of, random_tokens, tiny_config
+
+E = 4
+OPTIMIZER = constant_rate(0.05, weight_decay=0.5)
+
+
+def ffn(state_or_params):
+    return state_or_params.get("params", state_or_params)["layers"]["ffn"]
+
+
+def stepped(config, params, tokens, microbatches=1):
+    """The state and the metrics after one step from these parameters."""
+    step = make_train_step(config, OPTIMIZER, make_mesh(1, 1, 1), microbatches)
+    return jax.device_get(step(new_state(config, OPTIMIZER, params), tokens))
+
+
+def inputs_of_routers(config, params, tokens):
+    """Probabilities `[Y, M, E]` of all tokens of a batch, from the routed means of single tokens."""
+    one = tiny_config(**{**vars(config), "segment_length": 1})
+    _, routed = assemble(build(one)[0], params).hidden(tokens[:, :-1])
+    return np.asarray(routed.weights_BxNxE).reshape(config.num_layers, -1, E)
+
+
+@pytest.mark.parametrize("microbatches", [1, 3])
+@pytest.mark.parametrize("routing", TOKEN_CHOICE)
+def test_a_bias_moves_by_the_rate_towards_the_mean_load(routing, microbatches):
+    """By the rate alone: neither the optimiser nor weight decay moves it."""
+    config = tiny_config(
+        routing=routing, balancing="loss_free", balancing_rate=0.25, capacity_factor=4.0
+    )
+    params, tokens = params_of(config), random_tokens(6, 15)
+    new, metrics = stepped(config, params, tokens, microbatches)
+    violations = []
+    for y, p_MxE in enumerate(inputs_of_routers(config, params, tokens)):
+        before = ffn(params)["choice_bias"][y]
+        counts = np.zeros(E)
+        for p in p_MxE:
+            for e in np.argsort(-(p + before))[: TOKEN_CHOICE[routing]]:
+                counts[e] += 1
+        expected = [b + 0.25 * np.sign(counts.mean() - c) for b, c in zip(before, counts, strict=True)]
+        np.testing.assert_allclose(ffn(new)["choice_bias"][y], expected, rtol=1e-6)
+        violations.append(counts.max() / counts.mean() - 1)
+    np.testing.assert_allclose(metrics["load_violation"], np.mean(violations), rtol=1e-5)
+    assert "load_balancing_loss" not in metrics
+
+
+def test_the_bias_balances_a_router_that_prefers_one_expert():
+    config = tiny_config(routing="dropless_top1", balancing="loss_free", balancing_rate=0.02)
+    frozen = constant_rate(0.0)
+    step = make_train_step(config, frozen, make_mesh(1, 1, 1))
+    state, found = new_state(config, frozen, params_of(config)), []
+    for i in range(120):
+        state, metrics = step(state, random_tokens(16, 15, seed=i))
+        found.append(float(metrics["load_violation"]))
+    assert np.mean(found[-20:]) < 0.5 * np.mean(found[:5])
+
+
+def test_a_skipped_step_moves_nothing():
+    config = tiny_config(routing="dropless_top1", balancing="loss_free")
+    params = params_of(config)
+    broken = {**params, "head": np.full_like(params["head"], np.nan)}
+    new, metrics = stepped(config, broken, random_tokens(2, 15))
+    assert metrics["skipped"] == 1
+    np.testing.assert_array_equal(ffn(new)["choice_bias"], ffn(params)["choice_bias"])
+
+
+def test_upcycling_starts_the_bias_at_zero_and_its_moments_too():
+    config = tiny_config(routing="dropless_top2", balancing="loss_free")
+    dense = tiny_config(num_experts=0)
+    mesh = make_mesh(1, 1, 1)
+    state = make_upcycle(config, OPTIMIZER, mesh, 0)(new_state(dense, OPTIMIZER, params_of(dense)))
+    adam = state["opt_state"][0]
+    for tree in (state["params"], adam.mu, adam.nu):
+        np.testing.assert_array_equal(ffn(tree)["choice_bias"], np.zeros((2, E)))
+    expected = jax.tree.structure(new_state(config, OPTIMIZER, params_of(config)))
+    assert jax.tree.structure(state) == expected
+
+
+def test_other_rules_than_token_choice_refuse_a_bias():
+    config = base_config()
+    config.model.balancing = "loss_free"
+    for routing in ("causal", "expert_choice_token"):
+        config.model.routing = routing
+        with pytest.raises(ConfigError, match=r"config\.model\.balancing"):
+            validate(config)
+    for routing in TOKEN_CHOICE:
+        config.model.routing = routing
+        validate(config)
+    config.model.routing, config.model.num_experts = "causal", 0
+    validate(config)
