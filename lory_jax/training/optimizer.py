@@ -21,6 +21,8 @@ IS_DECAYED = {
     "down": True,
     "router": True,
     "choice_bias": False,
+    "l1_weight": False,
+    "threshold": False,
     "attention_norm": False,
     "ffn_norm": False,
     "final_norm": False,

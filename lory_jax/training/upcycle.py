@@ -12,6 +12,7 @@ whose weights share 1, the function stays what it was where nothing is dropped. 
 with a probability, near 1/E at first: the loss jumps, and the router makes up for it.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -66,11 +67,17 @@ def gradient_divisor(model_config: ModelConfig) -> float:
     """The dense FFN's gradient over an expert's, if all experts get as much weight.
 
     Merged experts and those of top2 share each token's weight of 1. With top1, an expert sees 1/E
-    of the tokens, each weighted with 1/E; expert choice has its capacity factor times as many.
+    of the tokens, each weighted with 1/E; expert choice has its capacity factor times as many, and
+    expert thresholds aim at `experts_per_token` times as many. ReMoE weights with the mean gate.
     """
     E = model_config.num_experts
     if model_config.routing in EXPERT_CHOICE:
         return E * E / model_config.capacity_factor
+    if model_config.routing == "expert_threshold":
+        return E * E / model_config.experts_per_token
+    if model_config.routing == "remoe":
+        # The mean of relu of a normal variable of this standard deviation, at unit hidden states.
+        return math.sqrt(2 * math.pi) / model_config.router_init_scale
     return E * E if TOKEN_CHOICE.get(model_config.routing) == 1 else E
 
 

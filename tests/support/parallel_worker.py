@@ -36,6 +36,8 @@ SPARSE = {
     "top2": {"routing_group": 2},
     "dropless_top1": {},
     "dropless_top2": {"balancing": "loss_free", "balancing_rate": 0.1},
+    "remoe": {},
+    "expert_threshold": {"routing_group": 2},
 }
 HEADS_MESHES = [(2, 2, 2), (1, 2, 4)]  # more devices than sequences per microbatch
 # Every sharded axis divides by 8. A large epsilon keeps Adam from amplifying rounding.
@@ -169,6 +171,8 @@ def main() -> None:
     report["lory, grouped and tied"] = compare(tied, single, [(2, 2, 2)])
     grouped = CONFIG(num_heads=8, num_kv_heads=4, attention_sharding="heads")
     report["lory, grouped heads"] = compare(grouped, single, [(1, 2, 4)])
+    report["lory, documents"] = compare(CONFIG(document_mask=True), single, [(2, 2, 2)])
+    report["uniform"] = compare(CONFIG(routing="uniform"), single, [(2, 2, 2)])
     wide = functools.partial(CONFIG, embed_dim=32, mlp_dim=64)
     report["bytes_over_tensor"] = [bytes_over_tensor(wide(num_experts=E), mesh) for E in (8, 16)]
 

@@ -95,6 +95,28 @@ def train(h_BxLxD, params, routing, T, factor, group=0, frozen=None, decided_by=
     return out, np.mean(balances) if balances else None, 1 - len(taken) / len(units)
 
 
+def gates(h_D, params, routing):
+    """The gates of a token: of ReMoE, or by thresholds."""
+    if routing == "remoe":
+        return np.maximum(h_D @ params["router"], 0.0)
+    p = softmax(h_D @ params["router"])
+    return np.array([v if v > t else 0.0 for v, t in zip(p, params["threshold"], strict=True)])
+
+
+def gated(h_BxLxD, params, routing, experts_per_token):
+    """Output [B, L, D], ReMoE's L1 loss, share of tokens without experts, load per expert."""
+    out, E = np.zeros_like(h_BxLxD), params["router"].shape[1]
+    g = np.array([[gates(h, params, routing) for h in h_LxD] for h_LxD in h_BxLxD])
+    for b, i, e in np.ndindex(g.shape):
+        if g[b, i, e]:
+            out[b, i] += g[b, i, e] * expert_output(h_BxLxD[b, i], params, e)
+    tokens = g.reshape(-1, E)
+    load = [np.mean([gate[e] > 0 for gate in tokens]) for e in range(E)]
+    l1 = np.mean([sum(E / experts_per_token * load[e] * t[e] for e in range(E)) for t in tokens])
+    dropped = np.mean([not any(gate > 0) for gate in tokens])
+    return out, l1 if routing == "remoe" else None, dropped, load
+
+
 def evaluate(h_BxLxD, params, routing, T, choices, prompts):
     """Every unit through its own `choices` experts: output [B, L, D]."""
     out = np.zeros_like(h_BxLxD)

@@ -9,10 +9,17 @@ from lory_jax.errors import ConfigError
 from lory_jax.model.routing_rules import TOKEN_CHOICE
 from lory_jax.model.transformer import assemble, build
 from lory_jax.parallel import make_mesh
+from lory_jax.training.loss import token_losses
 from lory_jax.training.state import new_state
 from lory_jax.training.step import make_train_step
 from lory_jax.training.upcycle import make_upcycle
-from tests.support.models import constant_rate, params_of, random_tokens, tiny_config
+from tests.support.models import (
+    assert_trees_close,
+    constant_rate,
+    params_of,
+    random_tokens,
+    tiny_config,
+)
 
 E = 4
 OPTIMIZER = constant_rate(0.05, weight_decay=0.5)
@@ -29,7 +36,7 @@ def stepped(config, params, tokens, microbatches=1):
 
 
 def inputs_of_routers(config, params, tokens):
-    """Probabilities `[Y, M, E]` of all tokens of a batch, from the routed means of single tokens."""
+    """Probabilities `[Y, M, E]` of all tokens of a batch: the means of segments of one token."""
     one = tiny_config(**{**vars(config), "segment_length": 1})
     _, routed = assemble(build(one)[0], params).hidden(tokens[:, :-1])
     return np.asarray(routed.weights_BxNxE).reshape(config.num_layers, -1, E)
@@ -51,7 +58,9 @@ def test_a_bias_moves_by_the_rate_towards_the_mean_load(routing, microbatches):
         for p in p_MxE:
             for e in np.argsort(-(p + before))[: TOKEN_CHOICE[routing]]:
                 counts[e] += 1
-        expected = [b + 0.25 * np.sign(counts.mean() - c) for b, c in zip(before, counts, strict=True)]
+        expected = [
+            b + 0.25 * np.sign(counts.mean() - c) for b, c in zip(before, counts, strict=True)
+        ]
         np.testing.assert_allclose(ffn(new)["choice_bias"][y], expected, rtol=1e-6)
         violations.append(counts.max() / counts.mean() - 1)
     np.testing.assert_allclose(metrics["load_violation"], np.mean(violations), rtol=1e-5)
@@ -67,6 +76,52 @@ def test_the_bias_balances_a_router_that_prefers_one_expert():
         state, metrics = step(state, random_tokens(16, 15, seed=i))
         found.append(float(metrics["load_violation"]))
     assert np.mean(found[-20:]) < 0.5 * np.mean(found[:5])
+
+
+def test_remoe_raises_its_weight_until_gates_close():
+    config = tiny_config(routing="remoe", experts_per_token=1)
+    params, tokens = params_of(config), random_tokens(6, 15)
+    new, metrics = stepped(config, params, tokens)
+    assert metrics["experts_per_token"] > 1  # about half of all gates are open at first
+    np.testing.assert_allclose(ffn(new)["l1_weight"], 1.2 * ffn(params)["l1_weight"], rtol=1e-6)
+    all_open = tiny_config(routing="remoe", experts_per_token=4)
+    new, _ = stepped(all_open, params, tokens)
+    np.testing.assert_allclose(ffn(new)["l1_weight"], ffn(params)["l1_weight"] / 1.2, rtol=1e-6)
+
+
+def test_remoe_minimises_the_weighted_l1_loss_beside_the_loss():
+    """The first moment is 0.1 of the gradient of the sum; the weight itself has none."""
+    config = tiny_config(routing="remoe")
+    params, tokens = params_of(config), random_tokens(2, 15)
+    graph, optimizer = build(config)[0], constant_rate(0.05, clip_norm=0.0)
+    weight_Y = ffn(params)["l1_weight"]
+
+    def total(params):
+        x, routed = assemble(graph, params).hidden(tokens[:, :-1])
+        nll = token_losses(x, params["head"], tokens[:, 1:])
+        return nll.mean() + (weight_Y * routed.balance).mean()
+
+    gradients = jax.jit(jax.grad(total))(params)
+    step = make_train_step(config, optimizer, make_mesh(1, 1, 1))
+    new, _ = step(new_state(config, optimizer, params), tokens)
+    moments = jax.tree.map(lambda m: m / 0.1, new["opt_state"][0].mu)
+    assert_trees_close(moments, gradients, 1e-5)
+    assert not np.any(ffn(moments)["l1_weight"])
+
+
+def test_thresholds_follow_the_cutoffs():
+    config = tiny_config(routing="expert_threshold")
+    params, tokens = params_of(config), random_tokens(6, 15)
+    _, routed = assemble(build(config)[0], params).hidden(tokens[:, :-1])
+    cutoff_YxE = np.asarray(routed.cutoff_E)
+    new, _ = stepped(config, params, tokens)
+    expected = 0.99 * ffn(params)["threshold"] + 0.01 * cutoff_YxE
+    np.testing.assert_allclose(ffn(new)["threshold"], expected, rtol=1e-5)
+    unset = {"threshold": np.full((2, E), -1.0, np.float32)}
+    layers = {**params["layers"], "ffn": {**ffn(params), **unset}}
+    new, _ = stepped(config, {**params, "layers": layers}, tokens)
+    first = ffn(new)["threshold"][0]  # the second layer reads what the first one put out
+    np.testing.assert_allclose(first, cutoff_YxE[0], rtol=1e-5)
 
 
 def test_a_skipped_step_moves_nothing():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lory_jax.model.routing_rules import DROPLESS, SPARSE, TOKEN_CHOICE
+from lory_jax.model.routing_rules import DROPLESS, GATED, SPARSE, TOKEN_CHOICE
 from tests.support.tiny import (
     assert_one_line_error,
     verb,
@@ -117,8 +117,8 @@ def test_killed_and_resumed_equals_never_stopped(site, kill_after, routing):
     if routing in SPARSE:
         last = metrics(workdir)[-1]
         assert ("dropped_tokens" in last) == (routing not in DROPLESS)
-        assert ("load_balancing_loss" in last) == (routing in ("top1", "top2"))
-        assert ("load_violation" in last) == (routing in TOKEN_CHOICE)
+        assert ("load_balancing_loss" in last) == (routing in ("top1", "top2", "remoe"))
+        assert ("load_violation" in last) == (routing in (*TOKEN_CHOICE, *GATED))
 
 
 def test_interrupt_saves_and_resumes(site):

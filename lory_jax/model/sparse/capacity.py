@@ -6,11 +6,11 @@
     top2                   tokens choose two experts (GShard: Lepikhin et al., arXiv 2006.16668)
     dropless_top1, _top2   the same without slots: no token is dropped
 
-In training with slots, what is routed (a *unit*: a token, or a segment of T tokens) competes within a group of
-sequences for the experts' *slots*. There are as many slots per expert as its capacity, so all
-shapes are static: tokens are gathered into the slots, one batched matrix product serves all
-experts, and the results are added to where the tokens came from. A unit without a slot gets 0, and
-passes through the residual alone.
+In training with slots, what is routed (a *unit*: a token, or a segment of T tokens) competes
+within a group of sequences for the experts' *slots*. There are as many slots per expert as its
+capacity, so all shapes are static: tokens are gathered into the slots, one batched matrix product
+serves all experts, and the results are added to where the tokens came from. A unit without a slot
+gets 0, and passes through the residual alone.
 
 At evaluation and inference, and in training without slots, every unit uses its own k most likely
 experts, whatever else is in the batch: nothing is dropped and no unit depends on another
@@ -102,9 +102,7 @@ def expert_choice(p_GxnxE: Array, slots: int) -> Slots:
     return Slots(units_GxExC, weights_GxExC)
 
 
-def token_choice(
-    p_GxnxE: Array, choices: int, slots: int, bias_E: Array | None = None
-) -> Slots:
+def token_choice(p_GxnxE: Array, choices: int, slots: int, bias_E: Array | None = None) -> Slots:
     """Every unit asks for its `choices` best experts; what comes after the last slot is dropped.
 
     First choices are served before second ones, and within each, units in their order.

@@ -16,7 +16,12 @@ from lory_jax.training.monitoring.log_files import LogFiles
 from lory_jax.training.monitoring.loss_watch import LossWatch
 
 # Only sparse baselines have them, each some.
-SPARSE_METRICS = ("dropped_tokens", "load_balancing_loss", "load_violation")
+SPARSE_METRICS = (
+    "dropped_tokens",
+    "load_balancing_loss",
+    "load_violation",
+    "experts_per_token",
+)
 
 
 class MetricsLog:
