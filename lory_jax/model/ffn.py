@@ -144,7 +144,9 @@ class SparseFFN(MergedFFN):
             routed = routed._replace(load_E=load_E)
         if config.routing in DROPLESS:
             y_BxLxD = self.choose(x_BxLxD, p_BxUxE)
-            balance: Array | None = capacity.load_balancing_loss(p_BxUxE.reshape(1, -1, config.num_experts))
+            balance: Array | None = capacity.load_balancing_loss(
+                p_BxUxE.reshape(1, -1, config.num_experts)
+            )
         else:
             with jax.named_scope("router"):
                 slots, balance, dropped = capacity.assign(

@@ -251,6 +251,30 @@ def test_before_the_first_step_thresholds_are_the_cutoffs_of_the_batch():
     np.testing.assert_array_equal(other[0], same[0])
 
 
+def test_remoe_experts_get_the_stated_part_of_the_dense_gradient_on_average():
+    """Over many routers as they are drawn, at hidden states of unit size as the norm makes them."""
+    config = tiny_config(routing="remoe", router_init_scale=0.5)
+    ffn, h = ffn_inputs(config)
+    h = h / np.sqrt(np.mean(h**2, axis=-1, keepdims=True))
+    matrices = [ffn[name][0] for name in ("gate", "up", "down")]
+    copies = {name: np.stack([ffn[name][0]] * E) for name in ("gate", "up", "down")}
+    upstream = np.random.default_rng(3).normal(size=h.shape)
+    dense = jax.grad(lambda down: jnp.sum(swiglu(h, *matrices[:2], down) * upstream))(matrices[2])
+
+    @jax.jit
+    def of_router(router):
+        def total(down):
+            fields = {**copies, "down": down, "router": router, "l1_weight": np.float32(1.0)}
+            return jnp.sum(layer(config)(fields, h)[0] * upstream)
+
+        return jnp.mean(jax.grad(total)(copies["down"]), axis=0)
+
+    rng = np.random.default_rng(4)
+    routers = rng.normal(size=(200, *ffn["router"].shape)) * 0.5 / np.sqrt(config.embed_dim)
+    got = np.mean([of_router(router.astype(np.float32)) for router in routers], axis=0)
+    assert_close(got * gradient_divisor(config), dense, 0.1)
+
+
 # ------------------------------------------------------------------ causality, by perturbation
 
 

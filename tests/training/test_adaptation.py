@@ -1,5 +1,9 @@
 """What routers learn without gradients: new values after each step, and who else keeps them."""
 
+import dataclasses
+import functools
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -9,6 +13,8 @@ from lory_jax.errors import ConfigError
 from lory_jax.model.routing_rules import TOKEN_CHOICE
 from lory_jax.model.transformer import assemble, build
 from lory_jax.parallel import make_mesh
+from lory_jax.run.phases import EXPERTS
+from lory_jax.training.initialization_from import state_from
 from lory_jax.training.loss import token_losses
 from lory_jax.training.state import new_state
 from lory_jax.training.step import make_train_step
@@ -35,10 +41,17 @@ def stepped(config, params, tokens, microbatches=1):
     return jax.device_get(step(new_state(config, OPTIMIZER, params), tokens))
 
 
-def inputs_of_routers(config, params, tokens):
+@functools.cache
+def how_routed(config):
+    """The jitted `(params, tokens_BxL+1) -> Routed` of all layers, in training."""
+    graph, _ = build(config)
+    return jax.jit(lambda params, tokens: assemble(graph, params).hidden(tokens[:, :-1])[1])
+
+
+def probabilities_of(config, params, tokens):
     """Probabilities `[Y, M, E]` of all tokens of a batch: the means of segments of one token."""
-    one = tiny_config(**{**vars(config), "segment_length": 1})
-    _, routed = assemble(build(one)[0], params).hidden(tokens[:, :-1])
+    one = dataclasses.replace(config, segment_length=1)
+    routed = how_routed(one)(params, tokens)
     return np.asarray(routed.weights_BxNxE).reshape(config.num_layers, -1, E)
 
 
@@ -52,7 +65,7 @@ def test_a_bias_moves_by_the_rate_towards_the_mean_load(routing, microbatches):
     params, tokens = params_of(config), random_tokens(6, 15)
     new, metrics = stepped(config, params, tokens, microbatches)
     violations = []
-    for y, p_MxE in enumerate(inputs_of_routers(config, params, tokens)):
+    for y, p_MxE in enumerate(probabilities_of(config, params, tokens)):
         before = ffn(params)["choice_bias"][y]
         counts = np.zeros(E)
         for p in p_MxE:
@@ -112,8 +125,7 @@ def test_remoe_minimises_the_weighted_l1_loss_beside_the_loss():
 def test_thresholds_follow_the_cutoffs():
     config = tiny_config(routing="expert_threshold")
     params, tokens = params_of(config), random_tokens(6, 15)
-    _, routed = assemble(build(config)[0], params).hidden(tokens[:, :-1])
-    cutoff_YxE = np.asarray(routed.cutoff_E)
+    cutoff_YxE = np.asarray(how_routed(config)(params, tokens).cutoff_E)
     new, _ = stepped(config, params, tokens)
     expected = 0.99 * ffn(params)["threshold"] + 0.01 * cutoff_YxE
     np.testing.assert_allclose(ffn(new)["threshold"], expected, rtol=1e-5)
@@ -157,3 +169,23 @@ def test_other_rules_than_token_choice_refuse_a_bias():
         validate(config)
     config.model.routing, config.model.num_experts = "causal", 0
     validate(config)
+
+
+def test_a_run_that_starts_from_another_rule_has_its_own_adapted_parameter():
+    """What the source lacks begins as from scratch, what only the source has is left behind."""
+    top = tiny_config(routing="dropless_top1", balancing="loss_free")
+    threshold = tiny_config(routing="expert_threshold")
+    mesh = make_mesh(1, 1, 1)
+    for source, target in ((tiny_config(), threshold), (top, threshold), (top, tiny_config())):
+        found = source, jax.tree.map(np.copy, params_of(source)), 7
+        state, phase = state_from(
+            SimpleNamespace(load_params=lambda _, found=found: found), target, OPTIMIZER, mesh
+        )
+        assert phase == EXPERTS
+        expected = new_state(target, OPTIMIZER, params_of(target))
+        assert jax.tree.structure(state) == jax.tree.structure(expected)
+        np.testing.assert_array_equal(ffn(state)["router"], ffn(params_of(source))["router"])
+    found = top, jax.tree.map(np.copy, params_of(top)), 7
+    source = SimpleNamespace(load_params=lambda _: found)
+    state, _ = state_from(source, top, OPTIMIZER, mesh)
+    np.testing.assert_array_equal(ffn(state)["choice_bias"], ffn(params_of(top))["choice_bias"])
