@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections.config_dict import ConfigDict, RequiredValueError
 
 from lory_jax.errors import ConfigError
-from lory_jax.model.routing_rules import EXPERT_CHOICE, SPARSE, TOKEN_CHOICE
+from lory_jax.model.routing_rules import EXPERT_CHOICE, GATED, SPARSE, TOKEN_CHOICE
 from lory_jax.schema import (
     SCHEMA,
     Field,
@@ -248,6 +248,11 @@ def _check_model(model: ConfigDict) -> None:
             f"config.model.num_kv_heads: got {model.num_kv_heads}; must be a divisor of "
             f"config.model.num_heads ({model.num_heads}), or 0 for as many"
         )
+    if model.document_mask and model.bos_id >= model.vocab_size:
+        raise ConfigError(
+            f"config.model.bos_id: got {model.bos_id}; must be below config.model.vocab_size "
+            f"({model.vocab_size})"
+        )
     if model.rope_low_frequency_factor >= model.rope_high_frequency_factor:
         raise ConfigError(
             f"config.model.rope_low_frequency_factor: got {model.rope_low_frequency_factor}; must "
@@ -270,14 +275,29 @@ def _check_train(train: ConfigDict) -> None:
 
 def _check_sparse(model: ConfigDict, train: ConfigDict) -> None:
     """Checks what only the sparse baselines need; a dense model (no experts) ignores it."""
-    if model.routing not in SPARSE or not model.num_experts:
+    if not model.num_experts:
+        return
+    if model.balancing == "loss_free" and model.routing not in TOKEN_CHOICE:
+        raise ConfigError(
+            "config.model.balancing: got 'loss_free'; must be auxiliary with "
+            f"config.model.routing={model.routing}; loss_free requires one of "
+            f"{', '.join(TOKEN_CHOICE)}"
+        )
+    if model.routing not in SPARSE:
         return
     factor, experts = model.capacity_factor, model.num_experts
     choices = TOKEN_CHOICE.get(model.routing, max(1, round(factor)))
+    if model.routing in GATED:
+        choices = model.experts_per_token
     if choices > experts:
         raise ConfigError(
             f"config.model.num_experts: got {experts}; must be at least {choices}, the experts per "
             f"token of config.model.routing={model.routing}"
+        )
+    if model.routing == "remoe" and not model.router_init_scale:
+        raise ConfigError(
+            "config.model.router_init_scale: got 0.0; must be above 0 with "
+            "config.model.routing=remoe, whose gates would stay 0"
         )
     if not factor:
         raise ConfigError("config.model.capacity_factor: got 0.0; must be above 0")

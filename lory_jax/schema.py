@@ -122,13 +122,27 @@ SCHEMA: dict[str, dict[str, Field]] = {
             "sparse baselines: total expert slots divided by total token-expert assignments",
             0.0,
         ),
+        "experts_per_token": _int(
+            1, "remoe, expert_threshold: experts per token that training aims at", 1
+        ),
         "routing_group": _int(
             0,
             "sparse baselines: sequences that compete for slots; 0 means a whole microbatch",
             0,
         ),
+        "balancing": _choice(
+            "where tokens choose experts, what balances the load: a loss, or a bias per expert "
+            "that is adjusted after each step",
+            "auxiliary",
+            "loss_free",
+        ),
         "load_balancing_weight": _float(
-            0.01, "top1, top2: weight of the load-balancing loss, summed over layers", 0.0
+            0.01,
+            "balancing=auxiliary: weight of the load-balancing loss, summed over layers",
+            0.0,
+        ),
+        "balancing_rate": _float(
+            1e-3, "balancing=loss_free: how far a step moves the bias of an expert", 0.0
         ),
         "router_init_scale": _float(
             0.23, "the router is initialised from N(0, (scale/sqrt(D))^2)", 0.0
@@ -180,7 +194,8 @@ SCHEMA: dict[str, dict[str, Field]] = {
             "what the backward pass recomputes per layer", "none", "full", "dots", may_change=True
         ),
         "attention": _choice(
-            "auto is cudnn on GPUs, splash on TPUs, else xla",
+            "auto is cudnn on GPUs (xla with document_mask, which cudnn cannot compute), splash on "
+            "TPUs, else xla",
             "auto",
             "xla",
             "cudnn",
@@ -202,6 +217,10 @@ SCHEMA: dict[str, dict[str, Field]] = {
             "heads",
             may_change=True,
         ),
+        "document_mask": _bool(
+            False, "attention stays inside documents, each of which begins at a BOS"
+        ),
+        "bos_id": _int(0, "document_mask: the id of BOS, as the tokenizer has it", 0),
         "scan_layers": _bool(True, "scan over the layers rather than unroll them"),
     },
     "train": {

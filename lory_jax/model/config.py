@@ -10,6 +10,8 @@ from lory_jax.model.attention import Rope, resolve_attention
 from lory_jax.model.merged_ffn import resolve_merged_ffn
 from lory_jax.model.routing_rules import SPARSE, TOKEN_CHOICE
 
+GATED_PARAMETERS = {"remoe": "l1_weight", "expert_threshold": "threshold"}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -31,8 +33,11 @@ class ModelConfig:
     routing: str
     first_segment_routing: str
     capacity_factor: float
+    experts_per_token: int
     routing_group: int
+    balancing: str
     load_balancing_weight: float
+    balancing_rate: float
     router_init_scale: float
     ffn_init_scale: float
     expert_init_scale: float
@@ -49,6 +54,8 @@ class ModelConfig:
     attention: str
     merged_ffn: str
     attention_sharding: str
+    document_mask: bool
+    bos_id: int
     scan_layers: bool
     top_k_experts: int = 0
 
@@ -59,7 +66,9 @@ class ModelConfig:
         Raises:
           ConfigError: the platform cannot run the requested implementation.
         """
-        attention = resolve_attention(fields["attention"], platform, fields["compute_dtype"])
+        attention = resolve_attention(
+            fields["attention"], platform, fields["compute_dtype"], fields["document_mask"]
+        )
         # As many heads of keys as of queries has one spelling: equal models have equal configs.
         grouped = fields["num_kv_heads"]
         num_kv_heads = 0 if grouped == fields["num_heads"] else grouped
@@ -107,6 +116,14 @@ class ModelConfig:
     def routes_tokens(self) -> bool:
         """Whether every token is routed by itself, rather than with its segment or prompt."""
         return self.is_sparse and self.routing != "expert_choice_segment"
+
+    @property
+    def adapted_parameter(self) -> str | None:
+        """The router's parameter that is adjusted without a gradient (sparse/adaptation.py)."""
+        if not self.is_sparse:
+            return None
+        is_loss_free = self.balancing == "loss_free" and self.routing in TOKEN_CHOICE
+        return "choice_bias" if is_loss_free else GATED_PARAMETERS.get(self.routing)
 
     @property
     def choices(self) -> int:

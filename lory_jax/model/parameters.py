@@ -35,6 +35,10 @@ class Initializer:
         """All ones, for norms."""
         return self._declare(jnp.ones(self._stack + shape, jnp.float32), axes)
 
+    def constant(self, shape: tuple[int, ...], axes: tuple[str, ...], value: float) -> nnx.Param:
+        """The same value everywhere."""
+        return self._declare(jnp.full(self._stack + shape, value, jnp.float32), axes)
+
     def _declare(self, values: Array, axes: tuple[str, ...]) -> nnx.Param:
         axes = ("layers",) * len(self._stack) + axes
         if values.ndim != len(axes):

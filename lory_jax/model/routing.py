@@ -31,13 +31,19 @@ class Routed(NamedTuple):
 
     weights_BxNxE: routing weights of every segment, float32; where tokens are routed, the mean of
       their probabilities.
-    balance: the load-balancing loss; None unless tokens choose, in training.
+    balance: the load-balancing loss, of ReMoE the L1 loss; None for other rules, and except in
+      training.
     dropped: the share of tokens or segments that no expert took; None unless sparse, in training.
+    load_E: the share of tokens that each expert processes, or is asked to; None unless tokens
+      choose or have gates, in training.
+    cutoff_E: where expert choice would cut off; None unless experts have thresholds, in training.
     """
 
     weights_BxNxE: Array
     balance: Array | None = None
     dropped: Array | None = None
+    load_E: Array | None = None
+    cutoff_E: Array | None = None
 
 
 def num_segments(length: int, segment_length: int) -> int:

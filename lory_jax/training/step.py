@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.routing import Routed, Routing
+from lory_jax.model.sparse.adaptation import adapted
 from lory_jax.model.transformer import Params, assemble, build
 from lory_jax.parallel import replicated
 from lory_jax.training.loss import mean_loss, token_losses
@@ -47,14 +48,39 @@ def sparse_metrics(routed: Routed) -> Metrics:
     """Metrics of the sparse baselines, averaged over the layers.
 
     `dropped_tokens` is the share of tokens (or segments) that no expert took; with token choice,
-    `load_balancing_loss` is 1 when all experts are chosen equally often.
+    `load_balancing_loss` is 1 when all experts are chosen equally often, and `load_violation` says
+    by what part of the mean load the largest exceeds it (MaxVio of arXiv 2408.15664). With ReMoE,
+    `load_balancing_loss` is its L1 loss.
     """
-    metrics = {}
+    metrics: Metrics = {}
+    if routed.load_E is not None:
+        load_YxE = routed.load_E
+        largest_Y, mean_Y = jnp.max(load_YxE, axis=-1), jnp.mean(load_YxE, axis=-1)
+        tiny = jnp.finfo(jnp.float32).tiny  # no token may have an expert
+        metrics["load_violation"] = jnp.mean(largest_Y / jnp.maximum(mean_Y, tiny) - 1)
+        metrics["experts_per_token"] = jnp.mean(jnp.sum(load_YxE, axis=-1))
     if routed.dropped is not None:
         metrics["dropped_tokens"] = jnp.mean(routed.dropped)
     if routed.balance is not None:
         metrics["load_balancing_loss"] = jnp.mean(routed.balance)
     return metrics
+
+
+def auxiliary_loss(model_config: ModelConfig, params: Params, balance_Y: Array) -> Array:
+    """What is minimised beside the loss: `Routed.balance` of every layer, weighted."""
+    if model_config.routing == "remoe":
+        weight_Y = jax.lax.stop_gradient(params["layers"]["ffn"]["l1_weight"])
+        return jnp.mean(weight_Y * balance_Y)
+    return model_config.load_balancing_weight * jnp.sum(balance_Y)
+
+
+def with_adapted(
+    model_config: ModelConfig, before: Params, after: Params, routed: Routed
+) -> Params:
+    """The parameters `after` an update, and what is adjusted without a gradient."""
+    values = adapted(model_config, before["layers"]["ffn"], routed)
+    layers = after["layers"]
+    return {**after, "layers": {**layers, "ffn": {**layers["ffn"], **values}}}
 
 
 def make_gradients(model_config: ModelConfig, microbatches: int) -> Callable[..., Any]:
@@ -72,7 +98,7 @@ def make_gradients(model_config: ModelConfig, microbatches: int) -> Callable[...
         loss = mean_loss(x_BxLxD, model.output_head(), tokens_BxL1[:, 1:])
         if routed is None or routed.balance is None:
             return loss, (loss, routed)
-        return loss + model_config.load_balancing_weight * jnp.sum(routed.balance), (loss, routed)
+        return loss + auxiliary_loss(model_config, params, routed.balance), (loss, routed)
 
     def loss_and_gradients(params: Params, tokens_BxL1: Array) -> tuple[tuple[Array, Any], Params]:
         (_, aux), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params, tokens_BxL1)
@@ -122,6 +148,7 @@ def make_train_step(
         metrics["learning_rate"] = optimizer.schedule(state["step"])
         metrics["skipped"] = 1 - is_finite.astype(jnp.int32)
         if routed is not None:
+            new["params"] = with_adapted(model_config, state["params"], params, routed)
             utilisation, new["last_active_YxE"] = routing_metrics(
                 routed.weights_BxNxE, state["last_active_YxE"], new["step"]
             )

@@ -18,6 +18,7 @@ the mean and the standard deviation of the matrix that is copied. The paper draw
 units change a little. Adam's moments of redrawn entries start at zero.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from lory_jax.model.config import ModelConfig
-from lory_jax.model.routing_rules import EXPERT_CHOICE
+from lory_jax.model.routing_rules import ADAPTED, EXPERT_CHOICE, TOKEN_CHOICE
 from lory_jax.model.transformer import Params, init_params
 from lory_jax.training.optimizer import Optimizer
 from lory_jax.training.state import State, never_active, state_shardings
@@ -52,14 +53,18 @@ def make_upcycle(
         # Not the key of the dense parameters: the router would start as a copy of some of their
         # draws.
         key = jax.random.fold_in(jax.random.key(seed), 1)
-        router_YxDxE = init_params(model_config, key)["layers"]["ffn"]["router"]
+        fresh = dict(init_params(model_config, key)["layers"]["ffn"])
+        router_YxDxE = fresh["router"]
+        adapted = {name: fresh[name] for name in fresh.keys() & ADAPTED}
         adam, *rest = dense["opt_state"]
         zeros_YxDxE, divisor = jnp.zeros_like(router_YxDxE), gradient_divisor(model_config)
         moments = adam._replace(
             mu=upcycle_params(adam.mu, zeros_YxDxE, divisor=divisor),
             nu=upcycle_params(adam.nu, zeros_YxDxE, divisor=divisor**2),
         )
-        params = upcycle_params(dense["params"], router_YxDxE)
+        zeros = jax.tree.map(jnp.zeros_like, adapted)
+        moments = moments._replace(mu=with_ffn(moments.mu, zeros), nu=with_ffn(moments.nu, zeros))
+        params = with_ffn(upcycle_params(dense["params"], router_YxDxE), adapted)
         if redraw:
             key = jax.random.fold_in(jax.random.key(seed), 2)
             params, moments = redraw_entries(params, moments, key, redraw)
@@ -77,12 +82,18 @@ def gradient_divisor(model_config: ModelConfig) -> float:
     """The dense FFN's gradient over an expert's, if all experts get as much weight.
 
     Merged experts and those of top2 share each token's weight of 1. With top1, an expert sees 1/E
-    of the tokens, each weighted with 1/E; expert choice has its capacity factor times as many.
+    of the tokens, each weighted with 1/E; expert choice has its capacity factor times as many, and
+    expert thresholds aim at `experts_per_token` times as many. ReMoE weights with the mean gate.
     """
     E = model_config.num_experts
     if model_config.routing in EXPERT_CHOICE:
         return E * E / model_config.capacity_factor
-    return E * E if model_config.routing == "top1" else E
+    if model_config.routing == "expert_threshold":
+        return E * E / model_config.experts_per_token
+    if model_config.routing == "remoe":
+        # The mean of relu of a normal variable of this standard deviation, at unit hidden states.
+        return math.sqrt(2 * math.pi) / model_config.router_init_scale
+    return E * E if TOKEN_CHOICE.get(model_config.routing) == 1 else E
 
 
 def upcycle_params(params: Params, router_YxDxE: Array, divisor: float = 1) -> Params:
@@ -116,8 +127,11 @@ def redraw_entries(params: Params, adam: Any, key: Array, share: float) -> tuple
         experts[name] = jnp.where(is_new_YxExMxN, drawn_YxExMxN, w_YxExMxN)
         mu[name], nu[name] = (jnp.where(is_new_YxExMxN, 0, tree[name]) for tree in (mu, nu))
 
-    def with_ffn(tree: Params, ffn: Params) -> Params:
-        return {**tree, "layers": {**tree["layers"], "ffn": ffn}}
-
     moments = adam._replace(mu=with_ffn(adam.mu, mu), nu=with_ffn(adam.nu, nu))
     return with_ffn(params, experts), moments
+
+
+def with_ffn(params: Params, ffn: Params) -> Params:
+    """The tree with these entries of its FFN in place of its own."""
+    layers = params["layers"]
+    return {**params, "layers": {**layers, "ffn": {**layers["ffn"], **ffn}}}

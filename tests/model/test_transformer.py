@@ -45,6 +45,40 @@ def test_lory_logits_and_weights_equal_loops(kind, prompts):
     assert_close(weights, expected[1], VALUES, "weights")
 
 
+def tokens_of_documents(batch, length, seed=0):
+    """Random tokens with a BOS in every row, between other documents and their neighbours."""
+    tokens = 1 + random_tokens(batch, length, seed) % 36
+    for b in range(batch):
+        tokens[b, [3 + b, 9]] = 0
+    return tokens
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_attention_inside_documents_equals_loops(experts):
+    config = tiny_config(num_experts=experts, document_mask=True)
+    params, tokens = params_of(config), tokens_of_documents(3, L)
+    logits, _ = forward(config)(params, tokens)
+    expected, _ = reference.transformer(float64(params), tokens, config)
+    assert_close(logits, expected, VALUES)
+    across, _ = forward(tiny_config(num_experts=experts))(params, tokens)
+    assert np.abs(across - logits)[:, 9:].max() > 1e-2
+    np.testing.assert_array_equal(across[:, :3], logits[:, :3])
+
+
+def test_attention_never_leaves_a_document():
+    """In the dense model nothing else joins positions: later documents do not move by a bit."""
+    config = tiny_config(num_experts=0, document_mask=True)
+    run, params, tokens = forward(config), params_of(config), tokens_of_documents(1, L)
+    before = np.asarray(run(params, tokens)[0])[0]
+    starts = reference.document_starts(tokens[0], 0)
+    for j in (j for j in range(L) if tokens[0, j]):
+        changed = tokens.copy()
+        changed[0, j] = 1 + (changed[0, j] + 6) % 36
+        moved = np.any(np.asarray(run(params, changed)[0])[0] != before, axis=-1)
+        expected = [starts[i] == starts[j] and i >= j for i in range(L)]
+        np.testing.assert_array_equal(moved, expected)
+
+
 LLAMAS = {"num_heads": 4, "num_kv_heads": 2, "tie_embeddings": True}  # what other LLaMAs have
 
 
@@ -280,7 +314,7 @@ def test_causal_attention_equals_loops():
 def test_masked_keys_have_no_weight_at_all():
     query, key = (jax.random.normal(jax.random.key(i), (1, 1, 4, 4)) for i in range(2))
     value = jnp.ones((1, 1, 4, 4)).at[..., 2:, :].set(1e30)
-    mask = jnp.arange(4) < jnp.array([[1], [2], [2], [2]])
+    mask = jnp.arange(4)[None] < jnp.array([[1], [2], [2], [2]])
     np.testing.assert_allclose(attend(query, key, value, mask), 1.0, rtol=1e-6)
 
 

@@ -199,3 +199,24 @@ def test_redrawing_follows_the_seed(runs):
     gate = [np.asarray(ffn(state["params"])["gate"]) for state in (first, second, other)]
     np.testing.assert_array_equal(gate[0], gate[1])
     assert not np.array_equal(gate[0], gate[2])
+
+
+@pytest.mark.parametrize(
+    ("routing", "experts"), [("uniform", E), ("uniform", 1), ("causal", 1), ("prefix", 1)]
+)
+def test_experts_that_are_not_routed_train_as_the_dense_model(routing, experts):
+    """Step after step: with equal weights, or a single expert, the merge is the dense FFN."""
+    config = tiny_config(num_experts=experts, routing=routing)
+    mesh, optimizer = make_mesh(1, 1, 1), adamw(RATE, 1e-12)
+    dense_step, step = (make_train_step(c, optimizer, mesh) for c in (DENSE, config))
+    dense = new_state(DENSE, optimizer, params_of(DENSE))
+    dense, _ = dense_step(dense, random_tokens(2, 15))
+    state = make_upcycle(config, optimizer, mesh, seed=0)(dense)
+    losses, expected = [], []
+    for i in range(1, 8):
+        tokens = random_tokens(2, 15, seed=i)
+        (dense, of_dense), (state, metrics) = dense_step(dense, tokens), step(state, tokens)
+        losses.append(float(metrics["loss"]))
+        expected.append(float(of_dense["loss"]))
+    np.testing.assert_allclose(losses, expected, rtol=2e-5)
+    assert np.ptp(expected) > 0.1

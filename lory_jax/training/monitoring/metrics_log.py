@@ -15,7 +15,13 @@ from lory_jax.storage import Staging, Uploads, is_remote
 from lory_jax.training.monitoring.log_files import LogFiles
 from lory_jax.training.monitoring.loss_watch import LossWatch
 
-SPARSE_METRICS = ("dropped_tokens", "load_balancing_loss")  # only sparse baselines have them
+# Only sparse baselines have them, each some.
+SPARSE_METRICS = (
+    "dropped_tokens",
+    "load_balancing_loss",
+    "load_violation",
+    "experts_per_token",
+)
 
 
 class MetricsLog:
