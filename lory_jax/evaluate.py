@@ -67,7 +67,7 @@ def evaluate(args: argparse.Namespace) -> None:
         own_sets = read_sets(args.perplexity_sets, run.tokenizer, length, samples)
 
     # ---- Tasks --------------------------------------------------------------------------------
-    tasks = run_tasks(args, evaluated.model, out) if args.tasks is not None else {}
+    tasks = measure_tasks(args, evaluated.model, out) if args.tasks is not None else {}
 
     # ---- Perplexity ---------------------------------------------------------------------------
     losses = measure_losses(evaluated, held_out, args.routing)
@@ -95,7 +95,7 @@ def evaluate(args: argparse.Namespace) -> None:
         draw_positions(result["leakage"]["loss_by_position"], segment_length, out)
 
 
-def run_tasks(args: argparse.Namespace, model: Any, out: Path) -> dict[str, Any]:
+def measure_tasks(args: argparse.Namespace, model: Any, out: Path) -> dict[str, Any]:
     """Runs the tasks of the harness, prints and writes their results, and returns a summary."""
     harness, routing = _harness(), args.routing or "prompt"
     found = harness.run_tasks(
@@ -107,9 +107,9 @@ def run_tasks(args: argparse.Namespace, model: Any, out: Path) -> dict[str, Any]
         tasks_data=args.tasks_data,
         include_path=args.include_path,
     )
-    tasks = harness.summary(found)
+    tasks = harness.task_summary(found)
     routed = f", routed by {'token' if model.config.routes_tokens else routing}"
-    print(harness.table(f"tasks{routed if model.config.num_experts else ''}", tasks))
+    print(harness.task_table(f"tasks{routed if model.config.num_experts else ''}", tasks))
     write(out.with_name(f"{out.stem}_harness.json"), json.dumps(found, indent=1) + "\n")
     return tasks
 

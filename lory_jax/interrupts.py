@@ -52,7 +52,7 @@ def raised() -> Iterator[None]:
         _works = False
 
 
-def say() -> None:
+def print_interrupted() -> None:
     """Prints the one line, below the ^C that a terminal shows."""
     line = "\ninterrupted\n" if os.isatty(2) else "interrupted\n"
     os.write(2, line.encode())  # print is not safe where a print was interrupted
@@ -84,7 +84,7 @@ def _unraisable(args: "sys.UnraisableHookArgs") -> None:
 
 
 def _leave() -> None:
-    say()
+    print_interrupted()
     with contextlib.suppress(RuntimeError, OSError):  # interrupted inside a print; no reader
         sys.stdout.flush()
     os._exit(STATUS)

@@ -28,6 +28,7 @@ class Field:
       is_architecture: whether trained parameters mean something else, or do not fit, if it differs.
       may_change: whether a run may be resumed with another value, because the field decides how
         the run is computed, logged or saved, not what is computed.
+      is_size: whether every saved config has it; a config without it is damaged, not old.
     """
 
     default: Any
@@ -36,6 +37,7 @@ class Field:
     check: Callable[[Any], bool]
     is_architecture: bool = False
     may_change: bool = False
+    is_size: bool = False
 
 
 def _int(default: int, meaning: str, low: int, **properties: bool) -> Field:
@@ -84,10 +86,12 @@ def _all_may_change(fields: dict[str, Field]) -> dict[str, Field]:
 
 SCHEMA: dict[str, dict[str, Field]] = {
     "model": {
-        "vocab_size": _int(32_000, "tokens in the vocabulary", 259, is_architecture=True),
-        "num_layers": _int(24, "transformer layers", 1, is_architecture=True),
-        "embed_dim": _int(1024, "model width D", 2, is_architecture=True),
-        "num_heads": _int(16, "attention heads H", 1, is_architecture=True),
+        "vocab_size": _int(
+            32_000, "tokens in the vocabulary", 259, is_architecture=True, is_size=True
+        ),
+        "num_layers": _int(24, "transformer layers", 1, is_architecture=True, is_size=True),
+        "embed_dim": _int(1024, "model width D", 2, is_architecture=True, is_size=True),
+        "num_heads": _int(16, "attention heads H", 1, is_architecture=True, is_size=True),
         "num_kv_heads": _int(
             0,
             "heads of keys and values G; 0 means as many as num_heads",
@@ -95,12 +99,16 @@ SCHEMA: dict[str, dict[str, Field]] = {
             is_architecture=True,
         ),
         "mlp_dim": _int(
-            2816, "hidden width F of the FFN, and of each expert", 1, is_architecture=True
+            2816,
+            "hidden width F of the FFN, and of each expert",
+            1,
+            is_architecture=True,
+            is_size=True,
         ),
         # Not architecture: a run with experts may start from the parameters of a dense model.
-        "num_experts": _int(8, "expert FFNs per layer E; 0 is the dense baseline", 0),
-        "sequence_length": _int(4096, "tokens per training instance L", 1),
-        "segment_length": _int(256, "tokens per routing segment T", 1),
+        "num_experts": _int(8, "expert FFNs per layer E; 0 is the dense baseline", 0, is_size=True),
+        "sequence_length": _int(4096, "tokens per training instance L", 1, is_size=True),
+        "segment_length": _int(256, "tokens per routing segment T", 1, is_size=True),
         "routing": _choice(
             "causal is Lory; the others are baselines (docs/baselines.md)", *MERGED, *SPARSE
         ),

@@ -117,7 +117,7 @@ def step_range(text: str) -> tuple[int, int]:
 def _leave(end: InputError | SystemExit) -> None:
     """Ends the process at once, without waiting for threads of saves that failed."""
     if isinstance(end, InputError):
-        print(f"error: {end}", file=sys.stderr)
+        cli.print_error(end)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(end.status if isinstance(end, InputError) else int(end.code or 0))

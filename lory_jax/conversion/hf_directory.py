@@ -35,7 +35,7 @@ from lory_jax.conversion.safetensors_files import (
     TensorFiles,
     read_object,
     write_object,
-    write_shards,
+    write_safetensors,
 )
 from lory_jax.data.manifest import TOKENIZER_NAME
 from lory_jax.data.tokenizer import Tokenizer
@@ -89,7 +89,7 @@ def write_llama_directory(
         write_object(temporary / GENERATION, _generation_fields(tokenizer))
         (temporary / CARD).write_text(card, encoding="utf-8")
         _write_tokenizer(temporary, tokenizer, model_config.sequence_length)
-        write_shards(temporary, _entries(model_config, params, DTYPES[dtype]), max_shard_bytes)
+        write_safetensors(temporary, _entries(model_config, params, DTYPES[dtype]), max_shard_bytes)
         _check_written(temporary, model_config, tokenizer)
         temporary.replace(out)
     finally:

@@ -19,7 +19,7 @@ from lory_jax.parallel import make_mesh, start_process
 from lory_jax.run.directory import RunDirectory
 
 
-def to_hf(
+def export_run(
     run: RunDirectory,
     out: Path,
     *,
@@ -60,7 +60,7 @@ def to_hf(
     write_llama_directory(out, config, params, model.tokenizer, card, dtype=dtype)
 
 
-def from_hf(hf: Path, workdir: Path, experts: int = 0, seed: int = 0) -> None:
+def import_llama(hf: Path, workdir: Path, experts: int = 0, seed: int = 0) -> None:
     """Imports a LLaMA directory as a run at step 0, upcycled to `experts` unless that is 0.
 
     Raises:

@@ -93,7 +93,7 @@ class TensorFiles:
         return weight_map
 
 
-def write_shards(
+def write_safetensors(
     directory: Path, entries: Sequence[Entry], max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
     """Writes shards and their index; every shard is read back and compared bit by bit.

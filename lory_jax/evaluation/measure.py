@@ -18,9 +18,9 @@ from lory_jax.errors import InputError
 from lory_jax.evaluation.held_out import batches_of
 from lory_jax.evaluation.perplexity import (
     instance_losses,
+    losses_of_tokens,
     standard_error,
     summarize,
-    token_losses,
 )
 from lory_jax.evaluation.tables import MEASURES
 from lory_jax.parallel import make_mesh
@@ -205,7 +205,7 @@ def losses(
     with jax.set_mesh(mesh):
         for domain, rows in progress(batches, len(batches), label, "batches"):
             found[domain].append(
-                token_losses(loss_step, params, rows, batch_size, mesh, config.batch_axis)
+                losses_of_tokens(loss_step, params, rows, batch_size, mesh, config.batch_axis)
             )
     return {domain: np.concatenate(parts) for domain, parts in found.items()}
 

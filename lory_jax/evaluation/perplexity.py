@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from lory_jax.parallel import place_batch
 
 
-def token_losses(
+def losses_of_tokens(
     loss_step: Callable[[Any, jax.Array], jax.Array],
     params: Any,
     instances_NxL1: np.ndarray,

@@ -122,7 +122,7 @@ def same_domain_rate(
     return float(np.mean((domains_N[:-1] == domains_N[1:])[inside]))
 
 
-def summary(manifest: Manifest) -> str:
+def preparation_summary(manifest: Manifest) -> str:
     """Returns a table of the tokens per domain and split, and how similar neighbours are."""
     domains = sorted({name for split in manifest.counts.values() for name in split["domains"]})
     nothing = {"tokens": 0, "bytes": 0}

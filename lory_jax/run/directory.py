@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from lory_jax.config import section_defaults
+from lory_jax.config import fields_where, section_defaults
 from lory_jax.data.manifest import TOKENIZER_NAME
 from lory_jax.data.prepared import PreparedData
 from lory_jax.data.tokenizer import Tokenizer
@@ -122,6 +122,13 @@ class RunDirectory:
     @functools.cached_property
     def model_config(self) -> ModelConfig:
         """The network of the expert phase, computed in the way that suits this machine."""
+        missing = [
+            name
+            for name in fields_where("model", is_size=True)
+            if name not in self.config.get("model", {})
+        ]
+        if missing:
+            raise InputError(f"{self.config_file}: damaged, config.model has no {missing[0]}")
         try:
             chosen_here = {"attention": "auto", "merged_ffn": "auto"}
             fields = section_defaults("model") | self.config["model"] | chosen_here

@@ -24,7 +24,7 @@ from lory_jax.training.monitoring.trace import Trace
 from lory_jax.training.phases import Phase
 from lory_jax.training.restore import Position
 from lory_jax.training.setup import Setup
-from lory_jax.training.validation import validate
+from lory_jax.training.validation import validation_losses
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Trainer:
         if is_validated:
             with run.goodput.during("validation"):
                 params = position.state["params"]
-                found = validate(position.phase, params, run.validation_sets, run.mesh)
+                found = validation_losses(position.phase, params, run.validation_sets, run.mesh)
         # The line of metrics comes before the save: a resumed run does not log this step again.
         self.log.write(**found, goodput=run.goodput.seconds())
         if is_saved:

@@ -44,10 +44,10 @@ def routing_metrics(r_YxBxNxE: Array, last_active_YxE: Array, step: Array) -> tu
 
 
 def sparse_metrics(routed: Routed) -> Metrics:
-    """Of the sparse baselines, means over the layers.
+    """Metrics of the sparse baselines, averaged over the layers.
 
     `dropped_tokens` is the share of tokens (or segments) that no expert took; with token choice,
-    `load_balancing_loss` is 1 where all experts are asked for alike.
+    `load_balancing_loss` is 1 when all experts are chosen equally often.
     """
     metrics = {}
     if routed.dropped is not None:
@@ -61,8 +61,8 @@ def make_gradients(model_config: ModelConfig, microbatches: int) -> Callable[...
     """Returns `(params, tokens_BxL+1) -> ((loss, how it was routed or None), gradients)`.
 
     With `microbatches` > 1 the gradient is accumulated over that many parts of the batch, one
-    after another: the same gradient in less memory. Where tokens choose experts, what is minimised
-    has the load-balancing loss of every layer added; the loss returned has not.
+    after another: the same gradient in less memory. Where tokens choose experts, the gradients
+    include the load-balancing loss of every layer; the returned loss does not.
     """
     graph, _ = build(model_config)
 
@@ -103,8 +103,8 @@ def make_train_step(
 ) -> Callable[[State, Array], tuple[State, Metrics]]:
     """Returns `(state, tokens_BxL+1) -> (state, metrics)`; the state given is donated.
 
-    Where the loss or the gradient norm is NaN or infinite, only `step` moves on: the rest of the
-    state stays as it is, bit for bit, and `metrics["skipped"]` is 1.
+    If the loss or the gradient norm is NaN or infinite, only `step` advances: the rest of the state
+    stays as it is, bit for bit, and `metrics["skipped"]` is 1.
     """
     compute = make_gradients(model_config, microbatches)
 
@@ -137,8 +137,8 @@ def make_train_step(
 def make_norms(model_config: ModelConfig, mesh: Mesh, microbatches: int) -> Callable[..., Any]:
     """Returns `(params, tokens_BxL+1) -> (norms of the parameters, norms of the gradients)`.
 
-    For every leaf, float32 `[Y]` where it is stacked over the layers, else a scalar. To say where
-    numbers went wrong.
+    Each leaf gets a float32 scalar, or `[Y]` if it is stacked over the layers. The norms show where
+    NaN or infinite values first appeared.
     """
     compute = make_gradients(model_config, microbatches)
 
@@ -164,9 +164,9 @@ def make_loss_step(
 ) -> Callable[[Any, Array], Array]:
     """Returns `(params, tokens_BxL+1) -> nll_BxL`, replicated, in nats.
 
-    `routing` None is exactly what training sees; "segment" and "prompt" route by a prompt of the
-    first `prompt_length` tokens of every row. In training, tokens of a sparse baseline compete with
-    each other: measure it with "segment".
+    With `routing` None the loss is exactly that of training; "segment" and "prompt" route by a
+    prompt of the first `prompt_length` tokens of every row. In training, tokens of a sparse
+    baseline compete with each other, so measure such a model with "segment".
     """
     graph, _ = build(model_config)
 

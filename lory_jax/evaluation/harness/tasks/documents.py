@@ -11,7 +11,7 @@ MOST_CHARACTERS = 1000  # of a text, about the 256 tokens that MetaICL leaves a 
 BLANK = "  _  ."
 
 
-def sample(dataset: Dataset) -> Dataset:
+def sampled(dataset: Dataset) -> Dataset:
     """At most 2,000 documents, always the same ones; long texts are cut at their end."""
     if len(dataset) > MOST_DOCUMENTS:
         chosen = random.Random(0).sample(range(len(dataset)), MOST_DOCUMENTS)
