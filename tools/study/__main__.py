@@ -27,6 +27,7 @@ from lory_jax.data.prepared import PreparedData
 from lory_jax.errors import ConfigError, InputError
 from lory_jax.recipes import resolve
 from tools.study.arms import ARMS, FAMILIES, Arm, Family
+from tools.study.audit import AUDIT, write_audit
 from tools.study.queue import Queue, make_jobs
 from tools.study.results import SPLITS, Results
 from tools.study.run import Runner, Stopped
@@ -51,6 +52,8 @@ def main(argv: list[str]) -> None:
     opened = [PreparedData.open(path) for path in data.values()]
     for prepared in opened:
         results.bind(prepared)
+    if not (args.out / AUDIT).is_file():
+        write_audit(opened[0], args.out / AUDIT)
     splits = tuple(split for split in SPLITS if split in opened[0].manifest.counts)
 
     stop = threading.Event()

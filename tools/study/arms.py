@@ -14,7 +14,7 @@ from typing import Any
 Settings = Mapping[str, Any]
 
 TRIALS = 12  # of every family
-TRIAL_STEPS, STEPS = 600, 1500
+TRIAL_STEPS, STEPS = 500, 1500
 COMMON = {"train.validate_every_steps": 250, "checkpoint.every_steps": 250, "checkpoint.keep": 1}
 
 RATE, START, EXPERT_START = "train.learning_rate", "model.ffn_init_scale", "model.expert_init_scale"
@@ -188,7 +188,7 @@ ARMS += [
 
 # Stage C: the ladder. Learning rate and start are tuned per width on the dense model.
 LADDER_EXPERTS = (0, 2, 8, 32)
-LADDER_STEPS = (750, 2250)
+LADDER_STEPS = (750, 1500)
 LADDER_COST = {16: 0.7, 32: 1.0, 64: 1.7, 96: 2.8}
 LADDER_RATES = {
     16: (1.6e-2, 2.4e-2, 3.2e-2, 4.8e-2),

@@ -18,9 +18,11 @@ import numpy as np
 from lory_jax.console import progress
 from lory_jax.data.instances import read_instances
 from lory_jax.data.prepared import PreparedData
+from lory_jax.errors import InputError
 from lory_jax.storage import write_atomically
-from tools.study.results import SPLITS, describe_held_out
+from tools.study.results import SPLITS, Results, describe_held_out
 
+AUDIT = "audit.json"
 SHINGLE = 13
 HIGH = 0.5  # the share of known shingles from which an instance counts as a near-duplicate
 BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, with well mixed bits
@@ -32,15 +34,30 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="prepared data")
     parser.add_argument("--out", type=Path, default=Path("docs/study/audit.json"))
     args = parser.parse_args()
-    data = PreparedData.open(args.data)
-    found = audit(data)
-    write_atomically(args.out, json.dumps(found) + "\n")
+    found = write_audit(PreparedData.open(args.data), args.out)
     for split, domains in found["overlap"].items():
         for domain, shares in domains.items():
             high = np.mean(np.array(shares) >= HIGH)
             print(
                 f"{split:14}{domain:16}{np.mean(shares):8.1%} known, {high:6.1%} of instances high"
             )
+
+
+def write_audit(data: PreparedData, path: Path) -> dict[str, Any]:
+    """Audits prepared data and writes what was found."""
+    found = audit(data)
+    write_atomically(path, json.dumps(found) + "\n")
+    return found
+
+
+def read_audit(path: Path, results: Results) -> dict[str, Any] | None:
+    """What was found, or None if nothing was written; `InputError` if it is of other documents."""
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text("utf-8"))
+    if found["digest"] != results.held_out["digest"]:
+        raise InputError(f"{path}: is of other held-out documents; remove it to audit again")
+    return found
 
 
 def audit(data: PreparedData) -> dict[str, Any]:

@@ -49,7 +49,8 @@ def measure(run: RunDirectory) -> dict[str, Any]:
     }
     if model.config.num_experts:
         pairs = model.config.num_layers * model.config.num_experts
-        found["experts_used"] = lines[-1]["experts_active"] / pairs
+        if lines[-1]["experts_active"] is not None:
+            found["experts_used"] = lines[-1]["experts_active"] / pairs
         found["expert_cosine"] = expert_cosine(model.params["layers"]["ffn"])
     return found
 

@@ -71,6 +71,6 @@ def multipliers(rows: Sequence[Mapping[str, Any]]) -> "Figure":
                 label=f"{experts} experts",
             )
         axes.set_xlabel("width D of the model")
-        axes.set_ylabel("worth a dense model so many times as large")
+        axes.set_ylabel("dense-equivalent size, times")
         axes.legend()
         return figure

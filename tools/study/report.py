@@ -8,8 +8,6 @@ confirmation set, which nothing else reads.
 
 import argparse
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,9 @@ import numpy as np
 
 from lory_jax.report import html, plots
 from lory_jax.storage import write_atomically
-from tools.study import arms, fair_start, ladder
+from tools.study import fair_start, ladder
+from tools.study.audit import AUDIT, read_audit
 from tools.study.claims import (
-    Claim,
     Finding,
     Keep,
     judge_claims,
@@ -27,35 +25,30 @@ from tools.study.claims import (
     read_claims,
     without_domain,
 )
-from tools.study.results import Record, Results, mean_loss
+from tools.study.results import Results
+from tools.study.statistics import Effect
+from tools.study.tables import (
+    HEADLINES,
+    Report,
+    Table,
+    arms_table,
+    audit_table,
+    claims_table,
+    domains_table,
+    fair_start_table,
+    ladder_table,
+    tuning,
+    tuning_table,
+    variants_table,
+)
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CLAIMS = ROOT / "docs" / "claims.json"
-HEADLINES = ("gain", "gain_redrawn")
 NOTE = (
     "Effects are in nats per token over positions from T on, the mean of the domains; a negative "
     "effect favours what the claim names first. Intervals (95 %) hold the noise between seeds and "
     "the choice of held-out documents; p-values are adjusted over all claims."
 )
-Table = tuple[list[str], list[list[str]]]
-
-
-@dataclass(frozen=True)
-class Report:
-    """Everything that the pages show.
-
-    Attributes:
-      neighbours: validation loss of the dense baseline's neighbours minus its own.
-      variants: for the headline claims, the finding on parts of the instances, by name.
-    """
-
-    split: str
-    findings: list[Finding]
-    variants: dict[str, dict[str, Finding]]
-    records: list[Record]
-    neighbours: dict[str, float]
-    ladder: dict[str, Any] | None
-    margin: float
 
 
 def main() -> None:
@@ -85,183 +78,36 @@ def make_report(out: Path, split: str, claims_file: Path) -> Report:
     results = Results(out / "runs")
     claims, margin = read_claims(claims_file)
     findings = judge_claims(claims, margin, results, split)
+    audit = read_audit(out / AUDIT, results)
     variants: dict[str, dict[str, Finding]] = {}
     for finding in findings:
         if finding.claim.id in HEADLINES and finding.effect is not None:
-            parts = _parts(finding, out, split, results)
             variants[finding.claim.id] = {
-                name: _only(finding.claim, margin, results, split, keep)
-                for name, keep in parts.items()
+                name: judge_claims([finding.claim], margin, results, split, keep)[0]
+                for name, keep in _parts(finding.effect, audit, split).items()
             }
-    points = ladder.read_points(results, split)
     return Report(
         split,
         findings,
         variants,
         results.records(),
         fair_start.differences(results),
-        ladder.summarize(points),
+        ladder.summarize(ladder.read_points(results, split)),
+        audit,
         margin,
     )
 
 
-def _only(claim: Claim, margin: float, results: Results, split: str, keep: Keep) -> Finding:
-    (finding,) = judge_claims([claim], margin, results, split, keep)
-    return finding
-
-
-def _parts(finding: Finding, out: Path, split: str, results: Results) -> dict[str, Keep]:
+def _parts(effect: Effect, audit: dict[str, Any] | None, split: str) -> dict[str, Keep]:
     """The parts of the instances on which a headline is tested again, by name."""
-    assert finding.effect is not None
-    by_domain = finding.effect.by_domain
-    dominating = max(by_domain, key=lambda domain: abs(by_domain[domain]))
+    dominating = max(effect.by_domain, key=lambda domain: abs(effect.by_domain[domain]))
     parts = {f"without {dominating}, which dominates": without_domain(dominating)}
-    audit_file = out / "audit.json"
-    if audit_file.is_file():
-        audit = json.loads(audit_file.read_text("utf-8"))
-        if audit["digest"] == results.held_out["digest"]:
-            overlap, high = audit["overlap"][split], audit["high"]
-            parts["without near-duplicates of training text"] = lambda domain, _: (
-                np.array(overlap[domain]) < high
-            )
-    return parts
-
-
-def tuning(records: Sequence[Record]) -> dict[str, list[dict[str, Any]]]:
-    """The trials of every family: what was varied, and the validation loss (None: diverged)."""
-    grids = {family.name: list(family.grid) for family in arms.FAMILIES}
-    found: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        if record["kind"] == "trial":
-            names = grids.get(record["family"], list(record["settings"]))
-            is_finished = record["status"] == "finished"
-            found.setdefault(record["family"], []).append(
-                {
-                    "settings": {name: record["settings"][name] for name in names},
-                    "validation_loss": round(mean_loss(record), 5) if is_finished else None,
-                }
-            )
-    return found
-
-
-# ---------------------------------------------------------------- tables
-
-
-def claims_table(findings: Sequence[Finding]) -> Table:
-    header = ["claim", "source", "verdict", "effect", "95 % interval", "adjusted p", "seeds"]
-    return header, [[f.claim.claim, f.claim.source, _verdict(f), *_figures(f)] for f in findings]
-
-
-def variants_table(report: Report) -> Table:
-    header = ["headline", "on", "effect", "95 % interval", "p", "seeds"]
-    rows = []
-    by_id = {finding.claim.id: finding for finding in report.findings}
-    for name, variants in report.variants.items():
-        for part, finding in {"all instances": by_id[name], **variants}.items():
-            rows.append([name, part, *_figures(finding)])
-    return header, rows
-
-
-def domains_table(report: Report) -> Table:
-    """The effect of the headline claims domain by domain."""
-    headlines = [f for f in report.findings if f.claim.id in HEADLINES and f.effect is not None]
-    domains = sorted({domain for f in headlines if f.effect for domain in f.effect.by_domain})
-    rows = [
-        [f.claim.id, *(_signed(f.effect.by_domain[domain]) for domain in domains)]
-        for f in headlines
-        if f.effect is not None
-    ]
-    return ["headline", *domains], rows
-
-
-def arms_table(report: Report) -> Table:
-    """One row per arm: seeds, mean loss, costs, and how its experts differ."""
-    by_arm: dict[str, list[Record]] = {}
-    for record in report.records:
-        if record["kind"] == "run":
-            by_arm.setdefault(record["arm"], []).append(record)
-    rows = []
-    for arm in (arm.name for arm in arms.ARMS if arm.name in by_arm):
-        finished = [r for r in by_arm[arm] if r["status"] == "finished"]
-        losses = [mean_loss(r, report.split) for r in finished if report.split in r["losses"]]
-        rows.append(
-            [
-                arm,
-                str(len(by_arm[arm])),
-                f"{np.mean(losses):.4f}" if losses else "diverged",
-                f"{np.std(losses, ddof=1):.4f}" if len(losses) > 1 else "",
-                _mean(finished, "flops_per_token", "{:.3g}"),
-                _mean(finished, "step_seconds", "{:.3f}"),
-                _mean(finished, "experts_used", "{:.0%}"),
-                _mean(finished, "expert_cosine", "{:.3f}"),
-            ]
+    if audit is not None:
+        overlap, high = audit["overlap"][split], audit["high"]
+        parts["without near-duplicates of training text"] = lambda domain, _: (
+            np.array(overlap[domain]) < high
         )
-    header = ["arm", "seeds", f"{report.split} loss", "s.d. of seeds", "FLOPs a token"]
-    return [*header, "seconds a step", "experts used", "expert cosine"], rows
-
-
-def tuning_table(report: Report) -> Table:
-    """The best trial of every family, and which of its values are the ends of what was tried."""
-    grids = {family.name: family.grid for family in arms.FAMILIES}
-    rows = []
-    for name, trials in tuning(report.records).items():
-        done = [trial for trial in trials if trial["validation_loss"] is not None]
-        if done:
-            best = min(done, key=lambda trial: trial["validation_loss"])
-            settings = ", ".join(f"{key}={value:g}" for key, value in best["settings"].items())
-            ends = [
-                key
-                for key, value in best["settings"].items()
-                if value in (min(grids[name][key]), max(grids[name][key]))
-            ]
-            loss = f"{best['validation_loss']:.4f}"
-            rows.append([name, str(len(trials)), settings, loss, ", ".join(ends)])
-    return ["family", "trials", "best settings", "validation loss", "at an end of its grid"], rows
-
-
-def fair_start_table(report: Report) -> Table:
-    """The neighbours of the dense baseline at full length."""
-    rows = [[name, _signed(value)] for name, value in report.neighbours.items()]
-    return ["dense, changed", "validation loss minus dense's"], rows
-
-
-def ladder_table(report: Report) -> Table:
-    rows = report.ladder["multipliers"] if report.ladder else []
-    return ["width", "experts", "worth a dense model times", "95 % interval"], [
-        [
-            str(row["width"]),
-            str(row["experts"]),
-            f"{row['multiplier']:.2f}",
-            f"{row['interval'][0]:.2f} to {row['interval'][1]:.2f}",
-        ]
-        for row in rows
-    ]
-
-
-def _verdict(finding: Finding) -> str:
-    return f"{finding.verdict} ({finding.reason})" if finding.reason else finding.verdict
-
-
-def _figures(finding: Finding) -> list[str]:
-    effect = finding.effect
-    if effect is None:
-        return ["", "", "", ""]
-    has_interval = not np.isnan(effect.low)
-    return [
-        _signed(effect.mean),
-        f"{_signed(effect.low)} to {_signed(effect.high)}" if has_interval else "",
-        f"{finding.adjusted_p:.2g}" if has_interval else "",
-        str(effect.seeds),
-    ]
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.4f}".replace("-", "−")
-
-
-def _mean(records: Sequence[Record], name: str, text: str) -> str:
-    values = [record[name] for record in records if record.get(name) is not None]
-    return text.format(float(np.mean(values))) if values else ""
+    return parts
 
 
 # ---------------------------------------------------------------- pages
@@ -272,6 +118,7 @@ def _sections(report: Report) -> list[tuple[str, Table]]:
         ("Claims", claims_table(report.findings)),
         ("The headline by domain", domains_table(report)),
         ("The headline on parts of the instances", variants_table(report)),
+        ("Near-duplicates", audit_table(report)),
         ("Arms", arms_table(report)),
         ("Tuning, on validation", tuning_table(report)),
         ("The dense baseline's start", fair_start_table(report)),
