@@ -128,7 +128,7 @@ def load_config(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigD
 
 
 def _run_recipe(path: Path, argument: str | None) -> ConfigDict:
-    """What `get_config` of a recipe returns; a mistake in the file is told with its line."""
+    """What `get_config` of a recipe returns; a mistake in the file is reported with its line."""
     module_spec = importlib.util.spec_from_file_location(path.stem, path)
     if module_spec is None or module_spec.loader is None:
         raise ConfigError(f"--config: got {str(path)!r}; must be a Python file ending in .py")

@@ -127,7 +127,7 @@ def write(path: Path, text: str) -> None:
 def parse_flags(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser("evaluate", __doc__)
     add = parser.add_argument
-    add("--workdir", type=storage_path, metavar="RUN_DIR", help="run directory of the verb train")
+    add("--workdir", type=storage_path, metavar="RUN_DIR", help="run directory that train wrote")
     parser.add_step_flag()
     add(
         "--out",

@@ -35,7 +35,7 @@ def install_in_commands() -> None:
 
 @contextlib.contextmanager
 def raised() -> Iterator[None]:
-    """Inside, Ctrl-C raises KeyboardInterrupt, so that what lies on disk is cleaned up.
+    """Inside, Ctrl-C raises KeyboardInterrupt, so that temporary files are cleaned up.
 
     Libraries turn it into errors of their own (a broken pool, a failed callback): after Ctrl-C
     every exception is the interrupt.

@@ -93,8 +93,8 @@ def make_mesh(
 ) -> Mesh:
     """The mesh (data, fsdp, tensor) over `devices` (all, if None); `fsdp=0` means all that remain.
 
-    Over several TPU slices, whole slices lie along `data`, so that only one sum of gradients per
-    step crosses the network between them.
+    Over several TPU slices, whole slices are placed along `data`, so that only one sum of gradients
+    per step crosses the network between them.
     """
     devices = jax.devices() if devices is None else devices
     if fsdp == 0:
@@ -200,7 +200,7 @@ SIZE_FIELDS = {
     "tensor_kv_heads": "num_kv_heads",
 }
 
-MAX_UNSHARDED = 0.02  # of the bytes of all parameters
+MAX_UNSHARDED = 0.02  # share of the bytes of all parameters
 
 
 def _shards(axis: str, mesh: Mesh) -> int:
@@ -245,7 +245,7 @@ def check_parameters(axes: Any, shapes: Any, mesh: Mesh) -> None:
 
     Raises:
       ConfigError: a size does not divide what it is sharded over, or parameters of more than
-        `MAX_UNSHARDED` of all bytes lie whole on every device of `fsdp` and `tensor`.
+        `MAX_UNSHARDED` of all bytes are replicated on every device of `fsdp` and `tensor`.
     """
     unsharded: dict[str, int] = {}
     total = 0

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     )
     args = parser.parse(argv)
 
-    # JAX and the rooms take seconds to import: a wrong flag must not wait for them.
+    # JAX and what uses it take seconds to import: a wrong flag must not wait for them.
     import jax
 
     from lory_jax.parallel import start_process

@@ -24,7 +24,7 @@ def shown_layers(num_layers: int) -> list[int]:
 def telling_texts(
     weights: Mapping[str, np.ndarray], sets: Mapping[str, np.ndarray], model: Model
 ) -> dict[str, list[list[dict[str, Any]]]]:
-    """The segments whose successors give an expert its greatest weights.
+    """For each expert, the segments that give it its largest weights in the segment after them.
 
     Args:
       weights: `{domain: [Y, I, N, E]}`, routing weights of every segment.
@@ -34,7 +34,7 @@ def telling_texts(
     Returns:
       `{layer: [E][up to 3]}` for the bottom, middle and top layer. Each entry has the `weight`, the
       `domain` and the `text`, which is the beginning of the segment whose mean decided the weight.
-      The greatest weight comes first; an instance appears at most once.
+      The largest weight comes first; an instance appears at most once.
     """
     T = model.config.segment_length
     found: dict[str, list[list[dict[str, Any]]]] = {}

@@ -1,4 +1,4 @@
-"""Run directories to LLaMA directories, and back: the work of the verb `convert`."""
+"""Run directories to LLaMA directories, and back: the work of the command `convert`."""
 
 import dataclasses
 from pathlib import Path
@@ -35,15 +35,15 @@ def export_run(
     Args:
       run: the run and its checkpoint.
       out: the directory to make.
-      prompt, text, domain: what routes the merge of a Lory's experts, exactly one of them: a text
-        of either name, or the validation documents of a domain.
+      prompt, text, domain: what routes the merge of a Lory model's experts, exactly one of them: a
+        text of either name, or the validation documents of a domain.
       data: the run's prepared data, if they were moved.
       dtype: the type of the stored tensors, "float32" or "bfloat16".
-      top_k_experts: merges only so many experts of largest weight in each layer; None is all.
+      top_k_experts: merges only this many experts of largest weight in each layer; None is all.
 
     Raises:
-      InputError: the run, the text or the domain cannot be read, `out` exists, a Lory is not given
-        exactly one thing to be merged by, a dense model is given one, or the model has fewer
+      InputError: the run, the text or the domain cannot be read, `out` exists, a Lory model is not
+        given exactly one thing to be merged by, a dense model is given one, or the model has fewer
         experts than `top_k_experts`.
     """
     check_absent(out)

@@ -137,7 +137,7 @@ class TrainingBatches:
 class Lookahead:
     """Draws batches two steps ahead of their use.
 
-    A batch that cannot be read is thus known before any process needs it, and all processes can
+    An unreadable batch is therefore known before any process needs it, and all processes can
     stop at the same step.
 
     Attributes:

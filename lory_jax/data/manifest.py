@@ -50,7 +50,7 @@ class Manifest:
 
         Args:
           contents: what the file holds.
-          path: where it lies, for the messages.
+          path: where it is, for the messages.
 
         Raises:
           InputError: the manifest is malformed, of another version, or names a file outside its

@@ -1,4 +1,4 @@
-"""`PreparedData`: what `prepare` wrote, opened once and handed from room to room."""
+"""`PreparedData`: what `prepare` wrote, opened once and passed to whatever reads it."""
 
 import fcntl
 import hashlib
@@ -34,7 +34,7 @@ class PreparedData:
     are asked for. Files in an object store are copied to the cache first.
 
     Attributes:
-      directory: where it lies.
+      directory: where it is.
       manifest: what it holds.
       digest: SHA-256 of the bytes of `manifest.json`, which identifies the data: a run stores it.
     """

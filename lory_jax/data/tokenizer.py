@@ -19,7 +19,7 @@ BEGIN_AND_END = (
     ("<|endoftext|>", "<|endoftext|>"),
 )
 SMALLEST_VOCABULARY = 256 + 2
-UNUSED_PARTS = ("post_processor", "padding", "truncation")  # of a tokenizer JSON
+UNUSED_PARTS = ("post_processor", "padding", "truncation")  # ignored parts of the JSON
 
 
 class Tokenizer:
@@ -101,7 +101,7 @@ class Tokenizer:
         return self._tokenizer.decode([int(id) for id in ids], skip_special_tokens=True)
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """Returns the UTF-8 bytes that `ids` stand for, `token_bytes[ids].sum()` in number."""
+        """Returns the `token_bytes[ids].sum()` UTF-8 bytes that `ids` stand for."""
         return b"".join(self._bytes_of_id[id] for id in ids)
 
 

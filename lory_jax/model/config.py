@@ -15,8 +15,8 @@ from lory_jax.model.routing_rules import SPARSE, TOKEN_CHOICE
 class ModelConfig:
     """The fields of `config.model`; `lory_jax.schema` declares their meaning and defaults.
 
-    `top_k_experts` is not a field of a recipe, because training merges all experts. Of a trained
-    model, only the k largest routing weights are kept, renormalised; 0 keeps all.
+    `top_k_experts` is not a field of a recipe, because training merges all experts. In a trained
+    model, it keeps only the k largest routing weights, renormalised; 0 keeps all.
     """
 
     vocab_size: int
@@ -58,7 +58,7 @@ class ModelConfig:
           ConfigError: the platform cannot run the requested implementation.
         """
         attention = resolve_attention(fields["attention"], platform, fields["compute_dtype"])
-        # As many heads of keys as of queries has one spelling: equal models have equal configs.
+        # 0 and num_heads mean the same; only 0 is stored, so that equal models have equal configs.
         grouped = fields["num_kv_heads"]
         num_kv_heads = 0 if grouped == fields["num_heads"] else grouped
         ffn = fields["merged_ffn"]

@@ -16,7 +16,7 @@ from jax import Array
 
 @dataclass(frozen=True)
 class Routing:
-    """How a forward pass is routed: as in training, or by prompts (DESIGN of inference).
+    """How a forward pass is routed: as in training, or by prompts (docs/api.md).
 
     `kind` is "causal", "prefix" or a sparse baseline's (training), "prompt" or "segment"
     (inference, which need `prompt_lengths_B`: tokens of each row that are its prompt).
@@ -31,8 +31,8 @@ class Routed(NamedTuple):
 
     weights_BxNxE: routing weights of every segment, float32; where tokens are routed, the mean of
       their probabilities.
-    balance: the load-balancing loss; None unless tokens choose, in training.
-    dropped: the share of tokens or segments that no expert took; None unless sparse, in training.
+    balance: the load-balancing loss; None unless tokens choose, in training. dropped: the share of
+    tokens or segments that no expert processed; None unless sparse, in training.
     """
 
     weights_BxNxE: Array
@@ -78,8 +78,8 @@ def route(mean_xD: Array, router_DxE: Array) -> Array:
 def keep_top_k(r_xE: Array, k: int) -> Array:
     """Only the k largest weights of each distribution, renormalised; 0 keeps all.
 
-    The way to a sparse model that the paper names in section 6: a merge then reads k experts. Of
-    equal weights, the first count as larger: exactly k stay.
+    Section 6 of the paper names this as a way to a sparse model: a merge then reads k experts. Ties
+    go to the lower index, so exactly k are kept.
     """
     num_experts = r_xE.shape[-1]
     if not 0 < k < num_experts:

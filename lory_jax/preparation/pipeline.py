@@ -151,7 +151,7 @@ def prepare(
 
 
 class Stages:
-    """Measures the stages and reports each on standard error.
+    """Times the stages and reports each on standard error.
 
     Attributes:
       seconds: what every stage so far has taken, by name.
@@ -162,7 +162,7 @@ class Stages:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Measures what is done inside the `with` block."""
+        """Times what is done inside the `with` block."""
         start = time.monotonic()
         yield
         self.seconds[name] = round(time.monotonic() - start, 2)

@@ -58,10 +58,9 @@ class TrainedParams(NamedTuple):
 
 
 class RunDirectory:
-    """A run on disk, and which of its checkpoints is meant.
+    """A run on disk, and which of its checkpoints to open.
 
-    Files are read when they are first asked for; opening a directory that holds no run raises
-    nothing.
+    Files are read when they are first asked for; opening a directory without a run raises no error.
 
     Attributes:
       path: the directory.
@@ -121,7 +120,7 @@ class RunDirectory:
 
     @functools.cached_property
     def model_config(self) -> ModelConfig:
-        """The network of the expert phase, computed in the way that suits this machine."""
+        """The model config of the expert phase, with `auto` resolved for this machine."""
         try:
             chosen_here = {"attention": "auto", "merged_ffn": "auto"}
             fields = section_defaults("model") | self.config["model"] | chosen_here
@@ -167,7 +166,7 @@ class RunDirectory:
         return Checkpoints(self.checkpoint_directory)
 
     def load_params(self, mesh: Mesh) -> TrainedParams:
-        """The parameters of the chosen checkpoint; of the dense model during dense warm-up."""
+        """The parameters of the chosen checkpoint, which is a dense model during dense warm-up."""
         model_config = self.model_config
 
         def target(meta: Meta) -> dict[str, Any]:
@@ -188,7 +187,7 @@ class RunDirectory:
             return storage_path(data)
         if self.dataset is None:
             raise InputError(
-                f"data: {self} was trained elsewhere; requires the directory of prepared data"
+                f"data: {self} does not record its data; requires the directory of prepared data"
             )
         return storage_path(self.dataset.path)
 
@@ -285,7 +284,7 @@ class RunDirectory:
         write_atomically(self.path / DATASET, json.dumps(dataset._asdict(), indent=1) + "\n")
 
     def _remove_temporary_files(self) -> None:
-        """Removes what a process left that was killed while it wrote a file."""
+        """Removes the temporary files of processes that were killed while writing."""
         if not is_remote(self.path):
             for path in self.path.glob("*.tmp-*"):
                 path.unlink()

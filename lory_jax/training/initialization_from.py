@@ -18,7 +18,7 @@ def check_source(source: RunDirectory, model_config: ModelConfig, data: Prepared
 
     Raises:
       ConfigError: the models differ; the message gives the fields that would make them agree.
-      InputError: `source` is no run directory, or has another tokenizer.
+      InputError: `source` is not a run directory, or has another tokenizer.
     """
     found = source.model_config
     # Parameters mean the same only if these fields agree; all others may change between runs.

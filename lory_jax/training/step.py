@@ -46,8 +46,8 @@ def routing_metrics(r_YxBxNxE: Array, last_active_YxE: Array, step: Array) -> tu
 def sparse_metrics(routed: Routed) -> Metrics:
     """Metrics of the sparse baselines, averaged over the layers.
 
-    `dropped_tokens` is the share of tokens (or segments) that no expert took; with token choice,
-    `load_balancing_loss` is 1 when all experts are chosen equally often.
+    `dropped_tokens` is the share of tokens (or segments) that no expert processed; with token
+    choice, `load_balancing_loss` is 1 when all experts are chosen equally often.
     """
     metrics = {}
     if routed.dropped is not None:
@@ -126,7 +126,7 @@ def make_train_step(
                 routed.weights_BxNxE, state["last_active_YxE"], new["step"]
             )
             metrics |= utilisation | sparse_metrics(routed)
-        # A select per element, inside the loop that writes the new value anyway.
+        # An elementwise select, fused into the loop that writes the new value anyway.
         kept = jax.tree.map(functools.partial(jnp.where, is_finite), new, state)
         return {**kept, "step": new["step"]}, metrics
 

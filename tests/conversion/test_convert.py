@@ -238,7 +238,7 @@ def test_a_dense_start_evaluates_and_goes_back(hf, data, tmp_path):
     runs.import_llama(hf, workdir)
     result = evaluate_run(RunDirectory(workdir), data=data)
     assert set(result["perplexity"]) == {"ones", "threes"}
-    with pytest.raises(InputError, match=r"^data: .*trained elsewhere"):
+    with pytest.raises(InputError, match=r"^data: .*does not record its data"):
         evaluate_run(RunDirectory(workdir))
     runs.export_run(RunDirectory(workdir), tmp_path / "back")
     tokens = np.arange(20)[None]

@@ -17,8 +17,8 @@ from jax import Array
 from lory_jax.model.merged_ffn.reference import merge
 from lory_jax.model.merged_ffn.vjp import Combine, Products
 
-MERGED_BYTES = 256 * 2**20  # of one merged matrix held at once, per device
-CACHED_BYTES = 2**21  # of merged weights' gradients at a time, on CPUs
+MERGED_BYTES = 256 * 2**20  # the part of a merged matrix held at once, per device
+CACHED_BYTES = 2**21  # gradients of merged weights processed at a time, on CPUs
 BLOCK_MULTIPLE = 128  # lanes of a TPU register
 
 D_AXIS = {"gate": 1, "up": 1, "down": 2}

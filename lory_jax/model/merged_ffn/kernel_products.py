@@ -103,7 +103,7 @@ class _Call:
             name=problem.kernel + suffix,
             interpret=self.interpret,
         )
-        # JAX never drops a kernel of which nothing is used, as under remat, but such a function.
+        # JAX keeps a kernel whose results are unused (under remat) but drops such a function.
         return jax.jit(call)(*arguments)
 
     def _semantics(self) -> Sequence[Literal["parallel", "arbitrary"]]:

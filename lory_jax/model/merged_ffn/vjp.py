@@ -50,7 +50,7 @@ class Products:
     Attributes:
       lay_out: `(w [E, D, F] or [E, F, D], name)` to the layout of the products below, in which F
         may be padded with zeros; a linear map.
-      take_back: its inverse, given the shape that it shall have.
+      take_back: its inverse, given the shape to return.
       d_axis: `name` to the axis of D in that layout.
       to_hidden: `(x [S, T, D], weights, r [S, E], combine, *given [S, T, F])` to what `combine`
         makes of the products and of `given`, in x's type.
@@ -68,7 +68,7 @@ class Products:
     gradients: Callable[[Array, Array, Array, Array, str], tuple[Array, Array]]
 
 
-Combine = Callable[..., tuple[Array, ...]]  # of arrays in float32, element by element
+Combine = Callable[..., tuple[Array, ...]]  # elementwise, on float32 arrays
 
 SAVED_HIDDEN = "expert_ffn_hidden"  # gate and up: what remat keeps where it keeps dense products
 
