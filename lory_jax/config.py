@@ -2,7 +2,7 @@
 
 A recipe in `configs/` calls `base_config()`, sets what differs, and returns the `ConfigDict`.
 `load_config` runs a recipe and applies the overrides; `validate` checks every field (schema.py) and
-how the fields fit together. Every mistake is a `ConfigError` of one line.
+how the fields fit together. Every mistake raises a `ConfigError` with a one-line message.
 """
 
 import difflib
@@ -71,7 +71,8 @@ class SchemaConfig(ConfigDict):
             ) from None
 
     def _section(self) -> str:
-        """A section is recognised by its fields, so that copies of a config know theirs too."""
+        """A section is recognised by its fields, so that copies of a config know their fields,
+        too."""
         return next((f"{s}." for s, fields in SCHEMA.items() if fields.keys() == set(self)), "")
 
 
@@ -211,7 +212,7 @@ def validate(config: ConfigDict) -> None:
 
 
 def _check_names(config: ConfigDict) -> None:
-    """A recipe may have unlocked the config, or made one by itself."""
+    """A recipe may have unlocked the config, or built its own."""
     for section in config:
         if section not in SCHEMA:
             raise ConfigError(

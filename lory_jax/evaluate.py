@@ -47,7 +47,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from lory_jax.parallel import start_process
     from lory_jax.run.directory import RunDirectory
 
-    # ---- Everything that can be wrong is found out before anything long starts ----------------
+    # ---- Check everything that can be wrong before anything slow starts ------------------------
     start = time.perf_counter()
     run = RunDirectory(args.workdir, args.step)
     out = args.out or run.evaluation_file

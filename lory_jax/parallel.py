@@ -141,7 +141,9 @@ def partition_spec(axes: tuple[str, ...]) -> PartitionSpec:
         if axis not in RULES:
             raise ValueError(f"logical axis {axis!r} is not in the table of parallel.py")
         if used & set(RULES[axis]):
-            raise ValueError(f"logical axes {axes} put {axis!r} on a mesh axis that is taken")
+            raise ValueError(
+                f"logical axes {axes} put {axis!r} on a mesh axis that is already used"
+            )
         used |= set(RULES[axis])
         entries.append(RULES[axis] or None)
     return PartitionSpec(*entries)
@@ -267,6 +269,6 @@ def check_parameters(axes: Any, shapes: Any, mesh: Mesh) -> None:
     if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1 and share > MAX_UNSHARDED:
         raise ConfigError(
             f"config.parallel: fsdp={mesh.shape['fsdp']}, tensor={mesh.shape['tensor']} leave "
-            f"{share:.1%} of the parameters unsharded, at most {MAX_UNSHARDED:.0%} may be: "
+            f"{share:.1%} of the parameters unsharded, must be at most {MAX_UNSHARDED:.0%}: "
             + ", ".join(sorted(unsharded))
         )

@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
 def make_plan(
     args: argparse.Namespace, topology: Topology | None, mesh_shape: tuple[int, int, int] | None
 ) -> None:
-    """Counts, compiles unless told not to, and prints."""
+    """Counts parameters and FLOPs, compiles the step unless --no_compile is given, and prints."""
     # Imported here so that --help and flag errors do not wait for JAX.
     import jax
 

@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     from lory_jax.run.checkpoints import Checkpoints, reason
 
     start_process()
-    # JAX's own handler only takes notes: until the loop begins there is nothing to save.
+    # JAX's own handler only records the signal: until the loop begins there is nothing to save.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         train(args, began)

@@ -69,14 +69,14 @@ def text_segments(model: Model, text: str) -> tuple[list[str], np.ndarray]:
     segment but the first is routed by the one before it.
 
     Raises:
-      InputError: the model is dense, its instances are a single segment, or the text is empty.
+      InputError: the model is dense, its instances have only one segment, or the text is empty.
     """
     T = model.config.segment_length
     whole = model.config.sequence_length // T
     if whole < 2:
-        raise InputError("text: instances are a single segment, so none is routed by another")
+        raise InputError("text: instances have only one segment, so none is routed by another")
     if not text:
-        raise InputError("text: got an empty text, must be at least one character")
+        raise InputError("text: got an empty text, must have at least one character")
     tokens = np.array(model.encode(text), np.int32)
     parts = []
     for start in range(0, max(len(tokens) - T, 1), (whole - 1) * T):

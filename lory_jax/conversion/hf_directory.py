@@ -266,7 +266,7 @@ def _check_tensors(directory: Path, model_config: ModelConfig, files: TensorFile
                 f"{list(shape)} according to {CONFIG}"
             )
     if model_config.tie_embeddings and HEAD in files.shapes:
-        # Some tools store the embedding twice. A head of its own would be lost.
+        # Some tools store the embedding twice. A separate head would be lost.
         if not np.array_equal(files.read(HEAD), files.read(EMBEDDING)):
             raise InputError(
                 f"{directory}: tensor {HEAD} differs from {EMBEDDING}, but {CONFIG} ties them "

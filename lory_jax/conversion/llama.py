@@ -193,7 +193,7 @@ ROPE_SCALING = {
 
 
 def rope_parameters(model_config: ModelConfig) -> dict[str, Any]:
-    """The rope type and what it reads, under Hugging Face's names."""
+    """The rope type and its parameters, under Hugging Face's names."""
     kind = model_config.rope_scaling
     if kind == "none":
         return {"rope_type": "default"}

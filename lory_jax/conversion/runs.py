@@ -75,7 +75,7 @@ def import_llama(hf: Path, workdir: Path, experts: int = 0, seed: int = 0) -> No
 def _merged_by(
     model: Model, run: RunDirectory, data: Path | None, **routed_by: str | None
 ) -> MergedBy | None:
-    """The routing weights by a prompt, a text or a domain; None for a dense model."""
+    """The routing weights of a prompt, a text or a domain; None for a dense model."""
     given = {name: value for name, value in routed_by.items() if value is not None}
     config, params = model.config, model.params
     if not config.num_experts:
@@ -84,12 +84,12 @@ def _merged_by(
         return None
     if config.is_sparse:
         raise InputError(
-            f"{run}: config.model.routing is {config.routing}, whose experts are chosen, not "
-            "merged, which no LLaMA computes; must be a dense model or routing=causal or prefix"
+            f"{run}: config.model.routing is {config.routing}, which chooses experts instead "
+            "of merging them and cannot be a LLaMA; must be dense, or routing=causal or prefix"
         )
     if len(given) != 1:
         raise InputError(
-            f"{run}: has experts to merge, requires exactly one of {', '.join(routed_by)}"
+            f"{run}: has experts to merge; requires exactly one of {', '.join(routed_by)}"
         )
     ((name, value),) = given.items()
     if name == "domain":

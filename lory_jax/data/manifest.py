@@ -28,7 +28,8 @@ class Manifest:
     """The contents of `manifest.json`.
 
     Attributes:
-      settings: what was asked for; the same settings on the same corpus give the same files.
+      settings: the settings it was made with; the same settings on the same corpus give the same
+        files.
       sequence_length: L; a record holds L + 1 tokens.
       vocab_size: the size of the vocabulary of `tokenizer.json`.
       counts: per split `instances`, `dropped_tokens` and `domains`: per domain `documents`,

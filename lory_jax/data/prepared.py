@@ -30,8 +30,8 @@ from lory_jax.storage import cache_directory, fetch, is_remote, storage_path
 class PreparedData:
     """A prepared directory, local or in an object store.
 
-    `open` reads the manifest once; nothing else in the package reads it. Tokens are read when they
-    are asked for. Files in an object store are copied to the cache first.
+    `open` reads the manifest once; nothing else in the package reads it. Tokens are read on demand.
+    Files in an object store are copied to the cache first.
 
     Attributes:
       directory: where it is.

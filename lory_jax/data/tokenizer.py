@@ -112,9 +112,9 @@ def _parse(json_text: str, name: str) -> tuple[tokenizers.Tokenizer, dict[str, A
         raise InputError(f"{name}: not a tokenizer JSON ({error})") from None
     try:
         tokenizer = tokenizers.Tokenizer.from_str(json_text)
-    except Exception as error:  # the library raises nothing narrower
+    except Exception as error:  # the library raises no more specific exception
         raise InputError(f"{name}: not a tokenizer JSON ({error})") from None
-    # A file may ask for truncation or padding, which would lose or invent tokens of a document.
+    # A file may ask for truncation or padding, which would drop or add tokens of a document.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True

@@ -52,8 +52,8 @@ def continue_prompts(
       batch_size: smaller batches are filled up to this size, so that only one size is compiled.
 
     Yields:
-      after every step, the text that each row has gained for certain, which may be empty. A row's
-      pieces joined are its continuation.
+      after every step, the new text of each row that no later token can change, which may be empty.
+      A row's pieces, joined, are its continuation.
 
     Raises:
       InputError: as `decode` does.
@@ -106,7 +106,7 @@ class GrowingText:
         self._longest_stop = max(map(len, stop), default=1)
 
     def add(self, token: int) -> str:
-        """Reads the next token, and returns the text that has become certain."""
+        """Reads the next token, and returns the new text that no later token can change."""
         if self.is_done:
             return ""
         self._tokens_left -= 1

@@ -303,7 +303,7 @@ def _served(kept: ModelConfig, mesh: Mesh | None, params: Params, ffn: Params) -
 
 
 def _in_compute_type(config: ModelConfig, params: Params) -> Params:
-    """Casts matrices once to the type of their use; norms and routers are used in float32."""
+    """Casts matrices once to the compute type; norms and routers are used in float32."""
 
     def convert(path: Any, w: Array) -> Array:
         name = path[-1].key

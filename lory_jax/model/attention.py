@@ -41,7 +41,7 @@ def resolve_attention(choice: str, platform: str, dtype: str) -> str:
       dtype: `config.model.compute_dtype`.
 
     Raises:
-      ConfigError: the platform or the type cannot run what is asked for.
+      ConfigError: the platform or the type cannot run this choice.
     """
     if choice == "auto":
         if platform == "tpu":

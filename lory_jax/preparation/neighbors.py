@@ -91,7 +91,7 @@ def recall(approximate_ids_NxK: np.ndarray, exact_ids_NxK: np.ndarray) -> float:
 
 
 def _check_unit_rows(vectors_NxD: np.ndarray) -> None:
-    """Raises at the first row whose length is not 1; NaN or Inf would kill the process in ScaNN."""
+    """Raises at the first row whose length is not 1; NaN or Inf would crash ScaNN."""
     if vectors_NxD.ndim != 2:
         raise InputError(f"vectors: got shape {vectors_NxD.shape}, must be [documents, dimensions]")
     with np.errstate(over="ignore", invalid="ignore"):

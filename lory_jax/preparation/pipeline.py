@@ -48,7 +48,7 @@ Splits = dict[str, list[Document]]
 
 @dataclass(frozen=True)
 class Orders:
-    """The orders of the training documents that could be found.
+    """The orders of the training documents that could be computed.
 
     Attributes:
       by_name: `random` and, where there are neighbours to follow, `similar`; int64 `[N]` each.

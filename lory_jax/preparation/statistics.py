@@ -45,7 +45,7 @@ def split_counts(
     *,
     by_domain: bool,
 ) -> dict[str, Any]:
-    """Returns what a split holds, as `counts` of the manifest does.
+    """Returns what a split holds, in the form of `counts` in the manifest.
 
     Args:
       documents: those of the split.

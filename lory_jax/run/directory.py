@@ -60,7 +60,7 @@ class TrainedParams(NamedTuple):
 class RunDirectory:
     """A run on disk, and which of its checkpoints to open.
 
-    Files are read when they are first asked for; opening a directory without a run raises no error.
+    Files are read on first use; opening a directory without a run raises no error.
 
     Attributes:
       path: the directory.

@@ -48,7 +48,7 @@ class Trainer:
     """Trains a run from a position on."""
 
     def __init__(self, run: Setup, position: Position, profile: tuple[int, int] | None = None):
-        """Takes over `position`; `profile` is the first and last step to trace."""
+        """Starts at `position`; `profile` is the first and last step to trace."""
         train = run.config.train
         self.run, self.position = run, position
         self.log = MetricsLog(

@@ -147,7 +147,7 @@ def make_norms(model_config: ModelConfig, mesh: Mesh, microbatches: int) -> Call
             axes = tuple(range(1 if path[0].key == "layers" else 0, leaf.ndim))
             leaf = leaf.astype(jnp.float32)
             largest = jnp.max(jnp.abs(leaf), axis=axes, keepdims=True)
-            scaled = leaf / jnp.where(largest > 0, largest, 1.0)  # its squares do not overflow
+            scaled = leaf / jnp.where(largest > 0, largest, 1.0)  # so that squares do not overflow
             return jnp.sqrt(jnp.sum(jnp.square(scaled), axis=axes)) * jnp.squeeze(largest, axes)
 
         return jax.tree_util.tree_map_with_path(norm, tree)

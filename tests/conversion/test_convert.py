@@ -139,7 +139,9 @@ def test_the_script_of_the_documentation_runs(run, tmp_path):
 
 def test_a_sparse_baseline_is_refused(data, tmp_path):
     workdir = write_run(tmp_path / "sparse", data, routing="top1")
-    with pytest.raises(InputError, match="routing is top1, whose experts are chosen, not merged"):
+    with pytest.raises(
+        InputError, match="routing is top1, which chooses experts instead of merging"
+    ):
         runs.export_run(RunDirectory(workdir), tmp_path / "hf", prompt="a")
 
 

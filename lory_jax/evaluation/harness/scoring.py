@@ -198,7 +198,7 @@ def _table(lists: Sequence[Sequence[int]], width: int, filling: int = 0) -> np.n
 
 
 def _padded_length(length: int) -> int:
-    """Rounds up by at most an eighth, to few shapes; on TPUs to a multiple of 128."""
+    """Rounds up by at most an eighth (to a multiple of 128 on TPUs): few shapes are compiled."""
     multiple = max(32, 2 ** (length - 1).bit_length() // 8)
     if jax.default_backend() == "tpu":
         multiple = max(multiple, TPU_MULTIPLE)

@@ -27,7 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lory_jax.model.merged_ffn.tiling import LANES, ROWS, SUBLANES, Tiling
 
-UNROLL = 4  # unrolled steps of a loop: one's products overlap with reading the other's results
+UNROLL = 4  # loop steps per iteration, so that products overlap with reading earlier results
 
 
 def spread(r_SxE: Array, tiling: Tiling, dtype: Any) -> Array:
@@ -53,7 +53,7 @@ def gather_spread(da_SPxPE: Array, tiling: Tiling) -> Array:
 def _join_rows(parts: list[Array], G: int, P: int) -> Array:
     """`[G, 8, b]` of products `[G * P, b]` of the 8 / P parts of 8 rows of D, in float32.
 
-    With P = 8 a register holds 8 rows of one segment as it comes. With P = 4 it holds 4 rows of
+    With P = 8 each register already holds 8 rows of one segment. With P = 4 it holds 4 rows of
     segment j and the same 4 of segment j + G/2: halves of registers are swapped.
     """
     if P == SUBLANES:

@@ -120,7 +120,7 @@ def vmem_budget(capacity: int) -> int:
 
 
 def vmem_limit(capacity: int) -> int:
-    """Bytes of on-chip memory that the compiler may use, its own additions included."""
+    """Bytes of on-chip memory that the compiler may use for the blocks and all it adds to them."""
     return min(capacity - 2 * MIB, 112 * MIB)
 
 

@@ -42,7 +42,7 @@ class File:
       path: where it is.
       name: its path in the installation, the same on every machine.
       origin: the origin of its documents.
-      read: what reads it.
+      read: the function that reads it.
     """
 
     path: Path

@@ -72,7 +72,7 @@ class MetricsLog:
         self._clock = time.perf_counter()
 
     def dispatched(self, step: int, metrics: dict[str, Any]) -> None:
-        """Takes the metrics of a step that has been dispatched, still on the device."""
+        """Receives the metrics of a dispatched step; they are still on the device."""
         self.write()
         self._pending = (step, metrics)
 
