@@ -72,7 +72,7 @@ class TensorFiles:
         try:
             self._handles[file] = safe_open(path, framework="numpy")
         except FileNotFoundError:
-            raise InputError(f"{path}: missing; {INDEX} names it") from None
+            raise InputError(f"{path}: missing, although {INDEX} names it") from None
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: damaged ({error})") from None
         return self._handles[file]

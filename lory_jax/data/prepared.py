@@ -167,7 +167,7 @@ class PreparedData:
             )
         if empty:
             print(
-                f"left out, since they fill no {split} instance: {', '.join(empty)}",
+                f"left out, with too few tokens for one {split} instance: {', '.join(empty)}",
                 file=sys.stderr,
             )
         return {domain: rows for domain, rows in sets.items() if len(rows)}

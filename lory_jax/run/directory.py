@@ -217,7 +217,7 @@ class RunDirectory:
         """Raises `InputError` unless the tokenizer of `data` has the token ids of this run."""
         if not data.tokenizer.same_ids(self.tokenizer):
             raise InputError(
-                f"data: {data.directory} was made with another tokenizer than that of {self}; "
+                f"data: the tokenizer of {data.directory} differs from that of {self}; "
                 f"prepare it with tokenizer={self.tokenizer_file}"
             )
 

@@ -29,7 +29,7 @@ def check_source(source: RunDirectory, model_config: ModelConfig, data: Prepared
     if wrong:
         fields = " ".join(f"config.model.{name}={getattr(found, name)}" for name in wrong)
         raise ConfigError(
-            f"init_from: {source} holds another model than config.model; set {fields}"
+            f"init_from: the model of {source} differs from config.model; set {fields}"
         )
     source.check_same_ids(data)
 

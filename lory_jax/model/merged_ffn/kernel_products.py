@@ -103,7 +103,8 @@ class _Call:
             name=problem.kernel + suffix,
             interpret=self.interpret,
         )
-        # JAX keeps a kernel whose results are unused (under remat) but drops such a function.
+        # Under remat, JAX would keep a kernel whose results are unused; it drops an unused jitted
+        # function.
         return jax.jit(call)(*arguments)
 
     def _semantics(self) -> Sequence[Literal["parallel", "arbitrary"]]:

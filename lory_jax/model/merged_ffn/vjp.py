@@ -11,8 +11,8 @@ Elementwise work on `[S, T, F]` is passed to `to_hidden`, so that a kernel can d
 products.
 
 `Products` holds one implementation of them. No product hands merged weights or their gradients out,
-so each implementation decides how much of them to hold. What the backward pass keeps is x, the
-experts, the routing weights, and the two hidden activations: what a dense FFN keeps. Under
+so each implementation decides how much of them to hold. The backward pass keeps x, the experts, the
+routing weights, and the two hidden activations, as that of a dense FFN does. Under
 rematerialisation the two are computed again, as a dense FFN's are.
 
 Under a mesh all this runs inside `shard_map` with explicit collectives: experts are gathered over

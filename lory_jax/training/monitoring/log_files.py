@@ -19,7 +19,7 @@ from lory_jax.storage import write_atomically
 
 
 class LogFiles:
-    """Appends lines. What cannot be written now is kept and tried again with the next line.
+    """Appends lines. Lines that cannot be written are kept and tried again with the next line.
 
     A problem is reported once, and so is its end. TensorBoard misses the steps in between.
     """
