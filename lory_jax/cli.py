@@ -1,4 +1,4 @@
-"""What every verb shares at the command line: the `--config` flags and errors as one line."""
+"""What every command shares at the command line: the `--config` flags and errors as one line."""
 
 import argparse
 import os
@@ -14,7 +14,7 @@ from lory_jax.run.step_choice import NEWEST, Step, parse_step
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-_flags: set[str] = set()  # of the verb that runs
+_flags: set[str] = set()  # the flags of the running command
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         if self._has_config:
-            # Imported here so that verbs start fast.
+            # Imported here so that commands start fast.
             from lory_jax.config import describe_fields
 
             self.epilog = describe_fields()
@@ -79,7 +79,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _load_config(spec: str, overrides: list[tuple[str, str]]) -> "ConfigDict":
-    # Imported here so that verbs start fast.
+    # Imported here so that commands start fast.
     from lory_jax.config import load_config
 
     try:
@@ -124,15 +124,15 @@ def read_text(path: Path, flag: str) -> str:
 def print_error(error: InputError) -> None:
     """Prints an error in one line.
 
-    Rooms know no flags: they begin an error with the name of an argument and a colon. Where this
-    verb has a flag of that name, the line names the flag.
+    Subpackages know no flags: they begin an error with the name of an argument and a colon. If the
+    running command has a flag of that name, the line names the flag.
     """
     is_flag = f"--{str(error).partition(':')[0]}" in _flags
     print(f"error: {'--' if is_flag else ''}{error}", file=sys.stderr, flush=True)
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Runs a verb: `InputError`s become one line on standard error and their exit status."""
+    """Runs a command: `InputError`s become one line on standard error and their exit status."""
     try:
         with interrupts.raised():
             main(sys.argv[1:])

@@ -2,7 +2,7 @@
 
 A recipe in `configs/` calls `base_config()`, sets what differs, and returns the `ConfigDict`.
 `load_config` runs a recipe and applies the overrides; `validate` checks every field (schema.py) and
-how the fields fit together. Every mistake is a `ConfigError` of one line.
+how the fields fit together. Every mistake raises a `ConfigError` with a one-line message.
 """
 
 import difflib
@@ -71,7 +71,8 @@ class SchemaConfig(ConfigDict):
             ) from None
 
     def _section(self) -> str:
-        """A section is recognised by its fields, so that copies of a config know theirs too."""
+        """A section is recognised by its fields, so that copies of a config know their fields,
+        too."""
         return next((f"{s}." for s, fields in SCHEMA.items() if fields.keys() == set(self)), "")
 
 
@@ -128,7 +129,7 @@ def load_config(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigD
 
 
 def _run_recipe(path: Path, argument: str | None) -> ConfigDict:
-    """What `get_config` of a recipe returns; a mistake in the file is told with its line."""
+    """What `get_config` of a recipe returns; a mistake in the file is reported with its line."""
     module_spec = importlib.util.spec_from_file_location(path.stem, path)
     if module_spec is None or module_spec.loader is None:
         raise ConfigError(f"--config: got {str(path)!r}; must be a Python file ending in .py")
@@ -213,7 +214,7 @@ def validate(config: ConfigDict) -> None:
 
 
 def _check_names(config: ConfigDict) -> None:
-    """A recipe may have unlocked the config, or made one by itself."""
+    """A recipe may have unlocked the config, or built its own."""
     for section in config:
         if section not in SCHEMA:
             raise ConfigError(

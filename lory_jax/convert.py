@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
 def to_hf(argv: list[str]) -> None:
     parser = cli.Parser(
         "convert to-hf",
-        "Writes the model of a run as a LLaMA directory. The experts of a Lory are merged once, "
+        "Writes the model of a run as a LLaMA directory. A Lory model's experts are merged once, "
         "by exactly one of --prompt, --text and --domain; a dense model needs none of them.",
     )
     add = parser.add_argument
@@ -72,7 +72,7 @@ def from_hf(argv: list[str]) -> None:
     parser = cli.Parser(
         "convert from-hf",
         "Makes a run directory at step 0 from a LLaMA directory: the dense model or, with "
-        "--experts, a Lory whose experts all start as copies of its FFNs. train "
+        "--experts, a Lory model whose experts all start as copies of its FFNs. train "
         "--init_from=RUN_DIR continues training from it.",
     )
     add = parser.add_argument

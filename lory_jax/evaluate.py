@@ -49,7 +49,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from lory_jax.parallel import start_process
     from lory_jax.run.directory import RunDirectory
 
-    # ---- Everything that can be wrong is found out before anything long starts ----------------
+    # ---- Check everything that can be wrong before anything slow starts ------------------------
     start = time.perf_counter()
     run = RunDirectory(args.workdir, args.step)
     out = args.out or run.evaluation_file
@@ -135,7 +135,7 @@ def write(path: Path, contents: str | bytes) -> None:
 def parse_flags(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser("evaluate", __doc__)
     add = parser.add_argument
-    add("--workdir", type=storage_path, metavar="RUN_DIR", help="run directory of the verb train")
+    add("--workdir", type=storage_path, metavar="RUN_DIR", help="run directory that train wrote")
     parser.add_step_flag()
     add(
         "--out",

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     )
     args = parser.parse(argv)
 
-    # Slow imports come after the flags, so that --help and a wrong flag answer at once.
+    # Slow imports come after the flags, so that --help and flag errors do not wait for them.
     from lory_jax.data.tokenizer import Tokenizer
     from lory_jax.preparation.pipeline import make_settings, prepare
     from lory_jax.preparation.staging import is_prepared, staging_directory

@@ -267,12 +267,12 @@ SCHEMA: dict[str, dict[str, Field]] = {
         {
             "every_steps": _int(1000, "steps between checkpoints", 1),
             "every_minutes": _float(
-                0.0, "also save a checkpoint after so many minutes; 0 turns this off", 0.0
+                0.0, "also save a checkpoint after this many minutes; 0 turns this off", 0.0
             ),
             "keep": _int(2, "newest checkpoints to keep", 1),
-            "keep_best": _int(0, "also keep so many checkpoints of lowest validation loss", 0),
+            "keep_best": _int(0, "also keep this many checkpoints of lowest validation loss", 0),
             "keep_every_steps": _int(
-                0, "also keep checkpoints at multiples of so many steps; 0 turns this off", 0
+                0, "also keep checkpoints at multiples of this many steps; 0 turns this off", 0
             ),
         }
     ),

@@ -46,7 +46,7 @@ def storage_path(text: str | Path) -> Path:
     package = PACKAGES[scheme]
     if importlib.util.find_spec(package) is None:
         raise UnusablePath(f"{text}: requires the package {package}; pip install {package}")
-    # Imported here so that verbs start fast.
+    # Imported here so that commands start fast.
     from etils import epath
 
     return cast(Path, epath.Path(str(text)))

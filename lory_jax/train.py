@@ -52,14 +52,14 @@ def main(argv: list[str]) -> None:
     )
     args = parser.parse(argv)
 
-    # JAX and the rooms take seconds to import: a wrong flag must not wait for them.
+    # JAX and what uses it take seconds to import: a wrong flag must not wait for them.
     import jax
 
     from lory_jax.parallel import start_process
     from lory_jax.run.checkpoints import Checkpoints, reason
 
     start_process()
-    # JAX's own handler only takes notes: until the loop begins there is nothing to save.
+    # JAX's own handler only records the signal: until the loop begins there is nothing to save.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         train(args, began)

@@ -29,7 +29,8 @@ class Manifest:
     """The contents of `manifest.json`.
 
     Attributes:
-      settings: what was asked for; the same settings on the same corpus give the same files.
+      settings: the settings it was made with; the same settings on the same corpus give the same
+        files.
       sequence_length: L; a record holds L + 1 tokens.
       vocab_size: the size of the vocabulary of `tokenizer.json`.
       counts: per split `instances`, `dropped_tokens` and `domains`: per domain `documents`,
@@ -51,7 +52,7 @@ class Manifest:
 
         Args:
           contents: what the file holds.
-          path: where it lies, for the messages.
+          path: where it is, for the messages.
 
         Raises:
           InputError: the manifest is malformed, of another version, or names a file outside its

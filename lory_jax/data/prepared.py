@@ -1,4 +1,4 @@
-"""`PreparedData`: what `prepare` wrote, opened once and handed from room to room."""
+"""`PreparedData`: what `prepare` wrote, opened once and passed to whatever reads it."""
 
 import fcntl
 import hashlib
@@ -31,11 +31,11 @@ from lory_jax.storage import cache_directory, fetch, is_remote, storage_path
 class PreparedData:
     """A prepared directory, local or in an object store.
 
-    `open` reads the manifest once; nothing else in the package reads it. Tokens are read when they
-    are asked for. Files in an object store are copied to the cache first.
+    `open` reads the manifest once; nothing else in the package reads it. Tokens are read on demand.
+    Files in an object store are copied to the cache first.
 
     Attributes:
-      directory: where it lies.
+      directory: where it is.
       manifest: what it holds.
       digest: SHA-256 of the bytes of `manifest.json`, which identifies the data: a run stores it.
     """
@@ -173,7 +173,7 @@ class PreparedData:
             )
         if empty:
             print(
-                f"left out, since they fill no {split} instance: {', '.join(empty)}",
+                f"left out, with too few tokens for one {split} instance: {', '.join(empty)}",
                 file=sys.stderr,
             )
         return {domain: rows for domain, rows in sets.items() if len(rows)}

@@ -170,7 +170,7 @@ def measure_losses(
 def _both_losses(
     evaluated: EvaluatedModel, sets: dict[str, np.ndarray], routing: str | None
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], str | None]:
-    """Losses routed as in training, losses as `routing` asks, and the name of that routing."""
+    """Losses routed as in training, losses routed by `routing`, and the name of that routing."""
     config, trained_routing = evaluated.model.config, as_trained(evaluated)
     routing = routing or trained_routing
     training = losses(evaluated, sets, "evaluating", config.measured_routing)
@@ -190,7 +190,7 @@ def _both_losses(
 def losses(
     evaluated: EvaluatedModel, sets: dict[str, np.ndarray], label: str, routing: str | None
 ) -> dict[str, np.ndarray]:
-    """Losses in nats of every domain, `[N, L]`, batch by batch under a progress line.
+    """Losses in nats of every domain, `[N, L]`, batch by batch, with a progress line.
 
     `routing` "segment" and "prompt" use the first T tokens of every row as its prompt; None routes
     exactly as in training.

@@ -37,7 +37,7 @@ def losses_of_tokens(
     losses = []
     for start in range(0, len(instances_NxL1), batch_size):
         rows = np.arange(start, start + batch_size)
-        # The last instance fills up the last batch, so that a single shape is compiled.
+        # The last batch is padded with the last instance, so that a single shape is compiled.
         batch = instances_NxL1[np.minimum(rows, len(instances_NxL1) - 1)]
         rows = batch[offset : offset + local]
         nll_BxL = loss_step(params, place_batch(rows, mesh, batch_axis))
@@ -80,7 +80,7 @@ def perplexity(nll: np.ndarray) -> float:
 def standard_error(nll_NxL: np.ndarray, segment_length: int) -> float | None:
     """Standard error of the perplexity over positions >= T, from the spread between samples.
 
-    To first order, exp(mean) varies by itself times the standard error of the mean. None for a
+    To first order, the standard error of exp(mean) is exp(mean) times that of the mean. None for a
     single sample.
     """
     if len(nll_NxL) < 2:

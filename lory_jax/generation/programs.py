@@ -12,8 +12,8 @@ has just ended, whose sums `step` keeps.
 Layers are unrolled. A scan would copy the weights and the cache of every layer out of their stacks
 in every step, which doubles the time of a step on a CPU.
 
-Under a mesh, weights stay where they are in training (embed on `fsdp`, mlp on `tensor`) and
-activations travel, so any batch size works.
+On a mesh, weights keep their sharding from training (embed on `fsdp`, mlp on `tensor`) and
+activations are moved between devices, so any batch size works.
 
 Letters: B batch, P padded prompt length, M positions in the cache, Y layers, D model, F FFN,
 H heads, G heads of keys and values, K head width, V vocabulary, E experts, T tokens per segment,
@@ -69,7 +69,7 @@ class Cache(NamedTuple):
 
 
 class Decoder(NamedTuple):
-    """The programs; those that take a cache donate it.
+    """The programs; those that read a cache donate it.
 
     prefill: `(params, tokens_BxP, lengths_B, M, shared)` to the logits after each prompt, the
       weights and the cache. `shared` says that row 0 routes all rows.
@@ -87,7 +87,7 @@ class Decoder(NamedTuple):
 def make_decoder(config: ModelConfig, routing: str, mesh: Mesh | None = None) -> Decoder:
     """The programs that decode with a model, routed by "prompt" or by "segment".
 
-    `mesh` is the one the parameters lie on; None is a single device.
+    `mesh` is the one the parameters are on; None is a single device.
     """
     check_routing(routing)
     graph, _ = build(config)
@@ -146,7 +146,7 @@ def make_decoder(config: ModelConfig, routing: str, mesh: Mesh | None = None) ->
     block_graph, _ = _split_layers(stack)
 
     def step(weights: Params, cache: Cache, tokens_B: Array) -> tuple[Array, Cache]:
-        # The stack of layers is not used here, so any layer can stand for it.
+        # The stacked layers are not used here, so any single layer can take their place.
         model = assemble(kept_graph, {**weights, "layers": weights["layers"][0]})
         positions_B = cache.positions_B
         M = cache.keys[0].shape[-2]
@@ -210,7 +210,7 @@ def make_decoder(config: ModelConfig, routing: str, mesh: Mesh | None = None) ->
         fresh = tuple(layer["ffn"] for layer in served(params, merged)["layers"])
         return jax.tree.map(functools.partial(_choose, at_border_B), fresh, ffns), cache
 
-    # Only the FFNs are donated: some other weights are the trained parameters themselves.
+    # Only the FFNs are donated: some of the other weights are the trained parameters.
     jitted_merge_again = jax.jit(merge_again, donate_argnums=(1, 2))
 
     def remerge(params: Params, weights: Params, cache: Cache) -> tuple[Params, Cache]:
@@ -313,7 +313,7 @@ def _served(kept: ModelConfig, mesh: Mesh | None, params: Params, ffn: Params) -
 
 
 def _in_compute_type(config: ModelConfig, params: Params) -> Params:
-    """Casts matrices once to the type of their use; norms and routers are used in float32."""
+    """Casts matrices once to the compute type; norms and routers are used in float32."""
 
     def convert(path: Any, w: Array) -> Array:
         name = path[-1].key

@@ -42,7 +42,7 @@ def resolve_attention(choice: str, platform: str, dtype: str, document_mask: boo
       document_mask: `config.model.document_mask`, which cuDNN's attention cannot compute.
 
     Raises:
-      ConfigError: the platform or the type cannot run what is asked for.
+      ConfigError: the platform or the type cannot run this choice.
     """
     if choice == "auto":
         if platform == "tpu":
@@ -82,8 +82,8 @@ class Rope:
     def frequencies(self, head_width: int) -> Array:
         """Radians per position of each of the K/2 pairs, float32.
 
-        "linear" divides all of them by `factor`. "llama3" (Llama 3.1) divides those whose wave is
-        longer than original_length / low_frequency_factor, keeps those whose wave is shorter than
+        "linear" divides all of them by `factor`. "llama3" (Llama 3.1) divides those with a
+        wavelength above original_length / low_frequency_factor, keeps those with a wavelength below
         original_length / high_frequency_factor, and interpolates in between.
         """
         frequency_K2 = self.theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
@@ -135,9 +135,9 @@ def causal_attention(
     heads_axis: str = "heads",
     starts_BxL: Array | None = None,
 ) -> Array:
-    """Causal attention of `[B, L, H, K]` over `[B, L, G, K]`, as the top of this file says.
+    """Causal attention of `[B, L, H, K]` over `[B, L, G, K]`, as described at the top of this file.
 
-    The logical axes say how the batch and the heads lie on the mesh, if there is one. With
+    The logical axes say how the batch and the heads are sharded over the mesh, if there is one. With
     `starts_BxL` (`document_starts`), attention stays inside documents.
     """
     if implementation == "xla":
@@ -285,7 +285,7 @@ class Attention(nnx.Module):
         K = D // H
         width = "embed" if heads_on_tensor else "attention_embed"
         heads = "tensor_heads" if heads_on_tensor else "heads"
-        # An axis of its own only where the size is a field of its own, which messages name.
+        # Heads of keys have their own axis only if their number is a field that messages can name.
         kv_heads = "tensor_kv_heads" if heads_on_tensor and G != H else heads
         self.query = init.matrix((D, H, K), (width, heads, "head_dim"), fan_in=D)
         self.key = init.matrix((D, G, K), (width, kv_heads, "head_dim"), fan_in=D)

@@ -17,8 +17,8 @@ GATED_PARAMETERS = {"remoe": "l1_weight", "expert_threshold": "threshold"}
 class ModelConfig:
     """The fields of `config.model`; `lory_jax.schema` declares their meaning and defaults.
 
-    `top_k_experts` is not a field of a recipe, because training merges all experts. Of a trained
-    model, only the k largest routing weights are kept, renormalised; 0 keeps all.
+    `top_k_experts` is not a field of a recipe, because training merges all experts. In a trained
+    model, it keeps only the k largest routing weights, renormalised; 0 keeps all.
     """
 
     vocab_size: int
@@ -69,7 +69,7 @@ class ModelConfig:
         attention = resolve_attention(
             fields["attention"], platform, fields["compute_dtype"], fields["document_mask"]
         )
-        # As many heads of keys as of queries has one spelling: equal models have equal configs.
+        # 0 and num_heads mean the same; only 0 is stored, so that equal models have equal configs.
         grouped = fields["num_kv_heads"]
         num_kv_heads = 0 if grouped == fields["num_heads"] else grouped
         ffn = fields["merged_ffn"]

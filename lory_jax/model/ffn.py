@@ -96,7 +96,7 @@ class MergedFFN(nnx.Module):
         N, E = r_BxNxE.shape[1:]
         T = L if routing.kind == "prompt" else self.config.segment_length
         x_BxNTxD = jnp.pad(x_BxLxD, ((0, 0), (0, N * T - L), (0, 0)))
-        # One FFN for all L tokens of a row is little merging, but too large for the kernels.
+        # One FFN for all L tokens of a row needs little merging, but is too large for the kernels.
         implementation = "blocks" if routing.kind == "prompt" else self.config.merged_ffn
         y_SxTxD = merged_ffn(
             x_BxNTxD.reshape(B * N, T, D),

@@ -32,9 +32,9 @@ PEAK_FLOPS = {
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
-    """`total` parameters, and `active` ones: what a token passes through.
+    """The `total` number of parameters, and the `active` ones, which a token passes through.
 
-    With merged experts that is the dense model; with chosen ones, a token's number on average.
+    With merged experts, those of the dense model; with chosen experts, the average per token.
     """
     D, F, V, Y = config.embed_dim, config.mlp_dim, config.vocab_size, config.num_layers
     tables = (1 if config.tie_embeddings else 2) * V * D
@@ -75,7 +75,7 @@ def baselines(config: ModelConfig) -> dict[str, ModelConfig]:
 
 
 def _chosen(config: ModelConfig) -> float:
-    """Expert FFNs per token; 1 where they are merged, or dense."""
+    """Expert FFNs per token; 1 if the experts are merged or the model is dense."""
     if not config.is_sparse:
         return 1
     if config.routing in GATED:
@@ -91,7 +91,7 @@ def _merge_flops(config: ModelConfig) -> float:
 
 
 def _attention_parameters(config: ModelConfig) -> int:
-    """Of one layer: queries and output whole, keys and values for their own heads alone."""
+    """Attention parameters of one layer; keys and values have only their own number of heads."""
     D = config.embed_dim
     return 2 * D * D + 2 * D * D * config.kv_heads // config.num_heads
 

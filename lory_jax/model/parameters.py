@@ -42,7 +42,9 @@ class Initializer:
     def _declare(self, values: Array, axes: tuple[str, ...]) -> nnx.Param:
         axes = ("layers",) * len(self._stack) + axes
         if values.ndim != len(axes):
-            raise ValueError(f"a parameter of shape {values.shape} needs as many axes, got {axes}")
+            raise ValueError(
+                f"a parameter of shape {values.shape} needs {values.ndim} axis names, got {axes}"
+            )
         return nnx.Param(values, axes=axes)
 
     def _next_key(self) -> Array:

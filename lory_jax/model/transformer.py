@@ -116,7 +116,7 @@ class Transformer(nnx.Module):
     def embed(self, tokens_BxL: Array) -> Array:
         """`[B, L, D]` in the compute type."""
         with jax.named_scope("embedding"):
-            # Gathered whole, so that every device looks its own tokens up: a table that is sharded
+            # Gathered whole, so that every device looks up its own tokens: a table that is sharded
             # over both its axes makes the compiler replicate the activations instead.
             table_VxD = constrain(self.embedding[...], "whole", "activation_embed")
             x_BxLxD = table_VxD[tokens_BxL].astype(self.config.compute_dtype)

@@ -31,7 +31,7 @@ class Program:
       text: its optimised HLO; "" if the program does not fit into memory.
       arguments: bytes per device of state and batch.
       temporaries: bytes per device of everything else.
-      seconds: of tracing and compiling.
+      seconds: how long tracing and compiling took.
     """
 
     text: str
@@ -101,7 +101,7 @@ def memory_needed(message: str) -> int:
     Raises:
       InputError: the message is not about memory.
     """
-    is_hbm = "memory space vmem" not in message  # a kernel that does not fit the chip is no size
+    is_hbm = "memory space vmem" not in message  # otherwise one kernel did not fit on the chip
     patterns = (r"Used ([\d.]+)([KMGT]?)i?B? of", r"\(([\d.]+)([KMGT])\) exceeds available HBM")
     for pattern in patterns:
         if is_hbm and (found := re.search(pattern, message)):

@@ -19,7 +19,7 @@ BATCH_CHARACTERS = 4_000_000
 
 @dataclass(frozen=True)
 class TokenizedDocuments:
-    """Every document as BOS + tokens + EOS, end to end.
+    """Every document as BOS + tokens + EOS, concatenated.
 
     Attributes:
       tokens_T: uint16 or uint32, by the size of the vocabulary.
@@ -35,7 +35,7 @@ class TokenizedDocuments:
         return np.diff(self.starts_N1)
 
     def stream(self, order_N: np.ndarray) -> np.ndarray:
-        """Returns the documents' tokens end to end in the order given, `[T]`."""
+        """Returns the documents' tokens, concatenated in the order given, `[T]`."""
         pieces = [self.tokens_T[self.starts_N1[i] : self.starts_N1[i + 1]] for i in order_N]
         return np.concatenate(pieces) if pieces else self.tokens_T[:0]
 
@@ -109,7 +109,7 @@ def write_shards(directory: Path, instances_NxL1: np.ndarray, per_shard: int) ->
     paths = []
     for shard in range(num_shards):
         path = directory / f"part-{shard:05d}-of-{num_shards:05d}.array_record"
-        # Grain reads single records at random; of larger groups it would read and drop the rest.
+        # Grain reads single records at random; of larger groups it would discard the rest.
         writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
         rows = instances_NxL1[shard * per_shard : (shard + 1) * per_shard]
         label = f"writing {directory.name}, shard {shard + 1} of {num_shards}"

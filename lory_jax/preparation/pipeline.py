@@ -50,7 +50,7 @@ Splits = dict[str, list[Document]]
 
 @dataclass(frozen=True)
 class Orders:
-    """The orders of the training documents that could be found.
+    """The orders of the training documents that could be computed.
 
     Attributes:
       by_name: `random` and, where there are neighbours to follow, `similar`; int64 `[N]` each.
@@ -153,7 +153,7 @@ def prepare(
 
 
 class Stages:
-    """Measures the stages and reports each on standard error.
+    """Times the stages and reports each on standard error.
 
     Attributes:
       seconds: what every stage so far has taken, by name.
@@ -164,7 +164,7 @@ class Stages:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Measures what is done inside the `with` block."""
+        """Times what is done inside the `with` block."""
         start = time.monotonic()
         yield
         self.seconds[name] = round(time.monotonic() - start, 2)

@@ -18,8 +18,8 @@ def is_prepared(out: Path, settings: dict[str, Any]) -> bool:
     """Returns whether `out` is complete, intact and made with these settings.
 
     Raises:
-      InputError: `out` is neither that nor new: it holds something else, was prepared with other
-        settings, or is damaged.
+      InputError: `out` is neither prepared data nor new: it holds something else, was prepared with
+        other settings, or is damaged.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False

@@ -20,7 +20,7 @@ def check_source(source: RunDirectory, model_config: ModelConfig, data: Prepared
 
     Raises:
       ConfigError: the models differ; the message gives the fields that would make them agree.
-      InputError: `source` is no run directory, or has another tokenizer.
+      InputError: `source` is not a run directory, or has another tokenizer.
     """
     found = source.model_config
     # Parameters mean the same only if these fields agree; all others may change between runs.
@@ -31,7 +31,7 @@ def check_source(source: RunDirectory, model_config: ModelConfig, data: Prepared
     if wrong:
         fields = " ".join(f"config.model.{name}={getattr(found, name)}" for name in wrong)
         raise ConfigError(
-            f"init_from: {source} holds another model than config.model; set {fields}"
+            f"init_from: the model of {source} differs from config.model; set {fields}"
         )
     source.check_same_ids(data)
 

@@ -47,8 +47,8 @@ def routing_metrics(r_YxBxNxE: Array, last_active_YxE: Array, step: Array) -> tu
 def sparse_metrics(routed: Routed) -> Metrics:
     """Metrics of the sparse baselines, averaged over the layers.
 
-    `dropped_tokens` is the share of tokens (or segments) that no expert took; with token choice,
-    `load_balancing_loss` is 1 when all experts are chosen equally often, and `load_violation` says
+    `dropped_tokens` is the share of tokens (or segments) that no expert processed; with token
+    choice, `load_balancing_loss` is 1 when all experts are chosen equally often, and `load_violation` says
     by what part of the mean load the largest exceeds it (MaxVio of arXiv 2408.15664). With ReMoE,
     `load_balancing_loss` is its L1 loss.
     """
@@ -153,7 +153,7 @@ def make_train_step(
                 routed.weights_BxNxE, state["last_active_YxE"], new["step"]
             )
             metrics |= utilisation | sparse_metrics(routed)
-        # A select per element, inside the loop that writes the new value anyway.
+        # An elementwise select, fused into the loop that writes the new value anyway.
         kept = jax.tree.map(functools.partial(jnp.where, is_finite), new, state)
         return {**kept, "step": new["step"]}, metrics
 
@@ -174,7 +174,7 @@ def make_norms(model_config: ModelConfig, mesh: Mesh, microbatches: int) -> Call
             axes = tuple(range(1 if path[0].key == "layers" else 0, leaf.ndim))
             leaf = leaf.astype(jnp.float32)
             largest = jnp.max(jnp.abs(leaf), axis=axes, keepdims=True)
-            scaled = leaf / jnp.where(largest > 0, largest, 1.0)  # its squares do not overflow
+            scaled = leaf / jnp.where(largest > 0, largest, 1.0)  # so that squares do not overflow
             return jnp.sqrt(jnp.sum(jnp.square(scaled), axis=axes)) * jnp.squeeze(largest, axes)
 
         return jax.tree_util.tree_map_with_path(norm, tree)

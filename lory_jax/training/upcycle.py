@@ -2,9 +2,9 @@
 
 Under uniform routing an expert sees 1/E of the gradient that the dense FFN would see. Adam's
 moments are carried over at that scale, m/E and v/E^2, so that the first update moves every expert,
-and with them the merged function, as the dense step would. Two things shrink alike and are left as
-they are: Adam's epsilon counts E times as much against the smaller moments, and the global gradient
-norm is smaller (the experts' part by sqrt(E)), so clipping acts later.
+and with them the merged function, as the dense step would. Two side effects are not corrected:
+Adam's epsilon counts E times as much against the smaller moments, and the global gradient norm is
+smaller (the experts' part by sqrt(E)), so clipping sets in later.
 
 The sparse baselines are upcycled alike (Komatsuzaki et al. 2023, arXiv 2212.05055), and under a
 uniform router an expert's part of the gradient is `gradient_divisor` times smaller. With top2,
@@ -50,7 +50,7 @@ def make_upcycle(
     """
 
     def upcycle(dense: State) -> State:
-        # Not the key of the dense parameters: the router would start as a copy of some of their
+        # With the key of the dense parameters, the router would start as a copy of some of their
         # draws.
         key = jax.random.fold_in(jax.random.key(seed), 1)
         fresh = dict(init_params(model_config, key)["layers"]["ffn"])
@@ -79,7 +79,7 @@ def make_upcycle(
 
 
 def gradient_divisor(model_config: ModelConfig) -> float:
-    """The dense FFN's gradient over an expert's, if all experts get as much weight.
+    """The dense FFN's gradient divided by an expert's, if all experts have equal weight.
 
     Merged experts and those of top2 share each token's weight of 1. With top1, an expert sees 1/E
     of the tokens, each weighted with 1/E; expert choice has its capacity factor times as many, and

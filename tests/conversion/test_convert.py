@@ -139,7 +139,9 @@ def test_the_script_of_the_documentation_runs(run, tmp_path):
 
 def test_a_sparse_baseline_is_refused(data, tmp_path):
     workdir = write_run(tmp_path / "sparse", data, routing="top1")
-    with pytest.raises(InputError, match="routing is top1, whose experts are chosen, not merged"):
+    with pytest.raises(
+        InputError, match="routing is top1, which chooses experts instead of merging"
+    ):
         runs.export_run(RunDirectory(workdir), tmp_path / "hf", prompt="a")
 
 
@@ -238,7 +240,7 @@ def test_a_dense_start_evaluates_and_goes_back(hf, data, tmp_path):
     runs.import_llama(hf, workdir)
     result = evaluate_run(RunDirectory(workdir), data=data)
     assert set(result["perplexity"]) == {"ones", "threes"}
-    with pytest.raises(InputError, match=r"^data: .*trained elsewhere"):
+    with pytest.raises(InputError, match=r"^data: .*does not record its data"):
         evaluate_run(RunDirectory(workdir))
     runs.export_run(RunDirectory(workdir), tmp_path / "back")
     tokens = np.arange(20)[None]

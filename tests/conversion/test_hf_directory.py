@@ -191,7 +191,7 @@ def test_what_exists_is_not_written_over(mesh, tmp_path):
     config = tiny_config(vocab_size=VOCAB, num_experts=0)
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "mine").touch()
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="already exists"):
         export(tmp_path / "hf", config, params_of(config), None, mesh)
     assert [path.name for path in (tmp_path / "hf").iterdir()] == ["mine"]
 

@@ -455,7 +455,7 @@ def test_generation_line_by_line(evaluated, capsys):
 
 
 def test_what_is_missing_is_named(evaluated, tmp_path):
-    with pytest.raises(InputError, match="a dense model, which routes nothing"):
+    with pytest.raises(InputError, match="a dense model, which has no routing"):
         analyze.main([f"--workdir={evaluated / 'dense'}"])
     with pytest.raises(InputError, match=r"config\.json"):
         evaluate.main([f"--workdir={tmp_path}", f"--out={tmp_path / 'x.json'}"])

@@ -240,7 +240,7 @@ def test_fetching_writes_what_is_read(tmp_path, task_data, monkeypatch):
         "test.parquet",
         "train.parquet",
     ]
-    with pytest.raises(ConfigError, match=r"tasks: got 'mmlu', .*lory_paper or among piqa"):
+    with pytest.raises(ConfigError, match=r"tasks: got 'mmlu', .*lory_paper or one of piqa"):
         run_tasks.fetch_tasks(tmp_path / "local", "mmlu")
 
 

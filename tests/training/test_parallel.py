@@ -112,7 +112,7 @@ def test_experts_are_on_no_mesh_axis():
 
 
 def test_two_logical_axes_on_one_mesh_axis_are_refused():
-    with pytest.raises(ValueError, match="'vocab' on a mesh axis that is taken"):
+    with pytest.raises(ValueError, match="'vocab' on a mesh axis that is already used"):
         partition_spec(("mlp", "vocab"))
 
 

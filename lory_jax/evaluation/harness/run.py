@@ -92,7 +92,7 @@ def fetch_tasks(directory: Path, tasks: str) -> None:
     known = members()
     for name in _names(tasks):
         if name not in known:
-            raise ConfigError(f"tasks: got {name!r}, must be {GROUP} or among {', '.join(known)}")
+            raise ConfigError(f"tasks: got {name!r}, must be {GROUP} or one of {', '.join(known)}")
     fetch_task_data(directory, {name: known[name] for name in _names(tasks)})
 
 

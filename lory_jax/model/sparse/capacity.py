@@ -222,7 +222,8 @@ def chosen_ffn(
     """Sends every token through its own k experts; returns the weighted sum `[B, L, D]`.
 
     The tokens are sorted by expert, and `jax.lax.ragged_dot` multiplies each run of them with the
-    matrices of its expert. Under a mesh every device does so with its own tokens and slice of F.
+    matrices of its expert. On a mesh, every device multiplies its own tokens with its own slice of
+    F.
 
     Args:
       x_BxLxD: hidden states, in the compute type.

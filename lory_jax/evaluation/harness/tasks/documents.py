@@ -5,8 +5,8 @@ from typing import Any
 
 from datasets import Dataset
 
-MOST_DOCUMENTS = 2000  # of a split, as in MetaICL; the test set of amazon has 400,000
-MOST_CHARACTERS = 1000  # of a text, about the 256 tokens that MetaICL leaves a demonstration
+MOST_DOCUMENTS = 2000  # per split, as in MetaICL; the test set of amazon has 400,000
+MOST_CHARACTERS = 1000  # per text; about the 256 tokens that MetaICL allows per demonstration
 
 BLANK = "  _  ."
 
