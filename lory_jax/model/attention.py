@@ -137,8 +137,8 @@ def causal_attention(
 ) -> Array:
     """Causal attention of `[B, L, H, K]` over `[B, L, G, K]`, as described at the top of this file.
 
-    The logical axes say how the batch and the heads are sharded over the mesh, if there is one. With
-    `starts_BxL` (`document_starts`), attention stays inside documents.
+    The logical axes say how the batch and the heads are sharded over the mesh, if there is one.
+    With `starts_BxL` (`document_starts`), attention stays inside documents.
     """
     if implementation == "xla":
         return blocked_attention(query, key, value, starts_BxL=starts_BxL)

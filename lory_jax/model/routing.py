@@ -33,7 +33,8 @@ class Routed(NamedTuple):
       their probabilities.
     balance: the load-balancing loss, of ReMoE the L1 loss; None for other rules, and except in
       training.
-    dropped: the share of tokens or segments that no expert processed; None unless sparse, in training.
+    dropped: the share of tokens or segments that no expert processed; None unless sparse, in
+      training.
     load_E: the share of tokens that each expert processes, or is asked to; None unless tokens
       choose or have gates, in training.
     cutoff_E: where expert choice would cut off; None unless experts have thresholds, in training.

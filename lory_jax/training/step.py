@@ -48,9 +48,9 @@ def sparse_metrics(routed: Routed) -> Metrics:
     """Metrics of the sparse baselines, averaged over the layers.
 
     `dropped_tokens` is the share of tokens (or segments) that no expert processed; with token
-    choice, `load_balancing_loss` is 1 when all experts are chosen equally often, and `load_violation` says
-    by what part of the mean load the largest exceeds it (MaxVio of arXiv 2408.15664). With ReMoE,
-    `load_balancing_loss` is its L1 loss.
+    choice, `load_balancing_loss` is 1 when all experts are chosen equally often, and
+    `load_violation` says by what part of the mean load the largest exceeds it (MaxVio of arXiv
+    2408.15664). With ReMoE, `load_balancing_loss` is its L1 loss.
     """
     metrics: Metrics = {}
     if routed.load_E is not None:
