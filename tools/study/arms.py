@@ -35,7 +35,7 @@ class Family:
       settings: what all its trials share.
       grid: the values of every field that is tuned; their product has `TRIALS` points.
       group: the place in the order of runs; lower comes first.
-      cost: seconds of a step, as a multiple of the dense model's.
+      cost: a guess of a step's seconds, as a multiple of the dense model's.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Arm:
       factors: tuned values that it multiplies, by field.
       seeds: how many seeds, from 0.
       group: the place in the order of runs; lower comes first.
-      cost: seconds of a step, as a multiple of the dense model's.
+      cost: a guess of a step's seconds, as a multiple of the dense model's.
       data: "similar" or "random", the order of the training documents.
       measures: what is measured beside losses: "routing" (of domains), "prompt" (routing by it).
     """
@@ -80,7 +80,7 @@ class Arm:
 
 
 def expert_cost(experts: int) -> float:
-    """How a step grows with merged experts: measured at 8 and 32 on one core."""
+    """How a step grows with merged experts: a guess, for the order of runs and the time left."""
     return 1.0 + experts / 60
 
 

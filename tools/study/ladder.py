@@ -2,11 +2,11 @@
 
     L(N, E, D) = c + a * N^-(alpha - gamma * ln E') * E'^-delta + b * D^-beta
 
-N are the parameters of matrix products that a token passes through (without embedding), D the
-training tokens in millions, E' = max(E, 1). This is the joint law of Ludziejewski et al. (2025,
-arXiv 2502.05172), without the interaction of experts and tokens: gamma says whether the worth of
-experts shrinks as the model grows. A Lory of N parameters is worth a dense model of m * N if both
-have the same loss at the same D; m is its dense-equivalent parameter multiplier.
+N are the active parameters, embedding and head included; D the training tokens in millions; E' =
+max(E, 1). It is a reduced form of the joint law of Ludziejewski et al. (2025, arXiv 2502.05172):
+experts act on the term of the model's size alone, not on that of the tokens. gamma says whether the
+worth of experts shrinks as the model grows. A Lory of N parameters is worth a dense model of m * N
+if both have the same loss at the same D; m is its dense-equivalent parameter multiplier.
 """
 
 import math
