@@ -11,7 +11,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from lory_jax.console import progress
-from lory_jax.data.instances import token_dtype
+from lory_jax.data.instances import INSTANCE_DOMAINS_NAME, token_dtype
 from lory_jax.data.tokenizer import Tokenizer
 
 BATCH_CHARACTERS = 4_000_000
@@ -79,6 +79,51 @@ def cut_instances(tokens_T: np.ndarray, sequence_length: int) -> np.ndarray:
         return np.empty((0, sequence_length + 1), tokens_T.dtype)
     windows = np.lib.stride_tricks.sliding_window_view(tokens_T, sequence_length + 1)
     return windows[::sequence_length]
+
+
+def instance_domains(
+    lengths_N: np.ndarray, domains_N: np.ndarray, sequence_length: int
+) -> np.ndarray:
+    """Returns the domain that most targets of each instance come from, uint16 `[instances]`.
+
+    Of domains with equally many targets, the one with the lowest number counts.
+
+    Args:
+      lengths_N: tokens of the documents, in the order of the stream that `cut_instances` cuts.
+      domains_N: the domain of each, as a number below 65,536.
+      sequence_length: L.
+    """
+    lengths_N, domains_N = np.asarray(lengths_N, np.int64), np.asarray(domains_N, np.int64)
+    num_instances = count_instances(int(lengths_N.sum()), sequence_length)
+    end = num_instances * sequence_length
+    # Token 0 is no target, so target t is token t + 1. A piece lies in one document and one
+    # instance; the pieces of an instance follow each other.
+    document_ends_N = np.clip(np.cumsum(lengths_N) - 1, 0, end)
+    borders = np.union1d(document_ends_N, np.arange(0, end + 1, sequence_length))
+    starts_P, sizes_P = borders[:-1], np.diff(borders)
+    documents_P = np.searchsorted(document_ends_N, starts_P, side="right")
+    num_domains = int(domains_N.max(initial=0)) + 1
+    keys_P = starts_P // sequence_length * num_domains + domains_N[documents_P]
+    keys_K, positions_P = np.unique(keys_P, return_inverse=True)
+    targets_K = np.bincount(positions_P, weights=sizes_P)
+    # The last key of an instance in this order has the most targets and the lowest domain.
+    order_K = np.lexsort((-keys_K, targets_K, keys_K // num_domains))
+    instances_K = keys_K[order_K] // num_domains
+    is_last_K = np.append(instances_K[1:] != instances_K[:-1], True)[: len(instances_K)]
+    return (keys_K[order_K][is_last_K] % num_domains).astype(np.uint16)
+
+
+def write_instance_domains(directory: Path, domains_N: np.ndarray) -> Path:
+    """Writes the domains of the training instances beside their shards, for `data.mixture`.
+
+    Args:
+      directory: of the prepared data; `train/` holds the instances.
+      domains_N: for each instance in the order of the shards, its place among the sorted names of
+        the domains of the training split.
+    """
+    path = directory / INSTANCE_DOMAINS_NAME
+    np.save(path, domains_N.astype("<u2"), allow_pickle=False)
+    return path
 
 
 def write_shards(directory: Path, instances_NxL1: np.ndarray, per_shard: int) -> list[Path]:
