@@ -13,22 +13,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from lory_jax.errors import InputError
 from lory_jax.preparation.embedding.sentence_encoder import SentenceEncoder
 
-WORDS = [
-    "the",
-    "a",
-    "router",
-    "expert",
-    "segment",
-    "merged",
-    "weights",
-    "of",
-    "tokens",
-    "and",
-    "documents",
-    "in",
-    "every",
-    "layer",
-]
+WORDS = ["the", "router", "expert", "segment", "merged", "weights", "of", "documents", "layers"]
 CONFIG = {
     "hidden_size": 48,
     "num_hidden_layers": 3,
