@@ -66,6 +66,7 @@ def convert(proto: Any, name: str) -> str:
         raise InputError(
             f"{name}: must be a BPE or a unigram model with spaces at the beginning of words"
         )
+    model: models.Model
     if trained.model_type == BPE:
         model = models.BPE(
             vocab={piece.piece: i for i, piece in enumerate(pieces)},

@@ -41,8 +41,8 @@ class Input:
       stamp: changes when the contents do: a time, an entity tag, or a version.
       domain: that of documents that name none.
       origin: that of a text; "" for records.
-      part: what to read, from the first number up to the second: bytes of JSON lines, row groups
-        of Parquet, record batches of Arrow, examples of TFDS; None reads everything.
+      first, end: what to read, from the first number up to the other: bytes of JSON lines, row
+        groups of Parquet, record batches of Arrow, examples of TFDS; without an end, everything.
     """
 
     path: str
@@ -52,7 +52,13 @@ class Input:
     stamp: str
     domain: str
     origin: str = ""
-    part: tuple[int, int] | None = None
+    first: int = 0
+    end: int | None = None
+
+    @property
+    def part(self) -> tuple[int, int] | None:
+        """What to read, or None for everything."""
+        return None if self.end is None else (self.first, self.end)
 
 
 class File(NamedTuple):
@@ -143,7 +149,8 @@ def _parts(input: Input, part_bytes: int) -> list[Input]:
         bounds = arrow_files.divide(input.path, input.kind, part_bytes)
     else:
         return [input]
-    return [replace(input, part=part) for part in itertools.pairwise(bounds)] or [input]
+    parts = [replace(input, first=a, end=b) for a, b in itertools.pairwise(bounds)]
+    return parts or [input]
 
 
 # ---------------------------------------------------------------- finding files
