@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lory_jax.data.mixture import is_mixture
 from lory_jax.errors import ConfigError
 from lory_jax.model.routing_rules import MERGED, SPARSE
 
@@ -307,7 +308,17 @@ SCHEMA: dict[str, dict[str, Field]] = {
             ),
             "instances_per_shard": _int(8192, "instances in one ArrayRecord file", 1),
         }
-    ),
+    )
+    | {
+        # Read by `train`, not by `prepare`: it is no setting of prepared data.
+        "mixture": Field(
+            "",
+            "shares of the training instances by domain, such as books=2,web=0.5; empty draws each "
+            "instance once per epoch",
+            "name=weight,… with each domain once, or empty",
+            is_mixture,
+        ),
+    },
 }
 
 
@@ -339,13 +350,13 @@ def section_defaults(section: str) -> dict[str, Any]:
 def may_change(section: str, name: str) -> bool:
     """Whether a run may be resumed with another value of a field.
 
-    A field of an older version, which the schema no longer has, may change where all of its section
-    may.
+    A field of an older version, which the schema no longer has, may change where most of its
+    section may.
     """
     fields = SCHEMA.get(section, {})
     if name in fields:
         return fields[name].may_change
-    return bool(fields) and all(field.may_change for field in fields.values())
+    return 2 * sum(field.may_change for field in fields.values()) > len(fields)
 
 
 def describe_fields() -> str:

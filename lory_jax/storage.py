@@ -36,9 +36,10 @@ def storage_path(text: str | Path) -> Path:
     Raises:
       UnusablePath: the package for the scheme is not installed, or the scheme is unknown.
     """
-    scheme, separator, _ = str(text).partition("://")
+    head, separator, _ = str(text).partition("://")
     if not separator:
         return Path(text)
+    scheme = head.rpartition(",")[2]  # of the first address of several: "A,gs://B"
     if scheme not in PACKAGES:
         raise UnusablePath(
             f"{text}: got scheme {scheme}://, must be a directory, or an address at gs:// or s3://"

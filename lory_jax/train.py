@@ -29,7 +29,11 @@ def main(argv: list[str]) -> None:
     parser = cli.Parser("train", __doc__)
     parser.add_config_flag()
     parser.add_argument(
-        "--data", required=True, type=storage_path, help="directory written by prepare"
+        "--data",
+        required=True,
+        type=storage_path,
+        metavar="DIR[,DIR…]",
+        help="directory written by prepare; several, with one tokenizer, are joined",
     )
     parser.add_argument("--workdir", required=True, type=storage_path, help="run directory")
     parser.add_argument(

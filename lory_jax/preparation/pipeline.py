@@ -90,7 +90,7 @@ def make_settings(
         "sequence_length": config.model.sequence_length,
         "vocab_size": config.model.vocab_size,
         "tokenizer": tokenizer.sha256 if tokenizer else "trained",
-        "data": config.data.to_dict(),
+        "data": {k: v for k, v in config.data.to_dict().items() if k != "mixture"},
     }
 
 

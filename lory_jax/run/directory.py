@@ -250,8 +250,7 @@ class RunDirectory:
           InputError: another process trains in the directory, it cannot be written, or it holds a
             run with another config or other data.
         """
-        path = data.directory if data.is_remote else data.directory.resolve()
-        dataset = Dataset(str(path), data.digest)
+        dataset = Dataset(data.address, data.digest)
         try:
             if not is_remote(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)

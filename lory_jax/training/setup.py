@@ -90,6 +90,7 @@ def setup(
         seed=train.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        mixture=config.data.mixture,
     )
     validation_rows = train.validation_batches * train.global_batch_size
     validation_sets = {
@@ -151,3 +152,5 @@ def announce(
         + (f", merged FFN by {model_config.merged_ffn}" if num_experts else "")
         + ("" if peak_flops(device) else " (peak FLOP/s unknown: MFU is not reported)")
     )
+    if batches.mixture is not None:
+        say(batches.mixture.describe(config.train.steps * config.train.global_batch_size))
