@@ -14,9 +14,9 @@ import numpy as np
 
 COSINE = 0.95
 JACCARD = 0.7
-SHINGLE_TOKENS = 3
+SHINGLE_BYTES = 24  # about; a shingle is a number of tokens
 # What lies between the common beginning and the common end of two documents.
-SHORT_DIFFERENCE_TOKENS = 8
+SHORT_DIFFERENCE_SHINGLES = 2
 SHORT_DIFFERENCE_SHARE = 0.01
 DIFFERENCE_JACCARD = 0.5
 # Of a group of near duplicates so many kept documents are compared with the next one.
@@ -38,7 +38,10 @@ def repeated(digest_Nx2: np.ndarray, place_Nx2: np.ndarray) -> np.ndarray:
 
 
 def near_duplicates(
-    ids_NxK: np.ndarray, similarities_NxK: np.ndarray, tokens_of: Callable[[int], np.ndarray]
+    ids_NxK: np.ndarray,
+    similarities_NxK: np.ndarray,
+    tokens_of: Callable[[int], np.ndarray],
+    width: int,
 ) -> dict[int, int]:
     """Returns which documents repeat another one, and which.
 
@@ -48,6 +51,7 @@ def near_duplicates(
       ids_NxK: the neighbours of each document, -1 for none.
       similarities_NxK: their cosines.
       tokens_of: returns the tokens of a document, without BOS and EOS.
+      width: tokens of a shingle.
     """
     rows, columns = np.nonzero((similarities_NxK > COSINE) & (ids_NxK >= 0))
     repeats: dict[int, int] = {}
@@ -55,7 +59,7 @@ def near_duplicates(
         kept: list[tuple[int, np.ndarray]] = []
         for doc in group:
             tokens = tokens_of(doc)
-            of = next((k for k, other in kept[-COMPARED:] if is_near(tokens, other)), None)
+            of = next((k for k, other in kept[-COMPARED:] if is_near(tokens, other, width)), None)
             if of is None:
                 kept.append((doc, tokens))
             else:
@@ -63,14 +67,19 @@ def near_duplicates(
     return repeats
 
 
-def is_near(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether the tokens of two documents are nearly the same."""
+def shingle_width(bytes_per_token: float) -> int:
+    """Returns the tokens of a shingle; of fewer bytes, all texts of few words would share them."""
+    return max(1, round(SHINGLE_BYTES / bytes_per_token))
+
+
+def is_near(a: np.ndarray, b: np.ndarray, width: int) -> bool:
+    """Whether the tokens of two documents are nearly the same, by shingles of `width` tokens."""
     shorter, longer = sorted((len(a), len(b)))
-    if shorter < JACCARD * longer or _jaccard(a, b) < JACCARD:
+    if shorter < JACCARD * longer or _jaccard(a, b, width) < JACCARD:
         return False
     a, b = _differing_parts(a, b)
-    short = max(SHORT_DIFFERENCE_TOKENS, SHORT_DIFFERENCE_SHARE * longer)
-    return max(len(a), len(b)) <= short or _jaccard(a, b) >= DIFFERENCE_JACCARD
+    short = max(SHORT_DIFFERENCE_SHINGLES * width, SHORT_DIFFERENCE_SHARE * longer)
+    return max(len(a), len(b)) <= short or _jaccard(a, b, width) >= DIFFERENCE_JACCARD
 
 
 def _differing_parts(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -84,24 +93,25 @@ def _differing_parts(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return a[: len(a) - tail], b[: len(b) - tail]
 
 
-def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
+def _jaccard(a: np.ndarray, b: np.ndarray, width: int) -> float:
     """Returns the share of distinct shingles that both have."""
-    a_shingles, b_shingles = _shingles(a), _shingles(b)
+    a_shingles, b_shingles = _shingles(a, width), _shingles(b, width)
     union = np.union1d(a_shingles, b_shingles)
     if not len(union):
         return float(np.array_equal(a, b))
     return (len(a_shingles) + len(b_shingles) - len(union)) / len(union)
 
 
-def _shingles(tokens: np.ndarray) -> np.ndarray:
+def _shingles(tokens: np.ndarray, width: int) -> np.ndarray:
     """Returns the distinct shingles as hashes; documents shorter than a shingle have one."""
     if not len(tokens):
         return np.empty(0, np.uint64)
-    width = max(len(tokens) - SHINGLE_TOKENS + 1, 1)
-    hashes = np.zeros(width, np.uint64)
-    for shift in range(min(SHINGLE_TOKENS, len(tokens))):
+    count = max(len(tokens) - width + 1, 1)
+    hashes = np.zeros(count, np.uint64)
+    for shift in range(min(width, len(tokens))):
         # Wraps around: only equality matters.
-        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + tokens[shift : shift + width] + 1
+        following = tokens[shift : shift + count].astype(np.uint64)
+        hashes = (hashes + following + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     return np.unique(hashes)
 
 

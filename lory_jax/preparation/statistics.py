@@ -208,13 +208,16 @@ def summary(manifest: Manifest) -> str:
     """Returns a table of the tokens per domain and split, and how similar neighbours are."""
     domains = sorted({name for split in manifest.counts.values() for name in split["domains"]})
     nothing = {"tokens": 0, "bytes": 0}
-    lines = [f"{'tokens':<24}" + "".join(f"{split:>14}" for split in manifest.counts)]
+    # A manifest on disk is sorted by name.
+    splits = ["train", *sorted(manifest.counts.keys() - {"train"}, reverse=True)]
+    counts_of = [manifest.counts[split] for split in splits]
+    lines = [f"{'tokens':<24}" + "".join(f"{split:>14}" for split in splits)]
     for domain in domains:
-        found = [split["domains"].get(domain, nothing) for split in manifest.counts.values()]
+        found = [split["domains"].get(domain, nothing) for split in counts_of]
         tokens, size = (sum(counts[key] for counts in found) for key in ("tokens", "bytes"))
         row = "".join(f"{counts['tokens']:>14,}" for counts in found)
         lines.append(f"{domain:<24}{row}   {size / tokens:.2f} bytes/token")
-    instances = "".join(f"{split['instances']:>14,}" for split in manifest.counts.values())
+    instances = "".join(f"{split['instances']:>14,}" for split in counts_of)
     lines.append(f"{'instances':<24}{instances}")
     train = manifest.counts["train"]
     documents = sum(counts["documents"] for counts in train["domains"].values())

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lory_jax.errors import InputError
-from lory_jax.preparation.deduplication import near_duplicates
+from lory_jax.preparation.deduplication import near_duplicates, shingle_width
 from lory_jax.preparation.engine.columns import write_array
 from lory_jax.preparation.engine.work import Facts, Work, hash_sum
 from lory_jax.preparation.neighbors import Neighbors, find_neighbors, has_scann
@@ -98,7 +98,13 @@ def _order(rows: Rows, work: Work) -> Ordered:
     near: dict[int, int] = {}
     if data["drop_near_duplicates"]:
         tokens = rows.tokens
-        near = near_duplicates(found.ids_NxK, found.similarities_NxK, lambda doc: tokens[doc][1:-1])
+        bytes_per_token = int(rows.bytes_N.sum()) / max(len(tokens.values) - 2 * len(rows), 1)
+        near = near_duplicates(
+            found.ids_NxK,
+            found.similarities_NxK,
+            lambda doc: tokens[doc][1:-1],
+            shingle_width(bytes_per_token),
+        )
     if near:
         is_kept_N = np.ones(len(rows), bool)
         is_kept_N[list(near)] = False
