@@ -1,5 +1,6 @@
 """The local engine: the tasks of a stage in processes of this machine."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -41,7 +42,9 @@ class LocalPool:
         """
         if self._workers == 1 or len(tasks) == 1:
             for task in tasks:
-                yield task, run_task(str(work.root), stage, task)
+                with _quiet() if len(tasks) > 1 else contextlib.nullcontext():
+                    rows = run_task(str(work.root), stage, task)
+                yield task, rows
             return
         waiting, failures = list(reversed(tasks)), dict.fromkeys(tasks, 0)
         running: dict[Future[int], int] = {}
@@ -100,10 +103,16 @@ class LocalPool:
             process.join()
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the progress lines of tasks, which would hide that of the stage."""
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stderr(nothing):
+        yield
+
+
 def _begin(parent: int) -> None:
     """Prepares a worker: the parent handles Ctrl-C, and a worker without a parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Progress lines of many tasks at once would be unreadable; the parent reports the stage.
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

@@ -57,9 +57,9 @@ def list_inputs(source: str) -> list[Input]:
 def group_into_tasks(inputs: Sequence[Input]) -> list[list[int]]:
     """Groups inputs into tasks of about 64 MiB; the grouping depends on nothing but the inputs."""
     groups: list[list[int]] = []
-    size = TASK_BYTES
+    size = 0
     for i, each in enumerate(inputs):
-        if size + each.size > TASK_BYTES:
+        if not groups or size + each.size > TASK_BYTES:
             groups.append([])
             size = 0
         groups[-1].append(i)
