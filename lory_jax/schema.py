@@ -307,6 +307,15 @@ SCHEMA: dict[str, dict[str, Field]] = {
                 20_000_000, "bytes of training text that the tokenizer is trained on", 1
             ),
             "instances_per_shard": _int(8192, "instances in one ArrayRecord file", 1),
+            "shard_documents": _int(
+                200_000, "training documents that are put in order together, at most", 2
+            ),
+            "drop_near_duplicates": _bool(
+                True, "leave out documents that repeat a neighbour almost word for word"
+            ),
+            "eval_instances": _int(
+                0, "instances of each domain in each held-out set; 0 keeps all", 0
+            ),
         }
     )
     | {

@@ -6,7 +6,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -37,6 +37,8 @@ class Manifest:
         `tokens` (BOS and EOS included) and `bytes`, and for evaluation splits `instances`.
       similarity: how similar consecutive documents are, in similarity order and in random order.
       files: relative path to `{"sha256": ..., "bytes": ...}`.
+      inputs: path, size and stamp of everything that was read; empty in older directories.
+      dropped: how many documents were left out, by reason.
     """
 
     settings: dict[str, Any]
@@ -45,6 +47,8 @@ class Manifest:
     counts: dict[str, Any]
     similarity: dict[str, Any]
     files: dict[str, dict[str, Any]]
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+    dropped: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, contents: bytes, path: Path) -> "Manifest":
@@ -94,11 +98,16 @@ class Manifest:
 
 
 def _check_types(manifest: Manifest) -> None:
-    dictionaries = (manifest.settings, manifest.counts, manifest.similarity, manifest.files)
+    dictionaries = (
+        *(manifest.settings, manifest.counts, manifest.similarity, manifest.files),
+        manifest.dropped,
+    )
     if not all(isinstance(value, dict) for value in (*dictionaries, *manifest.files.values())):
         raise TypeError("an object is missing")
     if not all({"sha256", "bytes"} <= entry.keys() for entry in manifest.files.values()):
         raise KeyError("sha256 or bytes of a file")
+    if not all({"path", "size", "stamp"} <= entry.keys() for entry in manifest.inputs):
+        raise KeyError("path, size or stamp of an input")
     if not isinstance(manifest.sequence_length, int) or not isinstance(manifest.vocab_size, int):
         raise TypeError("sequence_length and vocab_size are not integers")
 

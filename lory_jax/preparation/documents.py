@@ -19,6 +19,11 @@ class Document:
     domain: str
     origin: str
 
+    @property
+    def num_bytes(self) -> int:
+        """The size of the text in UTF-8."""
+        return len(self.text.encode())
+
 
 def join_pieces(pieces: Iterable[str], enough_bytes: int) -> Iterator[str]:
     """Joins neighbours, separated by an empty line, until each is at least `enough_bytes` long."""

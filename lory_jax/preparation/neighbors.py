@@ -3,6 +3,7 @@
 Shapes: N documents, D dimensions, K neighbours, B documents of a batch.
 """
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +76,11 @@ def find_neighbors(
         ids_NxK[rows, :width] = ids_BxC[:, :width]
         similarities_NxK[rows, :width] = similarities_BxC[:, :width]
     return Neighbors(ids_NxK, similarities_NxK, method)
+
+
+def has_scann() -> bool:
+    """Whether ScaNN is installed."""
+    return importlib.util.find_spec("scann") is not None
 
 
 def recall(approximate_ids_NxK: np.ndarray, exact_ids_NxK: np.ndarray) -> float:

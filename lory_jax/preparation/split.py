@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lory_jax.errors import InputError
 from lory_jax.preparation.documents import Document
@@ -34,11 +34,12 @@ def split_by_origin(
     sizes: dict[str, Counter[str]] = defaultdict(Counter)
     totals: Counter[str] = Counter()
     for document in documents:
-        size = len(document.text.encode())
+        size = document.num_bytes
         sizes[document.origin][document.domain] += size
         totals[document.domain] += size
+    num_origins = Counter(domain for of_origin in sizes.values() for domain in of_origin)
     for domain in sorted(totals):
-        origins = sum(domain in of_origin for of_origin in sizes.values())
+        origins = num_origins[domain]
         if origins < fewest:
             raise InputError(
                 f"domain {domain!r}: has {origins} origins, requires at least {fewest} "
@@ -60,6 +61,23 @@ def split_by_origin(
     for document in documents:
         result[side.get(document.origin, "train")].append(document)
     return result
+
+
+def side_by_threshold(origin: str, fractions: Mapping[str, float], seed: int) -> str:
+    """Returns the side of an origin by its hash alone, without knowing the other origins.
+
+    Args:
+      origin: the documents' origin.
+      fractions: the share of each side but `train`, in a fixed order.
+      seed: that of the split.
+    """
+    digest = hashlib.sha256(f"{seed}:{origin}".encode()).digest()
+    place = int.from_bytes(digest[:8], "big") / 2**64
+    for side, fraction in fractions.items():
+        if place < fraction:
+            return side
+        place -= fraction
+    return "train"
 
 
 def _fill(
@@ -85,9 +103,13 @@ def _fill(
             side[origin] = split
             filled.update(sizes[origin])
     # A domain with only a few big origins may have received none: it gives its smallest.
+    origins: dict[str, list[str]] = defaultdict(list)
+    for origin in order:
+        for domain in sizes[origin]:
+            origins[domain].append(origin)
     for domain in sorted(totals):
         if not filled[domain]:
-            free = [o for o in order if domain in sizes[o] and o not in side]
+            free = [origin for origin in origins[domain] if origin not in side]
             if len(free) < 2:
                 raise InputError(
                     f"domain {domain!r}: shares its origins with other domains, and none is left "

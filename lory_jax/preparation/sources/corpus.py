@@ -76,8 +76,14 @@ def read_directory(root: Path) -> Iterator[Document]:
         if path.suffix == ".jsonl":
             yield from read_json_lines(path)
             continue
-        domain = parts[0] if len(parts) > 1 else root.resolve().name
-        yield Document(_read_text(path), domain, "/".join(parts[:2]))
+        yield read_text_file(root, path)
+
+
+def read_text_file(root: Path, path: Path) -> Document:
+    """Returns the document that is a file below `root`."""
+    parts = path.relative_to(root).parts
+    domain = parts[0] if len(parts) > 1 else root.resolve().name
+    return Document(_read_text(path), domain, "/".join(parts[:2]))
 
 
 def read_json_lines(path: Path) -> Iterator[Document]:

@@ -1,0 +1,71 @@
+"""Stages `cluster` and `assign`: the leaves of a k-means tree, and the documents of each.
+
+`assign` writes the training rows of a reading task sorted by leaf; `starts_C1` says where each leaf
+begins. A corpus of at most one shard has one leaf.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from lory_jax.preparation.clustering import leaf_centres, nearest
+from lory_jax.preparation.engine.columns import read_array, write_array
+from lory_jax.preparation.engine.work import Facts, Work, hash_sum
+from lory_jax.preparation.stages import read, select
+from lory_jax.preparation.stages.rows import read_rows
+from lory_jax.preparation.stages.split import EVALUATION_SPLITS, SPLITS, TRAIN
+from lory_jax.preparation.statistics import check_sizes
+
+# Leaves are aimed at half a shard, since k-means on a sample is unbalanced and errs.
+LEAF_SHARE = 0.5
+
+
+def count(work: Work) -> int:
+    """One task."""
+    return 1
+
+
+def run(work: Work, task: int, out: Path) -> Facts:
+    """Finds the centres of the leaves; first of all, it checks that there are tokens enough."""
+    _check(work)
+    documents, largest = select.num_training_documents(work), work.data["shard_documents"]
+    dim = work.data["embedding_dim"]
+    centres_CxD = np.zeros((1, dim), np.float32)
+    if documents > largest:
+        readers = range(read.count(work))
+        sample = [read_array(work.directory("encode", reader), "sample") for reader in readers]
+        vectors_SxD = np.concatenate(sample).astype(np.float32)
+        leaf = max(int(largest * LEAF_SHARE), 1)
+        centres_CxD = leaf_centres(vectors_SxD, documents, leaf, work.settings["seed"])
+    write_array(out, "centres", centres_CxD)
+    return Facts(values={"leaves": len(centres_CxD)})
+
+
+def run_assign(work: Work, task: int, out: Path) -> Facts:
+    """Sorts the training documents of a reading task by leaf."""
+    rows = read_rows(work.directory("encode", task) / "train")
+    centres_CxD = read_array(work.directory("cluster"), "centres")
+    leaf_N = np.zeros(len(rows), np.int64)
+    if len(centres_CxD) > 1:
+        leaf_N = nearest(rows.vectors_NxD.astype(np.float32), centres_CxD)
+    by_leaf_N = np.argsort(leaf_N, kind="stable")
+    (rows.take(by_leaf_N) if len(centres_CxD) > 1 else rows).write(out / "train")
+    write_array(out, "starts", np.searchsorted(leaf_N[by_leaf_N], np.arange(len(centres_CxD) + 1)))
+    return Facts(len(rows), hash_sum(rows.digest_Nx2[:, 0]))
+
+
+def _check(work: Work) -> None:
+    tokens: dict[str, Counter[str]] = {name: Counter() for name in SPLITS}
+    for task in range(read.count(work)):
+        for name, by_domain in work.values("encode", task)["tokens"].items():
+            tokens[name].update(by_domain)
+    fractions = {name: work.data[f"{name}_fraction"] for name in EVALUATION_SPLITS}
+    check_sizes(
+        num_training_documents=select.num_training_documents(work),
+        training_tokens=sum(tokens[TRAIN].values()),
+        held_out_tokens={name: tokens[name] for name in EVALUATION_SPLITS},
+        fractions=fractions,
+        domains=work.values("split")["domains"],
+        sequence_length=work.settings["sequence_length"],
+    )
