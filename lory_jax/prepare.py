@@ -33,11 +33,11 @@ def main(argv: list[str]) -> None:
     )
     args = parser.parse(argv)
 
-    # Slow imports come after the flags, so that --help and a wrong flag answer at once.
+    # Slow imports come after the flags, so that --help and flag errors do not wait for them.
     from lory_jax.data.tokenizer import Tokenizer
     from lory_jax.preparation.pipeline import make_settings, prepare
     from lory_jax.preparation.staging import is_prepared, staging_directory
-    from lory_jax.preparation.statistics import summary
+    from lory_jax.preparation.statistics import preparation_summary
 
     out = Path(args.out).resolve()
     tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
         return
     with staging_directory(out) as staging:
         manifest = prepare(settings, args.config, tokenizer, staging)
-    print(summary(manifest))
+    print(preparation_summary(manifest))
     print(f"wrote {out}")
 
 

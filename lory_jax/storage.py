@@ -47,7 +47,7 @@ def storage_path(text: str | Path) -> Path:
     package = PACKAGES[scheme]
     if importlib.util.find_spec(package) is None:
         raise UnusablePath(f"{text}: requires the package {package}; pip install {package}")
-    # Imported here so that verbs start fast.
+    # Imported here so that commands start fast.
     from etils import epath
 
     return cast(Path, epath.Path(str(text)))
@@ -72,13 +72,14 @@ def cache_directory() -> Path:
     return directory
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file; readers see all of it or nothing."""
+def write_atomically(path: Path, contents: str | bytes) -> None:
+    """Writes a file, text as UTF-8; readers see all of it or nothing."""
+    data = contents.encode("utf-8") if isinstance(contents, str) else contents
     if is_remote(path):  # an object appears when its upload is complete
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(data)
         return
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(data)
     temporary.replace(path)
 
 

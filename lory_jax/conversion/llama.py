@@ -35,7 +35,7 @@ class Tensor:
       name: its name in the safetensors files.
       path: where our parameter is in the nested dict.
       layer: index into the first axis of our parameter; None where it has no layers.
-      shape: of our parameter, without the axis of layers.
+      shape: the shape of our parameter, without the axis of layers.
       inputs: how many axes of `shape`, from the first, are input axes. PyTorch stores matrices as
         [output, input]. 0 means that the tensor is not a matrix and is stored as it is.
     """
@@ -193,7 +193,7 @@ ROPE_SCALING = {
 
 
 def rope_parameters(model_config: ModelConfig) -> dict[str, Any]:
-    """The rope type and what it reads, under Hugging Face's names."""
+    """The rope type and its parameters, under Hugging Face's names."""
     kind = model_config.rope_scaling
     if kind == "none":
         return {"rope_type": "default"}

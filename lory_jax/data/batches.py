@@ -30,7 +30,7 @@ ENDLESS = 2**40
 
 
 class TrainingInstances:
-    """The training instances by number; an error names the file that is damaged."""
+    """The training instances by index; an error names the damaged file."""
 
     def __init__(self, manifest: Manifest, directory: Path):
         """Opens the shards of the local `directory`/train, which must be those of `manifest`."""
@@ -234,7 +234,7 @@ class Mixture:
 class Lookahead:
     """Draws batches two steps ahead of their use.
 
-    A batch that cannot be read is thus known before any process needs it, and all processes can
+    An unreadable batch is therefore known before any process needs it, and all processes can
     stop at the same step.
 
     Attributes:

@@ -78,7 +78,7 @@ def decode_record(
     expected = (sequence_length + 1) * dtype.itemsize
     if len(record) != expected:
         raise InputError(
-            f"{path}: a record holds {len(record)} bytes, must hold {expected} "
+            f"{path}: a record holds {len(record)} bytes, but must hold {expected} "
             f"({sequence_length} + 1 tokens of {dtype.itemsize} bytes)"
         )
     return np.frombuffer(record, dtype).astype(np.int32)

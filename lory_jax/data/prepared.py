@@ -1,4 +1,4 @@
-"""`PreparedData`: what `prepare` wrote, opened once and handed from room to room."""
+"""`PreparedData`: what `prepare` wrote, opened once and passed to whatever reads it."""
 
 import fcntl
 import hashlib
@@ -22,6 +22,7 @@ from lory_jax.data.instances import (
 )
 from lory_jax.data.manifest import (
     MANIFEST_NAME,
+    ORIGINS_NAME,
     TOKENIZER_NAME,
     Manifest,
     domain_directory,
@@ -35,11 +36,11 @@ from lory_jax.storage import cache_directory, fetch, is_remote, storage_path
 class PreparedData:
     """A prepared directory, local or in an object store.
 
-    `open` reads the manifest once; nothing else in the package reads it. Tokens are read when they
-    are asked for. Files in an object store are copied to the cache first.
+    `open` reads the manifest once; nothing else in the package reads it. Tokens are read on demand.
+    Files in an object store are copied to the cache first.
 
     Attributes:
-      directory: where it lies.
+      directory: where it is.
       manifest: what it holds.
       digest: SHA-256 of the bytes of `manifest.json`, which identifies the data: a run stores it.
     """
@@ -178,11 +179,16 @@ class PreparedData:
         """Returns the instances of each domain, int32 `[N, L + 1]`, domains sorted by name.
 
         Args:
-          split: "validation" (for choices) or "test" (for reports).
+          split: "validation" (for choices), "test" (for reports) or "confirmation".
 
         Raises:
-          InputError: a file is missing or damaged.
+          InputError: there is no such split, or a file is missing or damaged.
         """
+        if split not in self.manifest.counts:
+            raise InputError(
+                f"{self.directory}: has no {split} split; prepare the documents with "
+                f"config.data.{split}_fraction above 0"
+            )
         local = self.local_files(f"{split}/")
         self.manifest.verify(local, hashes=False, prefix=f"{split}/")
         return {
@@ -210,10 +216,30 @@ class PreparedData:
             )
         if empty:
             print(
-                f"left out, since they fill no {split} instance: {', '.join(empty)}",
+                f"left out, with too few tokens for one {split} instance: {', '.join(empty)}",
                 file=sys.stderr,
             )
         return {domain: rows for domain, rows in sets.items() if len(rows)}
+
+    def held_out_origins(self, split: str) -> dict[str, list[str]]:
+        """Returns the origin of each instance of each domain, in the order of `held_out`.
+
+        It is the origin of the document that holds most of the instance. Directories of earlier
+        versions do not say it: there every instance has an origin of its own.
+
+        Raises:
+          InputError: a file is missing or damaged.
+        """
+        local = self.local_files(f"{split}/")
+        found = {}
+        for domain, counts in sorted(self.manifest.counts[split]["domains"].items()):
+            name = f"{split}/{domain_directory(domain)}/{ORIGINS_NAME}"
+            if name in self.manifest.files:
+                self.manifest.verify(local, hashes=False, prefix=name)
+                found[domain] = json.loads((local / name).read_text("utf-8"))
+            else:
+                found[domain] = [f"instance {i}" for i in range(counts["instances"])]
+        return found
 
     def verify(self, *, hashes: bool, prefix: str = "") -> None:
         """Checks that files exist with the right size and, with `hashes`, the right SHA-256.

@@ -19,7 +19,7 @@ BATCH_CHARACTERS = 4_000_000
 
 @dataclass(frozen=True)
 class TokenizedDocuments:
-    """Every document as BOS + tokens + EOS, end to end.
+    """Every document as BOS + tokens + EOS, concatenated.
 
     Attributes:
       tokens_T: uint16 or uint32, by the size of the vocabulary.
@@ -35,7 +35,7 @@ class TokenizedDocuments:
         return np.diff(self.starts_N1)
 
     def stream(self, order_N: np.ndarray) -> np.ndarray:
-        """Returns the documents' tokens end to end in the order given, `[T]`."""
+        """Returns the documents' tokens, concatenated in the order given, `[T]`."""
         pieces = [self.tokens_T[self.starts_N1[i] : self.starts_N1[i + 1]] for i in order_N]
         return np.concatenate(pieces) if pieces else self.tokens_T[:0]
 
@@ -81,19 +81,19 @@ def cut_instances(tokens_T: np.ndarray, sequence_length: int) -> np.ndarray:
     return windows[::sequence_length]
 
 
-def instance_domains(
-    lengths_N: np.ndarray, domains_N: np.ndarray, sequence_length: int
+def majority_labels(
+    lengths_N: np.ndarray, labels_N: np.ndarray, sequence_length: int
 ) -> np.ndarray:
-    """Returns the domain that most targets of each instance come from, uint16 `[instances]`.
+    """Returns the label that most targets of each instance come from, int64 `[instances]`.
 
-    Of domains with equally many targets, the one with the lowest number counts.
+    Of labels with equally many targets, the lowest counts.
 
     Args:
       lengths_N: tokens of the documents, in the order of the stream that `cut_instances` cuts.
-      domains_N: the domain of each, as a number below 65,536.
+      labels_N: what each document belongs to, such as its domain, as a number from 0.
       sequence_length: L.
     """
-    lengths_N, domains_N = np.asarray(lengths_N, np.int64), np.asarray(domains_N, np.int64)
+    lengths_N, labels_N = np.asarray(lengths_N, np.int64), np.asarray(labels_N, np.int64)
     num_instances = count_instances(int(lengths_N.sum()), sequence_length)
     end = num_instances * sequence_length
     # Token 0 is no target, so target t is token t + 1. A piece lies in one document and one
@@ -102,15 +102,31 @@ def instance_domains(
     borders = np.union1d(document_ends_N, np.arange(0, end + 1, sequence_length))
     starts_P, sizes_P = borders[:-1], np.diff(borders)
     documents_P = np.searchsorted(document_ends_N, starts_P, side="right")
-    num_domains = int(domains_N.max(initial=0)) + 1
-    keys_P = starts_P // sequence_length * num_domains + domains_N[documents_P]
+    num_labels = int(labels_N.max(initial=0)) + 1
+    keys_P = starts_P // sequence_length * num_labels + labels_N[documents_P]
     keys_K, positions_P = np.unique(keys_P, return_inverse=True)
     targets_K = np.bincount(positions_P, weights=sizes_P)
-    # The last key of an instance in this order has the most targets and the lowest domain.
-    order_K = np.lexsort((-keys_K, targets_K, keys_K // num_domains))
-    instances_K = keys_K[order_K] // num_domains
+    # The last key of an instance in this order has the most targets and the lowest label.
+    order_K = np.lexsort((-keys_K, targets_K, keys_K // num_labels))
+    instances_K = keys_K[order_K] // num_labels
     is_last_K = np.append(instances_K[1:] != instances_K[:-1], True)[: len(instances_K)]
-    return (keys_K[order_K][is_last_K] % num_domains).astype(np.uint16)
+    return keys_K[order_K][is_last_K] % num_labels
+
+
+def instance_domains(
+    lengths_N: np.ndarray, domains_N: np.ndarray, sequence_length: int
+) -> np.ndarray:
+    """The domain of most targets of each instance, uint16; arguments as in `majority_labels`."""
+    return majority_labels(lengths_N, domains_N, sequence_length).astype(np.uint16)
+
+
+def instance_origins(
+    lengths_N: np.ndarray, origins: Sequence[str], sequence_length: int
+) -> list[str]:
+    """The origin of most targets of each instance, of equals the first in alphabetical order."""
+    names = sorted(set(origins))
+    numbers_N = np.searchsorted(names, np.array(origins, dtype=str))
+    return [names[label] for label in majority_labels(lengths_N, numbers_N, sequence_length)]
 
 
 def write_instance_domains(directory: Path, domains_N: np.ndarray) -> Path:
@@ -136,7 +152,7 @@ def write_shards(directory: Path, instances_NxL1: np.ndarray, per_shard: int) ->
     paths = []
     for shard in range(num_shards):
         path = directory / f"part-{shard:05d}-of-{num_shards:05d}.array_record"
-        # Grain reads single records at random; of larger groups it would read and drop the rest.
+        # Grain reads single records at random; of larger groups it would discard the rest.
         writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
         rows = instances_NxL1[shard * per_shard : (shard + 1) * per_shard]
         label = f"writing {directory.name}, shard {shard + 1} of {num_shards}"

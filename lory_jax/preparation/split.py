@@ -1,4 +1,4 @@
-"""The split into train, validation and test by origin: no origin is ever on two sides."""
+"""The split into train and held-out sets by origin: no origin is ever on two sides."""
 
 import hashlib
 from collections import Counter, defaultdict
@@ -13,16 +13,24 @@ OVERSHOOT = 1.5
 
 
 def split_by_origin(
-    documents: Sequence[Document], *, validation_fraction: float, test_fraction: float, seed: int
+    documents: Sequence[Document],
+    *,
+    validation_fraction: float,
+    test_fraction: float,
+    seed: int,
+    confirmation_fraction: float = 0.0,
 ) -> dict[str, list[Document]]:
     """Splits documents into `train`, `validation` and `test`, in the order given.
 
     Origins are assigned in the order of their hashes with the seed. A second run gives the same
-    split, and a corpus with more documents gives nearly the same.
+    split, and a corpus with more documents gives nearly the same. With a `confirmation_fraction`
+    there is a fourth side, `confirmation`: it takes origins from `train` only, so the other sets
+    stay what they are without it.
 
     Raises:
-      InputError: a domain has too few origins for three sides.
+      InputError: a domain has too few origins, at least one for each side.
     """
+    fewest = FEWEST_ORIGINS + (confirmation_fraction > 0)
     sizes: dict[str, Counter[str]] = defaultdict(Counter)
     totals: Counter[str] = Counter()
     for document in documents:
@@ -31,18 +39,24 @@ def split_by_origin(
         totals[document.domain] += size
     for domain in sorted(totals):
         origins = sum(domain in of_origin for of_origin in sizes.values())
-        if origins < FEWEST_ORIGINS:
+        if origins < fewest:
             raise InputError(
-                f"domain {domain!r}: has {origins} origins, requires at least {FEWEST_ORIGINS} "
-                "(packages, directories or sources), one each for train, validation and test"
+                f"domain {domain!r}: has {origins} origins, requires at least {fewest} "
+                "(packages, directories or sources), one each for train and every held-out set"
             )
     order = sorted(sizes, key=lambda origin: hashlib.sha256(f"{seed}:{origin}".encode()).digest())
-    fractions = {"test": test_fraction, "validation": validation_fraction}
+    fractions = {
+        "test": test_fraction,
+        "validation": validation_fraction,
+        "confirmation": confirmation_fraction,
+    }
     side: dict[str, str] = {}
     for split, fraction in fractions.items():
         if fraction > 0:
             _fill(split, fraction, order, sizes, totals, side)
     result: dict[str, list[Document]] = {"train": [], "validation": [], "test": []}
+    if confirmation_fraction > 0:
+        result["confirmation"] = []
     for document in documents:
         result[side.get(document.origin, "train")].append(document)
     return result

@@ -30,10 +30,7 @@ class WorkdirLock:
           InputError: another process holds it; the message says which.
         """
         if is_remote(workdir):
-            say(
-                f"{workdir} is in an object store, which has no locks; do not start a second run "
-                "in it"
-            )
+            warn_without_lock(f"{workdir} is in an object store, which has no locks")
             return
         self._file = open(workdir / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 (see above)
         deadline = time.monotonic() + PATIENCE_SECONDS
@@ -42,7 +39,7 @@ class WorkdirLock:
                 raise InputError(f"{workdir}: another process trains in it ({_owner(self._file)})")
             time.sleep(0.05)
         if taken is None:
-            say(f"{workdir} is on a file system without locks; do not start a second run in it")
+            warn_without_lock(f"{workdir} is on a file system without locks")
         self._file.truncate(0)
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%c")}
         self._file.write(json.dumps(owner))
@@ -78,5 +75,5 @@ def _owner(file: IO[str]) -> str:
         return "a process that is just starting"
 
 
-def say(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr, flush=True)
+def warn_without_lock(why: str) -> None:
+    print(f"note: {why}; do not start a second run in it", file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from lory_jax.console import say
 from lory_jax.data.batches import TrainingBatches
 from lory_jax.data.prepared import PreparedData
+from lory_jax.errors import ConfigError
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.flops import parameter_counts, peak_flops
 from lory_jax.parallel import check_batch, make_mesh
@@ -77,6 +78,11 @@ def setup(
     mesh = make_mesh(**config.parallel)
     check_batch(train.global_batch_size, train.microbatches, model_config.batch_axis, mesh)
     prepared = PreparedData.open(data)
+    if model_config.document_mask and model_config.bos_id != prepared.tokenizer.bos_id:
+        raise ConfigError(
+            f"config.model.bos_id: got {model_config.bos_id}; must be {prepared.tokenizer.bos_id}, "
+            f"with which documents begin in {data}"
+        )
     batches = prepared.training_batches(
         sequence_length=model_config.sequence_length,
         vocab_size=model_config.vocab_size,

@@ -8,6 +8,7 @@ from lory_jax.preparation.packing import (
     count_instances,
     cut_instances,
     instance_domains,
+    instance_origins,
     tokenize,
     write_shards,
 )
@@ -59,6 +60,17 @@ def test_shards_are_the_same_bytes_every_time(tmp_path):
     first = write_shards(tmp_path / "a", instances, per_shard=4)
     second = write_shards(tmp_path / "b", instances, per_shard=4)
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
+
+
+def test_the_origin_of_an_instance_holds_most_of_its_targets():
+    lengths = [5, 4, 9, 3, 2]
+    origins = ["b", "a", "b", "c", "a"]
+    of_tokens = [o for o, n in zip(origins, lengths, strict=True) for _ in range(n)][1:]
+    got = instance_origins(np.array(lengths), origins, 4)
+    assert len(got) == 5
+    for i, origin in enumerate(got):
+        counts = {o: of_tokens[4 * i : 4 * i + 4].count(o) for o in "abc"}
+        assert counts[origin] == max(counts.values())
 
 
 @settings(max_examples=200, deadline=None)

@@ -23,7 +23,7 @@ UNIT_BYTES = 320  # neighbouring pieces are joined up to about this size
 LONGEST_UNIT_BYTES = 2000
 LONG_DOCSTRING_BYTES = 200  # from this size on, a docstring is prose and not part of its code
 BIG_PACKAGE_BYTES = 200_000
-LARGEST_ORIGIN_SHARE = 0.04  # of a domain, so that no single package or program fills it
+LARGEST_ORIGIN_SHARE = 0.04  # share of a domain: no package or program fills it alone
 
 SKIPPED_DIRECTORIES = {"test", "tests", "testing", "__pycache__", "site-packages", "idlelib"}
 VENDOR_DIRECTORIES = {"_vendor", "vendor", "vendored", "_vendored", "extern", "third_party"}
@@ -39,10 +39,10 @@ class File:
     """A file to read.
 
     Attributes:
-      path: where it lies.
+      path: where it is.
       name: its path in the installation, the same on every machine.
       origin: the origin of its documents.
-      read: what reads it.
+      read: the function that reads it.
     """
 
     path: Path
