@@ -47,8 +47,8 @@ def main(argv: list[str]) -> None:
         "--encoder",
         metavar="DIR",
         type=Path,
-        help="embed documents with this BERT sentence encoder, such as Contriever (a directory with "
-        "config.json, model.safetensors and tokenizer.json), instead of latent semantic analysis",
+        help="embed documents with this BERT sentence encoder, such as Contriever (a directory "
+        "with config.json, model.safetensors and tokenizer.json), not by latent semantic analysis",
     )
     _add_engine_flags(parser)
     args = parser.parse(argv)
@@ -89,9 +89,7 @@ READING = {"text_key": "text", "domain_key": None, "source_key": None, "max_reje
 def _add_reading_flags(parser: Parser) -> None:
     add = parser.add_argument
     add("--text_key", default="text", help="the field of a record that holds the text")
-    add(
-        "--domain_key", help="the field that holds the domain (default: domain, if there is one)"
-    )
+    add("--domain_key", help="the field that holds the domain (default: domain, if there is one)")
     add("--source_key", help="the field that holds the origin (default: source, if there is one)")
     add(
         "--max_rejected",

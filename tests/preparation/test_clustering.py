@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -73,7 +75,7 @@ def test_merged_ranges_cover_all_leaves(counts, smallest):
     largest = 300
     ranges = merge_small(counts, smallest, largest)
     assert ranges[0][0] == 0 and ranges[-1][1] == len(counts)
-    assert all(a[1] == b[0] for a, b in zip(ranges, ranges[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
     sizes = [sum(counts[first:end]) for first, end in ranges]
     for i, (size, (first, end)) in enumerate(zip(sizes, ranges, strict=True)):
         assert size <= largest or end == first + 1

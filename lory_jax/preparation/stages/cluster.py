@@ -14,7 +14,7 @@ from lory_jax.preparation.engine.columns import read_array, write_array
 from lory_jax.preparation.engine.work import Facts, Work, hash_sum
 from lory_jax.preparation.stages import read, select
 from lory_jax.preparation.stages.rows import read_rows
-from lory_jax.preparation.stages.split import EVALUATION_SPLITS, SPLITS, TRAIN
+from lory_jax.preparation.stages.split import TRAIN, evaluation_splits, splits
 from lory_jax.preparation.statistics import check_sizes
 
 # Leaves are aimed at half a shard, since k-means on a sample is unbalanced and errs.
@@ -56,15 +56,15 @@ def run_assign(work: Work, task: int, out: Path) -> Facts:
 
 
 def _check(work: Work) -> None:
-    tokens: dict[str, Counter[str]] = {name: Counter() for name in SPLITS}
+    tokens: dict[str, Counter[str]] = {name: Counter() for name in splits(work)}
     for task in range(read.count(work)):
         for name, by_domain in work.values("encode", task)["tokens"].items():
             tokens[name].update(by_domain)
-    fractions = {name: work.data[f"{name}_fraction"] for name in EVALUATION_SPLITS}
+    fractions = {name: work.data[f"{name}_fraction"] for name in evaluation_splits(work)}
     check_sizes(
         num_training_documents=select.num_training_documents(work),
         training_tokens=sum(tokens[TRAIN].values()),
-        held_out_tokens={name: tokens[name] for name in EVALUATION_SPLITS},
+        held_out_tokens={name: tokens[name] for name in evaluation_splits(work)},
         fractions=fractions,
         domains=work.values("split")["domains"],
         sequence_length=work.settings["sequence_length"],

@@ -6,7 +6,6 @@ lowest rank, which is a random sample.
 
 from dataclasses import fields
 from pathlib import Path
-
 from typing import TYPE_CHECKING
 
 import numpy as np
