@@ -48,7 +48,9 @@ if ! "$PY" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("sc
 fi
 
 # ---------------------------------------------------------------- documents to instances
-"$PY" -m lory_jax.prepare --config=configs/local.py --source=python --order=$order --out="$out/data"
+# Near duplicates stay, because the figures in docs/ were measured with them.
+"$PY" -m lory_jax.prepare --config=configs/local.py --source=python --order=$order --out="$out/data" \
+  --config.data.drop_near_duplicates=false
 
 # ---------------------------------------------------------------- both models, half the cores each
 prefix() { # name; it ends with its input, not by a signal: the trainer still has something to say

@@ -10,6 +10,8 @@ from lory_jax.errors import InputError
 from lory_jax.preparation.stages.inputs import changes, inputs_of, to_records
 from lory_jax.storage import is_remote
 
+ONCE = {"drop_near_duplicates": False}  # fields of `config.data` in directories that lack them
+
 
 def is_prepared(out: Path, settings: dict[str, Any]) -> bool:
     """Returns whether `out` is complete, intact and made with these settings from this corpus.
@@ -28,10 +30,10 @@ def is_prepared(out: Path, settings: dict[str, Any]) -> bool:
             "or one that prepare wrote"
         )
     data = PreparedData.open(out)
-    # A field younger than the directory had its default.
+    # A field younger than the directory had its default, unless it changed what is done.
     found = dict(data.manifest.settings)
     if "data" in found:
-        found["data"] = section_defaults("data") | found["data"]
+        found["data"] = section_defaults("data") | ONCE | found["data"]
     if differs := differences(found, settings):
         raise InputError(
             f"out: {out} was prepared with other settings ({'; '.join(differs)}); "

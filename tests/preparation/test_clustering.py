@@ -25,15 +25,15 @@ def order(vectors):
 
 
 def test_sixteen_shards_lose_at_most_two_percent():
-    vectors, _ = clustered(12_000, topics=300, noise=0.8)
+    vectors, _ = clustered(12_000, topics=300, dim=64, noise=0.6)
     whole = consecutive_similarity(vectors, order(vectors))
-    centres = leaf_centres(vectors[:3000], len(vectors), 700, seed=0)
+    centres = leaf_centres(vectors[:6000], len(vectors), 120, seed=0)
     leaf = nearest(vectors, centres)
     counts = np.bincount(leaf, minlength=len(centres))
-    shards = merge_small(counts.tolist(), 400, 1500)
+    shards = merge_small(counts.tolist(), 500, 1000)
     assert len(shards) >= 16
     rows = [np.flatnonzero((leaf >= first) & (leaf < end)) for first, end in shards]
-    assert max(map(len, rows)) <= 1500
+    assert max(map(len, rows)) <= 1000
     joined = np.concatenate([mine[order(vectors[mine])] for mine in rows])
     assert sorted(joined.tolist()) == list(range(len(vectors)))
     assert consecutive_similarity(vectors, joined) >= 0.98 * whole

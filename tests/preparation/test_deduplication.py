@@ -71,11 +71,11 @@ def test_of_each_group_the_first_is_kept(rng):
 
 
 def texts(number, seed):
-    """Returns documents of 60 words, each of a topic that others share."""
+    """Returns documents of 160 words, each of a topic that others share."""
     rng = random.Random(seed)
     words = [f"{rng.choice('bcdfglmnprst')}{rng.choice('aeiou')}{i}" for i in range(800)]
     topics = [words[i * 40 : i * 40 + 80] for i in range(18)]
-    return [" ".join(rng.choices(topics[i % 18], k=60)) for i in range(number)]
+    return [" ".join(rng.choices(topics[i % 18], k=160)) for i in range(number)]
 
 
 def copies(text, number, seed):

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from lory_jax.data.prepared import PreparedData
@@ -119,7 +119,8 @@ def test_one_work_directory_has_one_owner(corpus, tmp_path):
 
 
 def grown(directory):
-    write_records(directory / "part-9.jsonl", [{"text": "one more " * 60}])
+    record = {"text": "one more " * 60, "domain": "domain0", "source": "source-0"}
+    write_records(directory / "part-9.jsonl", [record])
 
 
 def edited(directory):
@@ -165,9 +166,7 @@ FATES = st.lists(
 )
 
 
-@settings(
-    max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=5, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(FATES, st.integers(0, 3))
 def test_every_document_is_in_one_stream_or_drop_list(tmp_path_factory, fates, seed):
     """Documents that repeat each other, are too short, or over a cap, at random."""
@@ -182,7 +181,13 @@ def test_every_document_is_in_one_stream_or_drop_list(tmp_path_factory, fates, s
         text = " ".join(rng.choices(["ab", "cd", "ef", "gh"], k=300))
         records.append({"text": text, "domain": f"d{i % 2}", "source": f"t{i}"})
     source = write_records(directory / "corpus.jsonl", records)
-    flags = ["--config.data.shard_documents=20", "--config.data.eval_instances=20"]
+    flags = [
+        "--config.data.shard_documents=20",
+        "--config.data.eval_instances=20",
+        "--config.data.validation_fraction=0",
+        "--config.data.test_fraction=0.3",
+        f"--config.train.seed={seed}",
+    ]
     work = directory / "data.tmp-prepare"
     for stage in STAGES[:-1]:
         prepare_here(source, directory / "data", *SETTINGS, *flags, f"--stage={stage.name}")

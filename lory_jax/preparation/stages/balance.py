@@ -15,7 +15,7 @@ from lory_jax.preparation.stages import read
 from lory_jax.preparation.stages.rows import Rows, join_rows, read_rows
 
 SHARDS_NAME = "shards.json"
-SMALLEST_SHARE = 0.1  # of the largest shard
+SMALLEST_SHARE = 0.5  # of the largest shard
 
 
 class Shard(NamedTuple):
