@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -126,7 +127,7 @@ def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, st
 def read_text(path: Path, flag: str) -> str:
     """A UTF-8 file that a flag names; `InputError` if it cannot be read."""
     try:
-        return path.read_text("utf-8")
+        return path.read_text("utf-8-sig")
     except OSError as error:
         raise InputError(f"{flag}: {path}: cannot read it ({error.strerror})") from None
     except UnicodeDecodeError:
@@ -135,6 +136,8 @@ def read_text(path: Path, flag: str) -> str:
 
 def run(main: Callable[[list[str]], None]) -> None:
     """Runs a verb: `InputError`s become one line on standard error and their exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
     try:
         with interrupts.raised():
             main(sys.argv[1:])
@@ -147,3 +150,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     except BrokenPipeError:  # the reader of our output went away, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:  # a disk that is full, read-only or gone, a file that is not ours
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        sys.exit(InputError.status)

@@ -13,6 +13,8 @@ from array_record.python import array_record_module
 from lory_jax.console import progress
 from lory_jax.data.instances import token_dtype
 from lory_jax.data.tokenizer import Tokenizer
+from lory_jax.errors import InputError
+from lory_jax.schema import shorten
 
 BATCH_CHARACTERS = 4_000_000
 
@@ -85,18 +87,25 @@ def write_shards(directory: Path, instances_NxL1: np.ndarray, per_shard: int) ->
     """Writes instances as `part-00000-of-00003.array_record`, ... into a new directory.
 
     A record is the raw little-endian tokens of one instance.
+
+    Raises:
+      InputError: a shard cannot be written, for instance because the disk is full.
     """
     directory.mkdir(parents=True)
     num_shards = -(-len(instances_NxL1) // per_shard)
     paths = []
     for shard in range(num_shards):
         path = directory / f"part-{shard:05d}-of-{num_shards:05d}.array_record"
-        # Grain reads single records at random; of larger groups it would read and drop the rest.
-        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
         rows = instances_NxL1[shard * per_shard : (shard + 1) * per_shard]
         label = f"writing {directory.name}, shard {shard + 1} of {num_shards}"
-        for instance_L1 in progress(rows, len(rows), label, "instances"):
-            writer.write(instance_L1.tobytes())
-        writer.close()
+        try:
+            # Grain reads single records at random; of larger groups it would read and drop the
+            # rest.
+            writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+            for instance_L1 in progress(rows, len(rows), label, "instances"):
+                writer.write(instance_L1.tobytes())
+            writer.close()
+        except RuntimeError as error:  # all that the library raises, whatever the disk said
+            raise InputError(f"{path}: cannot be written ({shorten(str(error))})") from None
         paths.append(path)
     return paths

@@ -128,7 +128,7 @@ def prepare(
 
     orders = _find_orders(texts, config.data, seed, settings["order"] == "similar", stages)
     similarity: dict[str, Any] = {"method": orders.method}
-    for name, order_N in orders.by_name.items():
+    for name, order_N in orders.by_name.items() if len(texts) > 1 else ():
         similarity[name] = order_similarity(
             splits["train"], orders.vectors_NxD, tokenized["train"], order_N, length
         )
@@ -209,11 +209,10 @@ def _check_sizes(counts: dict[str, Any], splits: Splits, config: ConfigDict) -> 
     length = config.model.sequence_length
     train = counts["train"]
     tokens = sum(domain["tokens"] for domain in train["domains"].values())
-    num_documents = len(splits["train"])
-    if train["instances"] < 1 or num_documents < 2:
+    if train["instances"] < 1:
         raise InputError(
-            f"corpus too small: {num_documents} training documents with {tokens} tokens, requires "
-            f"at least 2 documents and {length + 1} tokens; give more text or lower "
+            f"corpus too small: {len(splits['train'])} training documents with {tokens} tokens, "
+            f"requires at least {length + 1} tokens; give more text or lower "
             "config.model.sequence_length"
         )
     domains = sorted({document.domain for members in splits.values() for document in members})
@@ -234,6 +233,8 @@ def _find_orders(
     texts: Sequence[str], data: ConfigDict, seed: int, requires_similar: bool, stages: Stages
 ) -> Orders:
     """Finds the random order and, if required or if ScaNN is installed, the similarity order."""
+    if len(texts) == 1:
+        return Orders(dict.fromkeys(("random", "similar"), np.zeros(1, int)), np.empty(0), "none")
     with stages.stage("embedding"):
         vectors_NxD = Embedder.fit(texts, dim=data.embedding_dim, seed=seed).embed(texts)
     by_name = {"random": np.random.default_rng(seed).permutation(len(texts))}

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from lory_jax.errors import InputError
 from lory_jax.preparation.documents import Document
 
-FEWEST_ORIGINS = 3
 # An origin joins an evaluation split if it fills no domain beyond this multiple of its share.
 OVERSHOOT = 1.5
 
@@ -21,7 +20,8 @@ def split_by_origin(
     split, and a corpus with more documents gives nearly the same.
 
     Raises:
-      InputError: a domain has too few origins for three sides.
+      InputError: a domain has fewer origins than there are sides: train, and each evaluation split
+        whose fraction is not 0.
     """
     sizes: dict[str, Counter[str]] = defaultdict(Counter)
     totals: Counter[str] = Counter()
@@ -29,15 +29,16 @@ def split_by_origin(
         size = len(document.text.encode())
         sizes[document.origin][document.domain] += size
         totals[document.domain] += size
+    fractions = {"test": test_fraction, "validation": validation_fraction}
+    sides = ["train", *sorted((name for name in fractions if fractions[name] > 0), reverse=True)]
     for domain in sorted(totals):
         origins = sum(domain in of_origin for of_origin in sizes.values())
-        if origins < FEWEST_ORIGINS:
+        if origins < len(sides):
             raise InputError(
-                f"domain {domain!r}: has {origins} origins, requires at least {FEWEST_ORIGINS} "
-                "(packages, directories or sources), one each for train, validation and test"
+                f"domain {domain!r}: has {origins} origins, requires at least {len(sides)} "
+                f"(packages, directories or sources), one each for {', '.join(sides)}"
             )
     order = sorted(sizes, key=lambda origin: hashlib.sha256(f"{seed}:{origin}".encode()).digest())
-    fractions = {"test": test_fraction, "validation": validation_fraction}
     side: dict[str, str] = {}
     for split, fraction in fractions.items():
         if fraction > 0:

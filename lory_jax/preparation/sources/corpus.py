@@ -1,15 +1,21 @@
 """Reads documents from a Python installation, text files, JSON lines or TFDS."""
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lory_jax.errors import InputError
+from lory_jax.json_text import parse_json
 from lory_jax.preparation.documents import Document, split_long
 from lory_jax.preparation.sources.python_installation import read_python_installation
+from lory_jax.schema import shorten
+
+JSON_LINES = (".jsonl", ".ndjson")
+# Files that hold documents beside markup, or are packed; read as text, the markup would be learnt.
+TABLES = (".arrow", ".csv", ".feather", ".h5", ".npy", ".npz", ".parquet", ".pkl", ".tsv")
+PACKED = (".bz2", ".gz", ".lz4", ".tar", ".tgz", ".xz", ".zip", ".zst")
 
 
 def read_corpus(
@@ -19,7 +25,8 @@ def read_corpus(
 
     Args:
       source: `python` (this installation), a directory of UTF-8 text files (domain: top folder), a
-        `.jsonl` file (`text`, optional `domain` and `source`), or `tfds:NAME/config:split`.
+        `.jsonl`, `.ndjson` or `.json` file (`text`, optional `domain` and `source`), or
+        `tfds:NAME/config:split`.
       min_bytes: shorter documents are dropped.
       max_bytes: longer documents are cut at empty lines.
       max_domain_bytes: bytes kept per domain, in documents that the seed picks; 0 keeps all.
@@ -49,16 +56,20 @@ def read_corpus(
 def _read(source: str, max_domain_bytes: int, seed: int) -> Iterator[Document]:
     if source == "python":
         yield from read_python_installation(max_domain_bytes, seed)
-    elif source.startswith("tfds:"):
+        return
+    if source.startswith("tfds:"):
         yield from read_tfds(source)
-    elif Path(source).is_dir():
-        yield from read_directory(Path(source))
-    elif Path(source).is_file() and source.endswith(".jsonl"):
-        yield from read_json_lines(Path(source))
+        return
+    path = Path(source)
+    reader = JSON_READERS.get(path.suffix.lower())
+    if path.is_dir():
+        yield from read_directory(path)
+    elif path.is_file() and reader:
+        yield from reader(path)
     else:
         raise InputError(
-            f"source: got {source!r}, must be python, an existing directory, an existing .jsonl "
-            "file, or tfds:NAME/config:split"
+            f"source: got {source!r}, must be python, an existing directory, an existing "
+            f"{', '.join(JSON_READERS)} file, or tfds:NAME/config:split"
         )
 
 
@@ -67,15 +78,22 @@ def read_directory(root: Path) -> Iterator[Document]:
 
     The domain is the top folder, the origin the file or folder below it.
 
-    Hidden files are skipped; `.jsonl` files are read as JSON lines.
+    Hidden files are skipped. JSON files are read as documents, whatever the case of their suffix.
+    Files that hold data in another form are refused: their markup is not text.
     """
     for path in sorted(root.rglob("*")):
         parts = path.relative_to(root).parts
         if not path.is_file() or any(part.startswith(".") for part in parts):
             continue
-        if path.suffix == ".jsonl":
-            yield from read_json_lines(path)
+        suffix = path.suffix.lower()
+        if reader := JSON_READERS.get(suffix):
+            yield from reader(path)
             continue
+        if suffix in TABLES + PACKED:
+            raise InputError(
+                f"{path}: {suffix} files are not text; must be text or one of "
+                f"{', '.join(JSON_READERS)}: convert it or move it elsewhere"
+            )
         domain = parts[0] if len(parts) > 1 else root.resolve().name
         yield Document(_read_text(path), domain, "/".join(parts[:2]))
 
@@ -88,15 +106,43 @@ def read_json_lines(path: Path) -> Iterator[Document]:
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
+        where = f"{path}:{number}"
         try:
-            fields = json.loads(line)
-        except ValueError:
+            fields = parse_json(line, where)
+        except InputError:
             fields = None
-        if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
+        if not _is_document(fields):
+            raise InputError(f"{where}: got {line[:40]!r}, must be {A_DOCUMENT}")
+        yield _from_fields(fields, path.stem, where)
+
+
+def read_json(path: Path) -> Iterator[Document]:
+    """Yields the documents of a `.json` file: an array of them, one, or JSON lines."""
+    text = _read_text(path)
+    try:
+        value = parse_json(text, path)
+    except InputError:
+        first = next((line for line in text.split("\n") if line.strip()), "")
+        if first.strip().startswith("{") and first.strip().endswith("}"):
+            yield from read_json_lines(path)
+            return
+        raise
+    for number, fields in enumerate(value if isinstance(value, list) else [value], start=1):
+        where = f"{path}: document {number}"
+        if not _is_document(fields):
             raise InputError(
-                f"{path}:{number}: got {line[:40]!r}, must be a JSON object with a string `text`"
+                f"{where}: got {shorten(repr(fields), 40)}, must be {A_DOCUMENT}; move the file "
+                "elsewhere if it holds no documents"
             )
-        yield _from_fields(fields, path.stem, where=f"{path}:{number}")
+        yield _from_fields(fields, path.stem, where)
+
+
+A_DOCUMENT = "a JSON object with a string `text`"
+JSON_READERS = {**dict.fromkeys(JSON_LINES, read_json_lines), ".json": read_json}
+
+
+def _is_document(fields: Any) -> bool:
+    return isinstance(fields, dict) and isinstance(fields.get("text"), str)
 
 
 def read_tfds(source: str) -> Iterator[Document]:
@@ -150,9 +196,10 @@ def _from_fields(fields: dict[str, Any], default_domain: str, where: str) -> Doc
 
 
 def _read_text(path: Path) -> str:
+    """A file's text with line ends as "\\n", without a byte-order mark."""
     contents = path.read_bytes()
     try:
-        return contents.decode("utf-8")
+        return contents.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path}: not UTF-8 at byte {error.start} (0x{contents[error.start]:02x}); convert it "
