@@ -81,6 +81,8 @@ def from_hf(argv: list[str]) -> None:
     add("--workdir", required=True, type=Path, help="the run directory to make")
     add("--experts", type=int, default=0, help="expert FFNs per layer; 0 (default) stays dense")
     add("--seed", type=int, default=0, help="seed of the router (default: 0)")
+    add("--bos_id", type=int, help="the token that begins a document (default: as its files say)")
+    add("--eos_id", type=int, help="the token that ends a document (default: as its files say)")
     args = parser.parse(argv)
     for flag, value in (("--experts", args.experts), ("--seed", args.seed)):
         if value < 0:
@@ -90,7 +92,7 @@ def from_hf(argv: list[str]) -> None:
     from lory_jax.conversion import runs
 
     with parser.named_as_flags():
-        runs.from_hf(args.hf, args.workdir, args.experts, args.seed)
+        runs.from_hf(args.hf, args.workdir, args.experts, args.seed, args.bos_id, args.eos_id)
     print(f"wrote {args.workdir}")
 
 

@@ -31,6 +31,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--tokenizer", metavar="FILE.json", help="use this tokenizer instead of training one"
     )
+    for name in ("bos", "eos"):
+        parser.add_argument(
+            f"--{name}_id",
+            type=int,
+            metavar="ID",
+            help=f"the special token of --tokenizer that {'begins' if name == 'bos' else 'ends'} a "
+            "document (default: as config.json beside it says, or by its usual name)",
+        )
     args = parser.parse(argv)
 
     # Slow imports come after the flags, so that --help and a wrong flag answer at once.
@@ -40,7 +48,10 @@ def main(argv: list[str]) -> None:
     from lory_jax.preparation.statistics import summary
 
     out = Path(args.out).resolve()
-    tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
+    tokenizer = None
+    with parser.named_as_flags():
+        if args.tokenizer:
+            tokenizer = Tokenizer.load_foreign(args.tokenizer, args.bos_id, args.eos_id)
     settings = make_settings(args.config, args.source, args.order, tokenizer)
     if is_prepared(out, settings):
         print(f"{out}: already prepared with these settings; nothing to do")

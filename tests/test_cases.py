@@ -10,14 +10,23 @@ import time
 
 import numpy as np
 import pytest
+import tokenizers
+import transformers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+import lory_jax
+from lory_jax.conversion import runs
 from lory_jax.data.manifest import domain_directory
+from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.errors import InputError
 from lory_jax.preparation.documents import split_long
 from lory_jax.preparation.embedding.lsa import TOKEN, Embedder, _tokens
+from lory_jax.preparation.packing import tokenize
 from lory_jax.preparation.sources.corpus import read_corpus
 from lory_jax.preparation.split import split_by_origin
 from lory_jax.preparation.tokenizer_training import LONGEST_WORD, train_tokenizer
+from lory_jax.run.directory import RunDirectory
+from tests.conversion.test_hf_directory import edit_config, llama
 
 WORDS = "amber boat cloud drum eagle field grain harbor iron jar kettle lamp".split()  # noqa: SIM905
 
@@ -196,3 +205,153 @@ def test_unspaced_tokenizer():
     assert seconds(800_000) < 20 * max(seconds(100_000), 0.02)
     short = [" ".join(rng.choices(WORDS, k=200)), "x" * LONGEST_WORD]
     assert train_tokenizer(short, 300).json_text == train_tokenizer(iter(short), 300).json_text
+
+
+# ---------------------------------------------------------------- tokenizers
+
+
+def byte_level(*special: str, added: tuple[str, ...] = (), vocab_size: int = 290) -> str:
+    """The JSON of a byte-level BPE with these special tokens, from id 0, and added ones."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 5, trainer)
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in added])
+    return tokenizer.to_str()
+
+
+def test_added_tokens():
+    """An added token stands for its own text in UTF-8."""
+    added = ("Zürich", "đem", "New York", "naïve")
+    tokenizer = Tokenizer(byte_level("<s>", "</s>", added=added))
+    for text in added:
+        ids = tokenizer.encode(f"in {text} now")
+        assert tokenizer.decode(ids) == f"in {text} now"
+        assert tokenizer.decode_bytes(ids) == f"in {text} now".encode()
+        (own,) = tokenizer.encode(text)
+        assert tokenizer.token_bytes[own] == len(text.encode())
+
+
+def without_bytes(**model) -> Tokenizer:
+    raw = tokenizers.Tokenizer(models.BPE(**model))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["<s>", "</s>", *model.values()]
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=special, show_progress=False)
+    raw.train_from_iterator([" ".join(WORDS)] * 5, trainer)
+    return Tokenizer(raw.to_str())
+
+
+@pytest.mark.parametrize("model", [{}, {"unk_token": "<unk>"}], ids=["no unk", "unk"])
+def test_tokenizer_drops_text(model):
+    """Refused with the share of bytes that have no token: spaces, and letters never seen."""
+    with pytest.raises(InputError, match=r"tokenizer: .*10 of 19 bytes"):
+        tokenize(["amber 河船 boat 9"], without_bytes(**model), "")
+
+
+def imported(tmp_path, json_text, **fields) -> lory_jax.api.Model:
+    llama(tmp_path / "hf", vocab_size=400, max_position_embeddings=24, **fields)
+    (tmp_path / "hf" / "tokenizer.json").write_text(json_text)
+    runs.from_hf(tmp_path / "hf", tmp_path / "run")
+    return lory_jax.load(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("special", "bos", "eos"),
+    [
+        (["<unk>", "<s>", "</s>", "<|endoftext|>"], 1, 3),
+        (["<|im_start|>", "<|im_end|>", "<|endoftext|>"], 0, 1),
+        (["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"], 0, 1),
+        (["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"], 0, [1, 2, 3]),
+    ],
+    ids=["other names are there", "chatml", "unknown names", "a list"],
+)
+def test_hf_bos_eos(special, bos, eos, tmp_path):
+    """The ids of config.json count, from the import to the export; a list stays a list."""
+    fields = {"bos_token_id": bos, "eos_token_id": eos}
+    model = imported(tmp_path, byte_level(*special), **fields)
+    ends = eos if isinstance(eos, list) else [eos]
+    assert (model.tokenizer.bos_id, list(model.tokenizer.eos_ids)) == (bos, ends)
+    assert model.tokenizer.token_bytes[[bos, *ends]].sum() == 0
+    runs.to_hf(RunDirectory(tmp_path / "run"), tmp_path / "out")
+    for name in ("config.json", "generation_config.json"):
+        found = json.loads((tmp_path / "out" / name).read_text())
+        assert {field: found[field] for field in fields} == fields
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (bos, ends[0])
+    again = Tokenizer.load_foreign(tmp_path / "out" / "tokenizer.json")
+    assert again.special == model.tokenizer.special and again.same_ids(model.tokenizer)
+
+
+def test_every_eos_ends_a_text(tmp_path):
+    from lory_jax.generation.loop import GrowingText
+
+    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
+    model = imported(tmp_path, byte_level(*special), bos_token_id=0, eos_token_id=[1, 2])
+    for eos in (1, 2):
+        row = GrowingText(model.tokenizer, (), 9)
+        row.add(eos)
+        assert row.is_done
+
+
+def test_tokenizer_names(tmp_path):
+    """Without ids anywhere, names known to nobody are refused, and flags give the ids."""
+    llama(tmp_path / "hf", vocab_size=400)
+    edit_config(tmp_path / "hf", bos_token_id=None, eos_token_id=None)
+    (tmp_path / "hf" / "generation_config.json").unlink()
+    (tmp_path / "hf" / "tokenizer.json").write_text(byte_level("[START]", "[STOP]"))
+    with pytest.raises(InputError, match="requires bos_id and eos_id"):
+        runs.from_hf(tmp_path / "hf", tmp_path / "run")
+    with pytest.raises(InputError, match="eos_id: got 77, which is not a special token"):
+        runs.from_hf(tmp_path / "hf", tmp_path / "run", bos_id=0, eos_id=77)
+    runs.from_hf(tmp_path / "hf", tmp_path / "run", bos_id=0, eos_id=1)
+    tokenizer = lory_jax.load(tmp_path / "run").tokenizer
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == (0, (1,))
+    names = {"bos_token": "[START]", "eos_token": {"content": "[STOP]"}}
+    (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(names))
+    named = Tokenizer.load_foreign(tmp_path / "hf" / "tokenizer.json")
+    assert named.special == tokenizer.special
+
+
+def test_an_id_of_an_ordinary_token_is_refused(tmp_path):
+    llama(tmp_path / "hf", vocab_size=400, bos_token_id=0, eos_token_id=50)
+    (tmp_path / "hf" / "tokenizer.json").write_text(byte_level("<s>", "</s>"))
+    with pytest.raises(InputError, match="eos_id: got 50"):
+        runs.from_hf(tmp_path / "hf", tmp_path / "run")
+
+
+def test_export_token_type_ids(tmp_path):
+    """An export generates from what its tokenizer returns, and pads."""
+    import torch
+
+    imported(tmp_path, byte_level("<s>", "</s>"), bos_token_id=0, eos_token_id=1)
+    runs.to_hf(RunDirectory(tmp_path / "run"), tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    inputs = tokenizer(["a", "the boat left"], padding=True, return_tensors="pt")
+    assert set(inputs) == {"input_ids", "attention_mask"}
+    with torch.no_grad():
+        assert model.generate(**inputs, max_new_tokens=3).shape[1] > inputs.input_ids.shape[1]
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
+    assert settings["pad_token"] == "</s>"
+
+
+def test_chat_template(tmp_path):
+    """A chat template, and a pad token, come through the import and the export."""
+    template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+    llama(tmp_path / "hf", vocab_size=400, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    (tmp_path / "hf" / "tokenizer.json").write_text(byte_level("<s>", "</s>", "<pad>"))
+    settings = {"chat_template": template}
+    (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(settings))
+    runs.from_hf(tmp_path / "hf", tmp_path / "run", experts=2)
+    runs.to_hf(RunDirectory(tmp_path / "run"), tmp_path / "out", prompt="a")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    messages = [{"role": "user", "content": "hello"}]
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == "[user] hello\n"
+    assert tokenizer.pad_token_id == 2

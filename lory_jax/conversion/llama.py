@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from lory_jax.data.special_tokens import SpecialTokens
 from lory_jax.errors import InputError
 from lory_jax.model.config import ModelConfig
 
@@ -99,7 +100,7 @@ def is_ignored(name: str) -> bool:
 # ---------------------------------------------------------------- config.json
 
 
-def config_json(model_config: ModelConfig, dtype: str, bos_id: int, eos_id: int) -> dict[str, Any]:
+def config_json(model_config: ModelConfig, dtype: str, special: SpecialTokens) -> dict[str, Any]:
     """The contents of config.json for a model whose tensors are stored as `dtype`."""
     rope = rope_parameters(model_config)
     return {
@@ -122,10 +123,19 @@ def config_json(model_config: ModelConfig, dtype: str, bos_id: int, eos_id: int)
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": model_config.tie_embeddings,
-        "bos_token_id": bos_id,
-        "eos_token_id": eos_id,
+        **special_ids(special),
         "dtype": dtype,
         "torch_dtype": dtype,
+    }
+
+
+def special_ids(special: SpecialTokens) -> dict[str, Any]:
+    """The special tokens by Hugging Face's names; without a token of its own, EOS pads."""
+    eos_ids = special.eos_ids
+    return {
+        "bos_token_id": special.bos_id,
+        "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else list(eos_ids),
+        "pad_token_id": eos_ids[0] if special.pad_id is None else special.pad_id,
     }
 
 

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from lory_jax.console import progress
 from lory_jax.errors import InputError
+from lory_jax.json_text import parse_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -161,14 +162,11 @@ def _no_weights(directory: Path) -> str:
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; `InputError` if it is missing or something else."""
     try:
-        contents = json.loads(path.read_text("utf-8"))
+        return parse_object(path.read_bytes(), path)
     except FileNotFoundError:
         raise InputError(f"{path}: missing") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(contents, dict):
-        raise InputError(f"{path}: not a JSON object")
-    return contents
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def write_object(path: Path, contents: Mapping[str, Any]) -> None:

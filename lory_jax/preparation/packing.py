@@ -46,20 +46,31 @@ def tokenize(texts: Sequence[str], tokenizer: Tokenizer, label: str) -> Tokenize
     """Encodes documents in batches, so that the whole corpus is never held as Python integers.
 
     `label` is what the progress line says.
+
+    Raises:
+      InputError: the tokenizer has no tokens for some of the text.
     """
     dtype = token_dtype(tokenizer.vocab_size)
     pieces: list[np.ndarray] = [np.empty(0, dtype)]
     lengths = [0]
     batch: list[str] = []
-    characters = 0
+    characters = lost = total = 0
     for i, text in enumerate(progress(texts, len(texts), label)):
         batch.append(text)
         characters += len(text)
         if characters >= BATCH_CHARACTERS or i == len(texts) - 1:
-            for ids in tokenizer.encode_batch(batch):
+            encoded = tokenizer.encode_batch(batch)
+            lost += tokenizer.lost_bytes(batch, encoded)
+            total += sum(len(text.encode()) for text in batch)
+            for ids in encoded:
                 pieces.append(np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype))
                 lengths.append(len(ids) + 2)
             batch, characters = [], 0
+    if lost:
+        raise InputError(
+            f"tokenizer: has no token for {lost:,} of {total:,} bytes ({lost / total:.2%}), which "
+            "would be lost; must encode every text (byte-level, or with byte fallback)"
+        )
     return TokenizedDocuments(np.concatenate(pieces), np.cumsum(lengths, dtype=np.int64))
 
 

@@ -87,7 +87,7 @@ def make_settings(
         "seed": config.train.seed,
         "sequence_length": config.model.sequence_length,
         "vocab_size": config.model.vocab_size,
-        "tokenizer": tokenizer.sha256 if tokenizer else "trained",
+        "tokenizer": tokenizer.identity if tokenizer else "trained",
         "data": config.data.to_dict(),
     }
 

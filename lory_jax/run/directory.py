@@ -3,7 +3,8 @@
 config.json      the config, section by section
 dataset.json     where the prepared data are, and the digest of their manifest; absent where the
                  model was trained elsewhere
-tokenizer.json   a copy of the tokenizer of the prepared data
+tokenizer.json   a copy of the tokenizer of the prepared data, with tokenizer_special.json where its
+                 special tokens were declared
 metrics.jsonl    one JSON object per step
 lock             held by the process that trains
 tensorboard/     the metrics for TensorBoard
@@ -27,6 +28,7 @@ from jax.sharding import Mesh
 from lory_jax.config import section_defaults
 from lory_jax.data.manifest import TOKENIZER_NAME
 from lory_jax.data.prepared import PreparedData
+from lory_jax.data.special_tokens import SPECIAL_TOKENS_NAME
 from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.errors import InputError
 from lory_jax.model.config import ModelConfig
@@ -282,6 +284,8 @@ class RunDirectory:
 
     def _write_start(self, dataset: Dataset, tokenizer: Tokenizer) -> None:
         write_atomically(self.tokenizer_file, tokenizer.json_text)
+        if tokenizer.is_declared:
+            write_atomically(self.path / SPECIAL_TOKENS_NAME, tokenizer.special.to_json())
         write_atomically(self.path / DATASET, json.dumps(dataset._asdict(), indent=1) + "\n")
 
     def _remove_temporary_files(self) -> None:

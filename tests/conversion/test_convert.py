@@ -102,7 +102,7 @@ def test_the_largest_experts_alone_are_merged(run, tmp_path):
     expected = model.logits(tokens, "prompt", [tokens.shape[1]])
     np.testing.assert_allclose(their_logits(tmp_path / "hf", tokens), expected, atol=TOLERANCE)
     card = (tmp_path / "hf" / "README.md").read_text()
-    assert "the 2 of largest weight in each layer are merged" in card
+    assert "the 2 with the largest weights in each layer are merged" in card
     assert all(line.count("0.000") == 2 for line in re.findall(r"^\| [01] \|.*$", card, re.M))
 
 
