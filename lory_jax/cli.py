@@ -68,6 +68,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parses flags; `args.config` becomes the loaded and validated ConfigDict."""
+        for word in argv:
+            if any("\ud800" <= character <= "\udfff" for character in word):
+                self.error(f"got {word!r}, must be text in UTF-8")
         plain, overrides = _split_overrides(argv)
         args = self.parse_args(plain)
         if "config" in args:

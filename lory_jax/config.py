@@ -8,14 +8,14 @@ how the fields fit together. Every mistake is a `ConfigError` of one line.
 import difflib
 import importlib.util
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections.config_dict import ConfigDict, RequiredValueError
 
 from lory_jax.errors import ConfigError
-from lory_jax.model.routing_rules import EXPERT_CHOICE, SPARSE, TOKEN_CHOICE
+from lory_jax.model.routing_rules import EXPERT_CHOICE, MERGED, SPARSE, TOKEN_CHOICE
 from lory_jax.schema import (
     SCHEMA,
     Field,
@@ -31,6 +31,7 @@ __all__ = [
     "SCHEMA",
     "Field",
     "base_config",
+    "check_model_fields",
     "describe_fields",
     "fields_where",
     "find_field",
@@ -201,13 +202,27 @@ def validate(config: ConfigDict) -> None:
             if not field.check(value):
                 raise ConfigError(_wrong(f"{section}.{name}", value, field.accepts))
     _check_model(config.model)
+    _check_segments(config.model)
     _check_sparse(config.model, config.train)
     _check_train(config.train)
+    if config.model.num_experts:
+        _check_phases(config.train)
     if config.data.validation_fraction + config.data.test_fraction > 0.5:
         raise ConfigError(
             "config.data.validation_fraction + test_fraction: got "
             f"{config.data.validation_fraction + config.data.test_fraction}; must be at most 0.5"
         )
+
+
+def check_model_fields(fields: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` unless each field of `config.model` is usable, and all fit together.
+
+    For the config of a run, whose fields may be those of an earlier version.
+    """
+    for name, field in SCHEMA["model"].items():
+        if not field.check(fields[name]):
+            raise ConfigError(_wrong(f"model.{name}", fields[name], field.accepts))
+    _check_model(ConfigDict(fields))
 
 
 def _check_names(config: ConfigDict) -> None:
@@ -236,21 +251,40 @@ def _check_model(model: ConfigDict) -> None:
             f"config.model.segment_length: got {model.segment_length}; must be at most "
             f"config.model.sequence_length ({model.sequence_length})"
         )
-    if model.embed_dim % model.num_heads or (model.embed_dim // model.num_heads) % 2:
+    if model.head_dim % 2:
+        raise ConfigError(f"config.model.head_dim: got {model.head_dim}; must be even, or 0")
+    divides = model.embed_dim % model.num_heads == 0
+    if not model.head_dim and not (divides and model.embed_dim // model.num_heads % 2 == 0):
         raise ConfigError(
             f"config.model.num_heads: got {model.num_heads}; must be a divisor of "
-            f"config.model.embed_dim ({model.embed_dim}) that leaves an even head width"
+            f"config.model.embed_dim ({model.embed_dim}) that leaves an even head width, unless "
+            "config.model.head_dim gives one"
         )
     if model.num_kv_heads and model.num_heads % model.num_kv_heads:
         raise ConfigError(
             f"config.model.num_kv_heads: got {model.num_kv_heads}; must be a divisor of "
             f"config.model.num_heads ({model.num_heads}), or 0 for as many"
         )
+    if model.rope_scaling == "yarn" and model.rope_theta == 1:
+        raise ConfigError(
+            "config.model.rope_theta: got 1.0; must be above 1 with rope_scaling=yarn"
+        )
     if model.rope_low_frequency_factor >= model.rope_high_frequency_factor:
         raise ConfigError(
             f"config.model.rope_low_frequency_factor: got {model.rope_low_frequency_factor}; must "
             "be less than config.model.rope_high_frequency_factor "
             f"({model.rope_high_frequency_factor})"
+        )
+
+
+def _check_segments(model: ConfigDict) -> None:
+    """Where segments are routed by earlier ones, there must be two."""
+    needs_segments = model.routing in MERGED or model.routing == "expert_choice_segment"
+    if model.num_experts and needs_segments and model.segment_length == model.sequence_length:
+        raise ConfigError(
+            f"config.model.segment_length: got {model.segment_length}; must be less than "
+            f"config.model.sequence_length ({model.sequence_length}) with experts: a single "
+            "segment is never routed by another"
         )
 
 
@@ -263,6 +297,15 @@ def _check_train(train: ConfigDict) -> None:
     if train.beta1 >= 1 or train.beta2 >= 1:
         raise ConfigError(
             f"config.train.beta1, beta2: got {train.beta1}, {train.beta2}; must be below 1"
+        )
+
+
+def _check_phases(train: ConfigDict) -> None:
+    """The dense warm-up must end before the run does, or the experts are never made."""
+    if round(train.dense_warmup_fraction * train.steps) >= train.steps:
+        raise ConfigError(
+            f"config.train.dense_warmup_fraction: got {train.dense_warmup_fraction}; must leave at "
+            f"least one of config.train.steps ({train.steps}) to the experts"
         )
 
 

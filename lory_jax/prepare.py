@@ -6,14 +6,17 @@ Writes DIR/train/*.array_record, DIR/validation/<domain>/, DIR/test/<domain>/, D
 and DIR/manifest.json. If DIR is already prepared with the same settings, it says so and ends.
 """
 
-from pathlib import Path
+import os
 
 from lory_jax.cli import Parser, run
+from lory_jax.storage import local_path
 
 
 def main(argv: list[str]) -> None:
     parser = Parser("prepare", __doc__)
-    parser.add_argument("--out", required=True, metavar="DIR", help="directory to make")
+    parser.add_argument(
+        "--out", required=True, type=local_path, metavar="DIR", help="directory to make"
+    )
     parser.add_config_flag(default="local")
     parser.add_argument(
         "--source",
@@ -29,7 +32,10 @@ def main(argv: list[str]) -> None:
         help="order of the training documents, on the same tokens (default: similar)",
     )
     parser.add_argument(
-        "--tokenizer", metavar="FILE.json", help="use this tokenizer instead of training one"
+        "--tokenizer",
+        type=local_path,
+        metavar="FILE.json",
+        help="use this tokenizer instead of training one",
     )
     for name in ("bos", "eos"):
         parser.add_argument(
@@ -47,12 +53,12 @@ def main(argv: list[str]) -> None:
     from lory_jax.preparation.staging import is_prepared, staging_directory
     from lory_jax.preparation.statistics import summary
 
-    out = Path(args.out).resolve()
+    out = args.out.resolve()
     tokenizer = None
     with parser.named_as_flags():
         if args.tokenizer:
             tokenizer = Tokenizer.load_foreign(args.tokenizer, args.bos_id, args.eos_id)
-    settings = make_settings(args.config, args.source, args.order, tokenizer)
+    settings = make_settings(args.config, os.path.expanduser(args.source), args.order, tokenizer)
     if is_prepared(out, settings):
         print(f"{out}: already prepared with these settings; nothing to do")
         return

@@ -94,6 +94,16 @@ SCHEMA: dict[str, dict[str, Field]] = {
             0,
             is_architecture=True,
         ),
+        "head_dim": _int(
+            0, "width K of a head; 0 means embed_dim / num_heads", 0, is_architecture=True
+        ),
+        "attention_bias": _choice(
+            "biases of attention: none, of queries, keys and values (Qwen2), or all four",
+            "none",
+            "qkv",
+            "all",
+            is_architecture=True,
+        ),
         "mlp_dim": _int(
             2816, "hidden width F of the FFN, and of each expert", 1, is_architecture=True
         ),
@@ -132,10 +142,13 @@ SCHEMA: dict[str, dict[str, Field]] = {
             10_000.0, "base of the rotary position embedding", 1.0, is_architecture=True
         ),
         "rope_scaling": _choice(
-            "which rotary frequencies are scaled down: none, all, or the low ones (Llama 3.1)",
+            "which rotary frequencies are scaled down: none, all, or the low ones (Llama 3.1, "
+            "YaRN); dynamic is none, and scales beyond sequence_length after an export",
             "none",
             "linear",
             "llama3",
+            "yarn",
+            "dynamic",
             is_architecture=True,
         ),
         "rope_factor": _float(
@@ -154,7 +167,28 @@ SCHEMA: dict[str, dict[str, Field]] = {
             is_architecture=True,
         ),
         "rope_original_length": _int(
-            8192, "llama3: sequence length before scaling", 1, is_architecture=True
+            8192, "llama3, yarn: sequence length before scaling", 1, is_architecture=True
+        ),
+        "rope_beta_fast": _float(
+            32.0,
+            "yarn: pairs that turn more often within rope_original_length are not scaled",
+            1e-6,
+            is_architecture=True,
+        ),
+        "rope_beta_slow": _float(
+            1.0,
+            "yarn: pairs that turn less often within rope_original_length are scaled in full",
+            1e-6,
+            is_architecture=True,
+        ),
+        "rope_attention_factor": _float(
+            0.0,
+            "yarn: what queries and keys are multiplied by; 0 means 0.1 ln(rope_factor) + 1",
+            0.0,
+            is_architecture=True,
+        ),
+        "rope_truncate": _bool(
+            True, "yarn: the border pairs are rounded to whole ones", is_architecture=True
         ),
         "norm_epsilon": _float(
             1e-5, "added to the mean square in RMSNorm", 0.0, 1.0, is_architecture=True

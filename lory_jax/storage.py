@@ -38,7 +38,7 @@ def storage_path(text: str | Path) -> Path:
     """
     scheme, separator, _ = str(text).partition("://")
     if not separator:
-        return Path(text)
+        return local_path(text)
     if scheme not in PACKAGES:
         raise UnusablePath(
             f"{text}: got scheme {scheme}://, must be a directory, or an address at gs:// or s3://"
@@ -50,6 +50,20 @@ def storage_path(text: str | Path) -> Path:
     from etils import epath
 
     return cast(Path, epath.Path(str(text)))
+
+
+def local_path(text: str | Path) -> Path:
+    """Returns a local path; a flag's `type`. A shell leaves the ~ of --flag=~/x as it is.
+
+    Raises:
+      UnusablePath: it is empty, holds a null character, or begins with the ~ of an unknown user.
+    """
+    try:
+        if not str(text) or "\0" in str(text):
+            raise UnusablePath(f"got {str(text)!r}, must be the path of a file or directory")
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UnusablePath(f"got {str(text)!r}, which names the home of an unknown user") from None
 
 
 def is_remote(path: str | Path) -> bool:

@@ -4,8 +4,11 @@ Each kind was found in a public problem report. The tests of a room's own direct
 details; here the right behaviour is stated once.
 """
 
+import errno
 import json
+import os
 import random
+import subprocess
 import time
 
 import numpy as np
@@ -15,18 +18,31 @@ import transformers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 import lory_jax
+from lory_jax import cli
+from lory_jax.config import load_config
 from lory_jax.conversion import runs
 from lory_jax.data.manifest import domain_directory
 from lory_jax.data.tokenizer import Tokenizer
-from lory_jax.errors import InputError
+from lory_jax.errors import ConfigError, InputError
 from lory_jax.preparation.documents import split_long
 from lory_jax.preparation.embedding.lsa import TOKEN, Embedder, _tokens
-from lory_jax.preparation.packing import tokenize
+from lory_jax.preparation.packing import tokenize, write_shards
 from lory_jax.preparation.sources.corpus import read_corpus
 from lory_jax.preparation.split import split_by_origin
 from lory_jax.preparation.tokenizer_training import LONGEST_WORD, train_tokenizer
 from lory_jax.run.directory import RunDirectory
+from lory_jax.storage import local_path, storage_path
+from lory_jax.training.validation import sets_to_validate
 from tests.conversion.test_hf_directory import edit_config, llama
+from tests.support.tiny import (
+    ROOT,
+    SEQUENCE_LENGTH,
+    verb,
+    verb_command,
+    verb_environment,
+    write_prepared,
+    write_recipe,
+)
 
 WORDS = "amber boat cloud drum eagle field grain harbor iron jar kettle lamp".split()  # noqa: SIM905
 
@@ -355,3 +371,132 @@ def test_chat_template(tmp_path):
     messages = [{"role": "user", "content": "hello"}]
     assert tokenizer.apply_chat_template(messages, tokenize=False) == "[user] hello\n"
     assert tokenizer.pad_token_id == 2
+
+
+# ---------------------------------------------------------------- runs
+
+
+def metrics_of(tmp_path, *arguments, experts=0):
+    data = write_prepared(tmp_path / "data")
+    recipe = write_recipe(tmp_path)
+    result = verb(
+        "train",
+        f"--config={recipe}:experts={experts}",
+        f"--data={data}",
+        f"--workdir={tmp_path / 'run'}",
+        *arguments,
+    )
+    assert result.returncode == 0, result.stderr
+    return result, (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_no_validation(tmp_path):
+    """Without a position to measure there is no validation_loss, which is said once."""
+    result, metrics = metrics_of(tmp_path, f"--config.model.segment_length={SEQUENCE_LENGTH}")
+    assert (result.stdout + result.stderr).count("no validation_loss") == 1
+    assert "Warning" not in result.stderr
+    assert "NaN" not in metrics and "validation_loss" not in metrics
+
+
+def test_no_validation_of_sets_without_instances(capsys):
+    empty = {"a": np.zeros((0, SEQUENCE_LENGTH + 1), np.int32)}
+    full = {"b": np.zeros((3, SEQUENCE_LENGTH + 1), np.int32)}
+    assert sets_to_validate(empty, 8, 8) == {}
+    assert capsys.readouterr().out.count("no validation_loss") == 1
+    assert list(sets_to_validate(empty | full, 2, 8)) == ["b"]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("model.segment_length", "64", "segment_length"),
+        ("train.dense_warmup_fraction", "1", "dense_warmup_fraction"),
+        ("train.dense_warmup_fraction", "0.9999", "dense_warmup_fraction"),
+        ("train.learning_rate", "1e999", "learning_rate"),
+        ("train.steps", "9" * 5000, "steps"),
+        ("train.steps", str(2**63), "steps"),
+        ("model.rope_theta", "nan", "rope_theta"),
+    ],
+)
+def test_a_phase_or_number_that_swallows_the_run(field, value, named, tmp_path):
+    recipe = write_recipe(tmp_path)
+    overrides = [("model.sequence_length", "64"), (field, value)]
+    with pytest.raises(ConfigError, match=named) as caught:
+        load_config(f"{recipe}:experts=4", overrides)
+    assert len(str(caught.value)) < 500
+    if not field.startswith("train.steps") and "1e999" not in value and value != "nan":
+        load_config(f"{recipe}:experts=0", overrides)  # a dense model has no such phase
+
+
+# ---------------------------------------------------------------- paths, terminals and disks
+
+
+def test_home_directories_and_spaces_in_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert storage_path("~/my run") == local_path("~/my run") == tmp_path / "my run"
+    for text in ("", "a\0b", "~nobody-of-this-name/x"):
+        with pytest.raises(InputError, match=r"must be the path|unknown user"):
+            storage_path(text)
+
+
+def test_a_terminal_that_is_not_utf8(tmp_path):
+    """Names beyond ASCII are escaped, not a traceback; a link with a space is a path like any."""
+    (tmp_path / "köln 河").mkdir()
+    for i in range(9):
+        lines = [f"{word} {i}" for word in WORDS] * 9
+        (tmp_path / "köln 河" / f"é{i}.txt").write_text("\n".join(lines))
+    (tmp_path / "a link").symlink_to(tmp_path / "köln 河")
+    recipe = write_recipe(tmp_path)
+    result = subprocess.run(
+        verb_command(
+            "prepare",
+            f"--config={recipe}",
+            f"--source={tmp_path / 'a link'}",
+            f"--out={tmp_path / 'köln 河 out'}",
+            "--order=random",
+            "--config.data.test_fraction=0.2",
+            "--config.data.validation_fraction=0.2",
+            "--config.data.min_document_bytes=1",
+        ),
+        capture_output=True,
+        cwd=ROOT,
+        env=verb_environment() | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert rb"k\xf6ln" in result.stdout
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    """A file's name may be any bytes; a flag must be text."""
+    with open(os.fsencode(tmp_path) + b"/\xff.txt", "w") as file:
+        file.write("some words")
+    (document,) = read(tmp_path)
+    assert document.origin == "\\udcff.txt"
+    with pytest.raises(ConfigError, match=r"'\\udcff'.*UTF-8"):
+        cli.Parser("verb", None).parse(["--out", "\udcff"])
+
+
+def test_a_disk_error_of_any_verb_is_one_line(monkeypatch, capsys):
+    def full(argv):
+        raise OSError(errno.ENOSPC, "No space left on device", "/somewhere/x.json")
+
+    with pytest.raises(SystemExit) as caught:
+        cli.run(full)
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == "error: /somewhere/x.json: No space left on device\n"
+
+
+def test_full_disk_prepare(tmp_path, monkeypatch):
+    """What the library of the shards raises when a disk is full."""
+
+    class Full:
+        def __init__(self, path, options):
+            pass
+
+        def write(self, record):
+            raise RuntimeError("write() failed: No space left on device")
+
+    monkeypatch.setattr("lory_jax.preparation.packing.array_record_module.ArrayRecordWriter", Full)
+    with pytest.raises(InputError, match=r"part-00000.*No space left on device"):
+        write_shards(tmp_path / "train", np.zeros((2, 3), np.uint16), 8)

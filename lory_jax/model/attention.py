@@ -71,25 +71,56 @@ class Rope:
     low_frequency_factor: float
     high_frequency_factor: float
     original_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 0.0
+    truncate: bool = True
+
+    @property
+    def amplitude(self) -> float:
+        """What queries and keys are multiplied by, beside being rotated; YaRN's is above 1."""
+        if self.scaling != "yarn":
+            return 1.0
+        return self.attention_factor or 0.1 * math.log(self.factor) + 1.0
 
     def frequencies(self, head_width: int) -> Array:
         """Radians per position of each of the K/2 pairs, float32.
 
         "linear" divides all of them by `factor`. "llama3" (Llama 3.1) divides those whose wave is
         longer than original_length / low_frequency_factor, keeps those whose wave is shorter than
-        original_length / high_frequency_factor, and interpolates in between.
+        original_length / high_frequency_factor, and interpolates in between. "yarn" (Peng et al.
+        2023, arXiv 2309.00071) does the same with borders in turns within original_length, and
+        interpolates by the index of the pair. "dynamic" scales nothing up to sequence_length.
         """
         frequency_K2 = self.theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
-        if self.scaling == "none":
+        if self.scaling in ("none", "dynamic"):
             return frequency_K2
         if self.scaling == "linear":
             return frequency_K2 / self.factor
+        if self.scaling == "yarn":
+            first, last = (
+                self._yarn_border(self.beta_fast, head_width),
+                self._yarn_border(self.beta_slow, head_width),
+            )
+            if self.truncate:
+                first, last = math.floor(first), math.ceil(last)
+            first, last = max(first, 0), min(last, head_width - 1)
+            pair_K2 = jnp.arange(head_width // 2, dtype=jnp.float32)
+            scaled_K2 = jnp.clip((pair_K2 - first) / (last - first or 1e-3), 0.0, 1.0)
+            return frequency_K2 * (1 - scaled_K2) + frequency_K2 / self.factor * scaled_K2
         if self.scaling != "llama3":
-            raise ValueError(f"scaling: got {self.scaling!r}; must be none, linear or llama3")
+            raise ValueError(
+                f"scaling: got {self.scaling!r}; must be none, linear, llama3, yarn or dynamic"
+            )
         low, high = self.low_frequency_factor, self.high_frequency_factor
         turns_K2 = self.original_length * frequency_K2 / (2 * math.pi)
         kept_K2 = jnp.clip((turns_K2 - low) / (high - low), 0.0, 1.0)
         return frequency_K2 * (kept_K2 + (1 - kept_K2) / self.factor)
+
+    def _yarn_border(self, turns: float, head_width: int) -> float:
+        """The index of the pair that turns so often within `original_length`."""
+        pairs = head_width * math.log(self.original_length / (turns * 2 * math.pi))
+        return pairs / (2 * math.log(self.theta))
 
 
 def rotate(x_BxLxHxK: Array, positions_BxL: Array, rope: Rope) -> Array:
@@ -97,6 +128,8 @@ def rotate(x_BxLxHxK: Array, positions_BxL: Array, rope: Rope) -> Array:
     frequency_1x1x1xK2 = rope.frequencies(x_BxLxHxK.shape[-1])[None, None, None]
     angle_BxLx1xK2 = positions_BxL[:, :, None, None].astype(jnp.float32) * frequency_1x1x1xK2
     cos, sin = jnp.cos(angle_BxLx1xK2), jnp.sin(angle_BxLx1xK2)
+    if rope.amplitude != 1.0:
+        cos, sin = cos * rope.amplitude, sin * rope.amplitude
     first, second = jnp.split(x_BxLxHxK.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BxLxHxK.dtype)
@@ -234,11 +267,13 @@ class Attention(nnx.Module):
         embed_dim: int,
         num_heads: int,
         num_kv_heads: int,
+        head_width: int,
         output_scale: float,
+        bias: str = "none",
         heads_on_tensor: bool = False,
     ):
-        D, H, G = embed_dim, num_heads, num_kv_heads
-        K = D // H
+        """`bias` is "none", "qkv" (queries, keys and values) or "all" (the output, too)."""
+        D, H, G, K = embed_dim, num_heads, num_kv_heads, head_width
         width = "embed" if heads_on_tensor else "attention_embed"
         heads = "tensor_heads" if heads_on_tensor else "heads"
         # An axis of its own only where the size is a field of its own, which messages name.
@@ -249,19 +284,33 @@ class Attention(nnx.Module):
         self.output = init.matrix(
             (H, K, D), (heads, "head_dim", width), fan_in=D, scale=output_scale
         )
+        self.bias = bias
+        if bias != "none":
+            self.query_bias = init.zeros((H, K), (heads, "head_dim"))
+            self.key_bias = init.zeros((G, K), (kv_heads, "head_dim"))
+            self.value_bias = init.zeros((G, K), (kv_heads, "head_dim"))
+        if bias == "all":
+            self.output_bias = init.zeros((D,), ("norm",))
 
     def project(self, x_BxLxD: Array, positions_BxL: Array, rope: Rope) -> tuple[Array, ...]:
         """Queries `[B, L, H, K]`, keys (both rotated) and values `[B, L, G, K]`."""
 
-        def apply(w: nnx.Param) -> Array:
-            return jnp.einsum("bld,dhk->blhk", x_BxLxD, w[...].astype(x_BxLxD.dtype))
+        def apply(name: str) -> Array:
+            w_DxHxK = getattr(self, name)[...].astype(x_BxLxD.dtype)
+            y_BxLxHxK = jnp.einsum("bld,dhk->blhk", x_BxLxD, w_DxHxK)
+            if self.bias == "none":
+                return y_BxLxHxK
+            bias_HxK = getattr(self, f"{name}_bias")[...].astype(x_BxLxD.dtype)
+            return y_BxLxHxK + bias_HxK[None, None]
 
-        query_BxLxHxK = rotate(apply(self.query), positions_BxL, rope)
-        key_BxLxGxK = rotate(apply(self.key), positions_BxL, rope)
-        return query_BxLxHxK, key_BxLxGxK, apply(self.value)
+        query_BxLxHxK = rotate(apply("query"), positions_BxL, rope)
+        key_BxLxGxK = rotate(apply("key"), positions_BxL, rope)
+        return query_BxLxHxK, key_BxLxGxK, apply("value")
 
     def combine(self, values_BxLxHxK: Array) -> Array:
         """The output projection: `[B, L, H, K]` to `[B, L, D]`."""
-        return jnp.einsum(
-            "blhk,hkd->bld", values_BxLxHxK, self.output[...].astype(values_BxLxHxK.dtype)
-        )
+        dtype = values_BxLxHxK.dtype
+        y_BxLxD = jnp.einsum("blhk,hkd->bld", values_BxLxHxK, self.output[...].astype(dtype))
+        if self.bias != "all":
+            return y_BxLxD
+        return y_BxLxD + self.output_bias[...].astype(dtype)[None, None]

@@ -24,6 +24,8 @@ class ModelConfig:
     embed_dim: int
     num_heads: int
     num_kv_heads: int
+    head_dim: int
+    attention_bias: str
     mlp_dim: int
     num_experts: int
     sequence_length: int
@@ -41,6 +43,10 @@ class ModelConfig:
     rope_low_frequency_factor: float
     rope_high_frequency_factor: float
     rope_original_length: int
+    rope_beta_fast: float
+    rope_beta_slow: float
+    rope_attention_factor: float
+    rope_truncate: bool
     norm_epsilon: float
     compute_dtype: str
     remat: str
@@ -58,9 +64,10 @@ class ModelConfig:
           ConfigError: the platform cannot run the requested implementation.
         """
         attention = resolve_attention(fields["attention"], platform, fields["compute_dtype"])
-        # As many heads of keys as of queries has one spelling: equal models have equal configs.
-        grouped = fields["num_kv_heads"]
+        # What equals its default has one spelling: equal models have equal configs.
+        grouped, width = fields["num_kv_heads"], fields["head_dim"]
         num_kv_heads = 0 if grouped == fields["num_heads"] else grouped
+        head_dim = 0 if width * fields["num_heads"] == fields["embed_dim"] else width
         ffn = fields["merged_ffn"]
         if fields["num_experts"]:
             ffn = resolve_merged_ffn(
@@ -71,13 +78,19 @@ class ModelConfig:
                 fields["num_experts"],
                 jnp.dtype(fields["compute_dtype"]).itemsize,
             )
-        resolved = {"attention": attention, "merged_ffn": ffn, "num_kv_heads": num_kv_heads}
+        resolved = {"attention": attention, "merged_ffn": ffn}
+        resolved |= {"num_kv_heads": num_kv_heads, "head_dim": head_dim}
         return cls(**{**fields, **resolved})
 
     @property
     def kv_heads(self) -> int:
         """Heads of keys and values G."""
         return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_width(self) -> int:
+        """The width K of a head."""
+        return self.head_dim or self.embed_dim // self.num_heads
 
     @property
     def rope(self) -> Rope:
@@ -89,6 +102,10 @@ class ModelConfig:
             self.rope_low_frequency_factor,
             self.rope_high_frequency_factor,
             self.rope_original_length,
+            self.rope_beta_fast,
+            self.rope_beta_slow,
+            self.rope_attention_factor,
+            self.rope_truncate,
         )
 
     @property

@@ -1,11 +1,11 @@
 """Parameters and FLOPs of a model by one stated convention, and the peak of known devices.
 
 Training costs 6 FLOPs per token and parameter of a matrix product (2 forward, 4 backward), plus
-12 * layers * D * L for attention over a whole sequence (PaLM's convention: causality not deducted),
-plus the merge: 6 * 3 * E * D * F per layer and segment (paper, appendix B), spread over T tokens.
-Recomputation by remat is not counted. A token of a sparse baseline passes through k experts, or as
-many as the capacity factor says where experts choose; dropped tokens are not deducted. A router of
-tokens costs 6 * D * E; one of segments is left out.
+12 * layers * H * K * L for attention over a whole sequence (PaLM's convention: causality is not
+deducted), plus the merge: 6 * 3 * E * D * F per layer and segment (paper, appendix B), spread over
+T tokens. Recomputation by remat is not counted. A token of a sparse baseline passes through k
+experts, or as many as the capacity factor says where experts choose; dropped tokens are not
+deducted. A router of tokens costs 6 * D * E; one of segments is left out.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ def flops_per_token(config: ModelConfig) -> float:
     D, F, Y = config.embed_dim, config.mlp_dim, config.num_layers
     ffn = 3 * D * F * _chosen(config)
     matmul = config.vocab_size * D + Y * (_attention_parameters(config) + ffn)
-    attention = 12 * Y * D * config.sequence_length
+    attention = 12 * Y * config.num_heads * config.head_width * config.sequence_length
     if not config.is_sparse:
         return 6 * matmul + attention + _merge_flops(config)
     router = 6 * D * config.num_experts * Y if config.routes_tokens else 0
@@ -79,8 +79,9 @@ def _merge_flops(config: ModelConfig) -> float:
 
 def _attention_parameters(config: ModelConfig) -> int:
     """Of one layer: queries and output whole, keys and values for their own heads alone."""
-    D = config.embed_dim
-    return 2 * D * D + 2 * D * D * config.kv_heads // config.num_heads
+    D, H, G, K = config.embed_dim, config.num_heads, config.kv_heads, config.head_width
+    biases = {"none": 0, "qkv": (H + 2 * G) * K, "all": (H + 2 * G) * K + D}
+    return 2 * D * (H + G) * K + biases[config.attention_bias]
 
 
 def peak_flops(device_kind: str) -> float | None:

@@ -35,6 +35,10 @@ class Initializer:
         """All ones, for norms."""
         return self._declare(jnp.ones(self._stack + shape, jnp.float32), axes)
 
+    def zeros(self, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+        """All zeros, for biases."""
+        return self._declare(jnp.zeros(self._stack + shape, jnp.float32), axes)
+
     def _declare(self, values: Array, axes: tuple[str, ...]) -> nnx.Param:
         axes = ("layers",) * len(self._stack) + axes
         if values.ndim != len(axes):

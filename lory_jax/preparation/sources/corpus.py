@@ -95,7 +95,9 @@ def read_directory(root: Path) -> Iterator[Document]:
                 f"{', '.join(JSON_READERS)}: convert it or move it elsewhere"
             )
         domain = parts[0] if len(parts) > 1 else root.resolve().name
-        yield Document(_read_text(path), domain, "/".join(parts[:2]))
+        # A name that is not UTF-8 is escaped, so that it can be hashed and printed.
+        domain, origin = map(_printable, (domain, "/".join(parts[:2])))
+        yield Document(_read_text(path), domain, origin)
 
 
 def read_json_lines(path: Path) -> Iterator[Document]:
@@ -193,6 +195,10 @@ def _from_fields(fields: dict[str, Any], default_domain: str, where: str) -> Doc
         ) from None
     origin = fields.get("source") or hashlib.sha256(text.encode()).hexdigest()
     return Document(text, str(fields.get("domain") or default_domain), str(origin))
+
+
+def _printable(name: str) -> str:
+    return name.encode(errors="backslashreplace").decode()
 
 
 def _read_text(path: Path) -> str:
