@@ -83,10 +83,12 @@ class TensorFiles:
         weight_map = read_object(path).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{path}: has no weight_map")
-        for file in dict.fromkeys(weight_map.values()):
+        for file in weight_map.values():
             # The index is external input: it must not make us read outside the directory.
-            if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+            is_name = isinstance(file, str) and file.isprintable() and Path(file).name == file
+            if not is_name or file in ("", ".", ".."):
                 raise InputError(f"{path}: names {file!r}; must name files of its own directory")
+        for file in dict.fromkeys(weight_map.values()):
             held = set(self._open(file).keys())
             wanted = {name for name, where in weight_map.items() if where == file}
             if missing := sorted(wanted - held):

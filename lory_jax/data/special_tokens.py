@@ -47,6 +47,9 @@ class SpecialTokens:
             raise InputError(f"{name}: malformed ({error!r})") from None
         if not isinstance(found.bos_id, int) or not eos_ids:
             raise InputError(f"{name}: malformed, must have bos_id and eos_ids")
+        if not isinstance(found.pad_id, int | None):
+            raise InputError(f"{name}: pad_id: got {found.pad_id!r}, must be an integer or null")
+        _check_template(found.chat_template, name)
         return found
 
 
@@ -71,15 +74,16 @@ def declared(directory: Path) -> dict[str, Any]:
     for field in ("bos_token_id", "pad_token_id"):
         found[field] = found[field][0] if found[field] else None
     names = {field: tokenizer.get(field) for field in ("bos_token", "eos_token", "pad_token")}
-    found["names"] = {
+    texts = {
         field: token.get("content") if isinstance(token, Mapping) else token
         for field, token in names.items()
-        if token is not None
     }
+    found["names"] = {field: text for field, text in texts.items() if isinstance(text, str)}
     found["chat_template"] = tokenizer.get("chat_template")
     template = directory / "chat_template.jinja"
     if found["chat_template"] is None and template.is_file():
         found["chat_template"] = template.read_text("utf-8", errors="replace")
+    _check_template(found["chat_template"], str(directory))
     return found
 
 
@@ -90,6 +94,19 @@ def one_or_more(value: Any) -> tuple[int, ...]:
     if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
         raise TypeError(f"got {value!r}, must be an integer or a list of integers")
     return tuple(values)
+
+
+def _check_template(template: Any, name: str) -> None:
+    named = template if isinstance(template, list) else []
+    if not (
+        template is None
+        or isinstance(template, str)
+        or (all(isinstance(t, dict) and {"name", "template"} <= t.keys() for t in named) and named)
+    ):
+        raise InputError(
+            f"{name}: chat_template: got {type(template).__name__}, must be a text or a list of "
+            "objects with name and template"
+        )
 
 
 def _ids(contents: Mapping[str, Any], field: str, directory: Path) -> tuple[int, ...]:

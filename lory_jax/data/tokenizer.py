@@ -220,11 +220,8 @@ def _declared_beside(
     found = declared(path.parent)
     added = tokenizer.get_added_tokens_decoder()
     special_ids = {token.content: id for id, token in added.items() if token.special}
-    by_name = {
-        field: tokenizer.token_to_id(token)
-        for field, token in found["names"].items()
-        if isinstance(token, str)
-    }
+    ids = {token.content: id for id, token in added.items()}
+    by_name = {field: ids.get(token) for field, token in found["names"].items()}
     if bos_id is None:
         bos_id = found["bos_token_id"]
     if bos_id is None:
