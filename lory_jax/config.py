@@ -222,7 +222,7 @@ def check_model_fields(fields: Mapping[str, Any]) -> None:
     for name, field in SCHEMA["model"].items():
         if not field.check(fields[name]):
             raise ConfigError(_wrong(f"model.{name}", fields[name], field.accepts))
-    _check_model(ConfigDict(fields))
+    _check_model(ConfigDict({name: fields[name] for name in SCHEMA["model"]}))
 
 
 def _check_names(config: ConfigDict) -> None:

@@ -153,15 +153,7 @@ class RunDirectory:
         """The lines of `metrics.jsonl`, without a last line that a killed run left unfinished."""
         if not self.metrics_file.is_file():
             raise InputError(f"{self.metrics_file}: missing; train first")
-        lines = self.metrics_file.read_bytes().split(b"\n")[:-1]
-        found = []
-        for number, line in enumerate(lines, start=1):
-            where = f"{self.metrics_file}:{number}: damaged"
-            fields = parse_object(line, where)
-            if not isinstance(fields.get("step"), int):
-                raise InputError(f"{where}, must have an integer step")
-            found.append(fields)
-        return found
+        return read_lines(self.metrics_file)
 
     def lock_holder(self) -> str | None:
         """Who trains in this directory at the moment, or None."""
@@ -310,6 +302,18 @@ def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:
         shapes,
         shardings(build(config)[1], mesh),
     )
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a `metrics.jsonl`."""
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        where = f"{path}:{number}: damaged"
+        fields = parse_object(line, where)
+        if not isinstance(fields.get("step"), int):
+            raise InputError(f"{where}, must have an integer step")
+        found.append(fields)
+    return found
 
 
 def _read_json(path: Path) -> dict[str, Any]:
