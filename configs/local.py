@@ -28,5 +28,6 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.checkpoint.every_steps = 250
     data = config.data
     data.max_domain_bytes = 10_000_000
+    data.confirmation_fraction = 0.04
     data.tokenizer_sample_bytes = 4_000_000
     return config

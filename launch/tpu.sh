@@ -143,7 +143,7 @@ create() {
       delete
       ;;
     *)
-      echo "$name exists already: $found"
+      echo "$name already exists: $found"
       return
       ;;
   esac

@@ -1,4 +1,4 @@
-"""All verbs under one name: `lory VERB --flags`, or `python -m lory_jax VERB --flags`."""
+"""All commands under one name: `lory COMMAND --flags`, or `python -m lory_jax COMMAND --flags`."""
 
 import ast
 import difflib
@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def dispatch(argv: list[str]) -> None:
-    """Runs the verb that comes first with the arguments that follow it."""
+    """Runs the command named by the first argument, with the arguments that follow it."""
     if not argv or argv[0] in ("-h", "--help"):
         print(overview())
         return
@@ -40,8 +40,8 @@ def dispatch(argv: list[str]) -> None:
 
 
 def overview() -> str:
-    """Every verb with the first line of its file, none of which is imported for it."""
-    lines = ["usage: lory VERB [flags]; lory VERB --help explains the flags", ""]
+    """Lists every command with the first line of its file, without importing it."""
+    lines = ["usage: lory COMMAND [flags]; lory COMMAND --help explains the flags", ""]
     for verb in VERBS:
         source = (Path(__file__).parent / f"{verb}.py").read_text("utf-8")
         summary = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]

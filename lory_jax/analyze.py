@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
 
 def write_analysis(args: argparse.Namespace, out: Path) -> None:
     """Analyzes the run on its test set; writes the figures, the page and its pictures."""
-    # These start JAX and matplotlib, which --help and a wrong flag do not wait for.
+    # Imported here so that --help and flag errors do not wait for JAX and matplotlib.
     from lory_jax.analysis.routing import ANALYSIS, analyze_run, distance_table
     from lory_jax.report import plots
     from lory_jax.report.analysis import analysis_page
@@ -72,7 +72,7 @@ def write_text_page(args: argparse.Namespace, out: Path) -> None:
     """Writes the page of a text's routing, and prints the strongest experts of each segment."""
     text = cli.read_text(args.text, "--text")
 
-    # These start JAX, as above.
+    # Imported here for the same reason.
     from lory_jax import api
     from lory_jax.analysis.texts import strongest_experts, text_segments
     from lory_jax.report.analysis import text_page

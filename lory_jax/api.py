@@ -26,7 +26,7 @@ from lory_jax.run.step_choice import NEWEST, Step
 
 
 class Model:
-    """A Lory, or its dense baseline, with its tokenizer.
+    """A Lory model, or its dense baseline, with its tokenizer.
 
     Attributes:
       config: the fields of `config.model`; `num_experts` is 0 in a dense model.
@@ -67,7 +67,7 @@ class Model:
 
         if not self.config.num_experts or self.config.is_sparse:
             raise InputError(
-                "merged: a dense or sparse model has nothing to merge; load a Lory with experts"
+                "merged: a dense or sparse model has nothing to merge; load a model with experts"
             )
         mesh = mesh_of(self.params) or make_mesh(1, 1, 1, jax.devices()[:1])
         r_YxE = text_routing(self.config, self.params, self.encode(text))
@@ -79,7 +79,8 @@ class Model:
         """The token ids of a prompt: BOS, which begins every document, and the text's own ids.
 
         Raises:
-          InputError: the text holds a lone surrogate, as Python makes of bytes that are not UTF-8.
+          InputError: the text holds a lone surrogate, which is how Python represents bytes that are
+            not UTF-8.
         """
         try:
             text.encode("utf-8")
@@ -172,7 +173,7 @@ class Model:
           stop: texts that end a continuation; they are cut off.
 
         Raises:
-          InputError: a setting is out of its range, or the model cannot read so many tokens.
+          InputError: a setting is out of its range, or the model cannot read that many tokens.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         settings = Settings(max_new_tokens, temperature, top_k, top_p, routing, seed, stop)

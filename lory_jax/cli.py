@@ -1,11 +1,10 @@
-"""What every verb shares at the command line: the `--config` flags and errors as one line."""
+"""What every command shares at the command line: the `--config` flags and errors as one line."""
 
 import argparse
-import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,8 @@ from lory_jax.run.step_choice import NEWEST, Step, parse_step
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
+
+_flags: set[str] = set()  # the flags of the running command
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,7 +50,7 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         if self._has_config:
-            # Imported here so that verbs start fast.
+            # Imported here so that commands start fast.
             from lory_jax.config import describe_fields
 
             self.epilog = describe_fields()
@@ -72,6 +73,7 @@ class Parser(argparse.ArgumentParser):
             if any("\ud800" <= character <= "\udfff" for character in word):
                 self.error(f"got {word!r}, must be text in UTF-8")
         plain, overrides = _split_overrides(argv)
+        _flags.update(self._option_string_actions)
         args = self.parse_args(plain)
         if "config" in args:
             args.config = _load_config(args.config, overrides)
@@ -79,23 +81,9 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: --config.{overrides[0][0]}")
         return args
 
-    @contextlib.contextmanager
-    def named_as_flags(self) -> Iterator[None]:
-        """Within it, a room's error about an argument `name` becomes one about the flag `--name`.
-
-        Rooms begin such an error with the argument's name and a colon.
-        """
-        try:
-            yield
-        except InputError as error:
-            flag = f"--{str(error).partition(':')[0]}"
-            if flag not in self._option_string_actions:
-                raise
-            raise type(error)(f"--{error}") from None
-
 
 def _load_config(spec: str, overrides: list[tuple[str, str]]) -> "ConfigDict":
-    # Imported here so that verbs start fast.
+    # Imported here so that commands start fast.
     from lory_jax.config import load_config
 
     try:
@@ -137,18 +125,28 @@ def read_text(path: Path, flag: str) -> str:
         raise InputError(f"{flag}: {path}: not UTF-8 text") from None
 
 
+def print_error(error: InputError) -> None:
+    """Prints an error in one line.
+
+    Subpackages know no flags: they begin an error with the name of an argument and a colon. If the
+    running command has a flag of that name, the line names the flag.
+    """
+    is_flag = f"--{str(error).partition(':')[0]}" in _flags
+    print(f"error: {'--' if is_flag else ''}{error}", file=sys.stderr, flush=True)
+
+
 def run(main: Callable[[list[str]], None]) -> None:
-    """Runs a verb: `InputError`s become one line on standard error and their exit status."""
+    """Runs a command: `InputError`s become one line on standard error and their exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
     try:
         with interrupts.raised():
             main(sys.argv[1:])
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         sys.exit(error.status)
     except KeyboardInterrupt:
-        interrupts.say()
+        interrupts.print_interrupted()
         sys.exit(interrupts.STATUS)
     except BrokenPipeError:  # the reader of our output went away, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

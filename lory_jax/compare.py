@@ -46,7 +46,7 @@ def write_report(args: argparse.Namespace) -> None:
     """Reads the runs, compares them, and writes the report."""
     workdirs = named_directories(args.runs)
 
-    # These start JAX and matplotlib, which --help and a wrong flag do not wait for.
+    # Imported here so that --help and flag errors do not wait for JAX and matplotlib.
     from lory_jax.comparison.figures import compare_runs, headline
     from lory_jax.comparison.runs import check_comparable, read_finished_run
     from lory_jax.comparison.samples import draw_samples

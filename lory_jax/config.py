@@ -2,7 +2,7 @@
 
 A recipe in `configs/` calls `base_config()`, sets what differs, and returns the `ConfigDict`.
 `load_config` runs a recipe and applies the overrides; `validate` checks every field (schema.py) and
-how the fields fit together. Every mistake is a `ConfigError` of one line.
+how the fields fit together. Every mistake raises a `ConfigError` with a one-line message.
 """
 
 import difflib
@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections.config_dict import ConfigDict, RequiredValueError
 
 from lory_jax.errors import ConfigError
-from lory_jax.model.routing_rules import EXPERT_CHOICE, MERGED, SPARSE, TOKEN_CHOICE
+from lory_jax.model.routing_rules import EXPERT_CHOICE, GATED, MERGED, SPARSE, TOKEN_CHOICE
 from lory_jax.schema import (
     SCHEMA,
     Field,
@@ -72,7 +72,8 @@ class SchemaConfig(ConfigDict):
             ) from None
 
     def _section(self) -> str:
-        """A section is recognised by its fields, so that copies of a config know theirs too."""
+        """A section is recognised by its fields, so that copies of a config know their fields,
+        too."""
         return next((f"{s}." for s, fields in SCHEMA.items() if fields.keys() == set(self)), "")
 
 
@@ -129,7 +130,7 @@ def load_config(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigD
 
 
 def _run_recipe(path: Path, argument: str | None) -> ConfigDict:
-    """What `get_config` of a recipe returns; a mistake in the file is told with its line."""
+    """What `get_config` of a recipe returns; a mistake in the file is reported with its line."""
     module_spec = importlib.util.spec_from_file_location(path.stem, path)
     if module_spec is None or module_spec.loader is None:
         raise ConfigError(f"--config: got {str(path)!r}; must be a Python file ending in .py")
@@ -207,10 +208,12 @@ def validate(config: ConfigDict) -> None:
     _check_train(config.train)
     if config.model.num_experts:
         _check_phases(config.train)
-    if config.data.validation_fraction + config.data.test_fraction > 0.5:
+    data = config.data
+    held_out = data.validation_fraction + data.test_fraction + data.confirmation_fraction
+    if held_out > 0.5:
         raise ConfigError(
-            "config.data.validation_fraction + test_fraction: got "
-            f"{config.data.validation_fraction + config.data.test_fraction}; must be at most 0.5"
+            "config.data.validation_fraction + test_fraction + confirmation_fraction: got "
+            f"{held_out}; must be at most 0.5"
         )
 
 
@@ -226,7 +229,7 @@ def check_model_fields(fields: Mapping[str, Any]) -> None:
 
 
 def _check_names(config: ConfigDict) -> None:
-    """A recipe may have unlocked the config, or made one by itself."""
+    """A recipe may have unlocked the config, or built its own."""
     for section in config:
         if section not in SCHEMA:
             raise ConfigError(
@@ -268,6 +271,11 @@ def _check_model(model: ConfigDict) -> None:
     if model.rope_scaling == "yarn" and model.rope_theta == 1:
         raise ConfigError(
             "config.model.rope_theta: got 1.0; must be above 1 with rope_scaling=yarn"
+        )
+    if model.document_mask and model.bos_id >= model.vocab_size:
+        raise ConfigError(
+            f"config.model.bos_id: got {model.bos_id}; must be below config.model.vocab_size "
+            f"({model.vocab_size})"
         )
     if model.rope_low_frequency_factor >= model.rope_high_frequency_factor:
         raise ConfigError(
@@ -311,14 +319,29 @@ def _check_phases(train: ConfigDict) -> None:
 
 def _check_sparse(model: ConfigDict, train: ConfigDict) -> None:
     """Checks what only the sparse baselines need; a dense model (no experts) ignores it."""
-    if model.routing not in SPARSE or not model.num_experts:
+    if not model.num_experts:
+        return
+    if model.balancing == "loss_free" and model.routing not in TOKEN_CHOICE:
+        raise ConfigError(
+            "config.model.balancing: got 'loss_free'; must be auxiliary with "
+            f"config.model.routing={model.routing}; loss_free requires one of "
+            f"{', '.join(TOKEN_CHOICE)}"
+        )
+    if model.routing not in SPARSE:
         return
     factor, experts = model.capacity_factor, model.num_experts
     choices = TOKEN_CHOICE.get(model.routing, max(1, round(factor)))
+    if model.routing in GATED:
+        choices = model.experts_per_token
     if choices > experts:
         raise ConfigError(
             f"config.model.num_experts: got {experts}; must be at least {choices}, the experts per "
             f"token of config.model.routing={model.routing}"
+        )
+    if model.routing == "remoe" and not model.router_init_scale:
+        raise ConfigError(
+            "config.model.router_init_scale: got 0.0; must be above 0 with "
+            "config.model.routing=remoe, whose gates would stay 0"
         )
     if not factor:
         raise ConfigError("config.model.capacity_factor: got 0.0; must be above 0")

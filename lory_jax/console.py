@@ -60,7 +60,10 @@ def _rate(done: int, unit: str, seconds: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Returns seconds as "4.2 s", "3 min 20 s", "5 h 07 min" or "2 d 3 h", unlike a time of day."""
+    """Returns seconds as "4.2 s", "3 min 20 s", "5 h 07 min" or "2 d 3 h".
+
+    None of these can be mistaken for a time of day.
+    """
     if seconds < 59.95:  # 60 would read "60.0 s"
         return f"{max(seconds, 0.0):.1f} s"
     minutes, rest = divmod(round(seconds), 60)

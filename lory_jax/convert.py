@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
 def to_hf(argv: list[str]) -> None:
     parser = cli.Parser(
         "convert to-hf",
-        "Writes the model of a run as a LLaMA directory. The experts of a Lory are merged once, "
+        "Writes the model of a run as a LLaMA directory. A Lory model's experts are merged once, "
         "by exactly one of --prompt, --text and --domain; a dense model needs none of them.",
     )
     add = parser.add_argument
@@ -54,17 +54,16 @@ def to_hf(argv: list[str]) -> None:
     from lory_jax.conversion import runs
     from lory_jax.run.directory import RunDirectory
 
-    with parser.named_as_flags():
-        runs.to_hf(
-            RunDirectory(args.workdir, args.step),
-            args.out,
-            prompt=args.prompt,
-            text=None if args.text is None else cli.read_text(args.text, "--text"),
-            domain=args.domain,
-            data=args.data,
-            dtype=args.dtype,
-            top_k_experts=args.top_k_experts,
-        )
+    runs.export_run(
+        RunDirectory(args.workdir, args.step),
+        args.out,
+        prompt=args.prompt,
+        text=None if args.text is None else cli.read_text(args.text, "--text"),
+        domain=args.domain,
+        data=args.data,
+        dtype=args.dtype,
+        top_k_experts=args.top_k_experts,
+    )
     print(f"wrote {args.out}")
 
 
@@ -72,7 +71,7 @@ def from_hf(argv: list[str]) -> None:
     parser = cli.Parser(
         "convert from-hf",
         "Makes a run directory at step 0 from a LLaMA directory: the dense model or, with "
-        "--experts, a Lory whose experts all start as copies of its FFNs. train "
+        "--experts, a Lory model whose experts all start as copies of its FFNs. train "
         "--init_from=RUN_DIR continues training from it.",
     )
     add = parser.add_argument
@@ -90,8 +89,7 @@ def from_hf(argv: list[str]) -> None:
     # Imported here, after the flags are checked, so that the command line answers fast.
     from lory_jax.conversion import runs
 
-    with parser.named_as_flags():
-        runs.from_hf(args.hf, args.workdir, args.experts, args.seed, args.bos_id, args.eos_id)
+    runs.import_llama(args.hf, args.workdir, args.experts, args.seed, args.bos_id, args.eos_id)
     print(f"wrote {args.workdir}")
 
 

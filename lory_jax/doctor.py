@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
         if args.workdir is not None and getattr(args, name) is not None:
             parser.error(f"--{name}: checks this machine and cannot be combined with --workdir")
 
-    # These start JAX, which --help and a wrong flag do not wait for.
+    # Imported here so that --help and flag errors do not wait for JAX.
     from lory_jax.diagnosis.devices import examine_devices
     from lory_jax.diagnosis.findings import Findings
     from lory_jax.diagnosis.run import examine_run

@@ -1,4 +1,4 @@
-"""Errors that a user can cause. Verbs print them as one line and exit with their status.
+"""Errors that a user can cause. Commands print them as one line and exit with their status.
 
 Raise them with a message that names the thing, what was found, and what is accepted.
 """

@@ -10,7 +10,8 @@
 Perplexity is measured on held-out documents, domain by domain. The headline counts the positions
 >= T, where no prediction can see its future. Perplexity over all positions is always routed as in
 training, like that of the paper; sparse baselines are routed as at inference, where no token
-depends on another. docs/evaluation.md has the details.
+depends on another. Beside the results, FILE_instances.npz holds the loss and the origin of every
+held-out instance, so that runs can be compared in pairs. docs/evaluation.md has the details.
 """
 
 import argparse
@@ -42,12 +43,13 @@ def evaluate(args: argparse.Namespace) -> None:
     """Measures what the flags ask for; prints every result before it is written."""
     # Imported here, so that flags are answered before JAX starts.
     from lory_jax.evaluation import variants
-    from lory_jax.evaluation.measure import measure, open_model
+    from lory_jax.evaluation.held_out import encode_instances
+    from lory_jax.evaluation.measure import measure, measure_losses, open_model, summarize_losses
     from lory_jax.evaluation.text_sets import read_sets
     from lory_jax.parallel import start_process
     from lory_jax.run.directory import RunDirectory
 
-    # ---- Everything that can be wrong is found out before anything long starts ----------------
+    # ---- Check everything that can be wrong before anything slow starts ------------------------
     start = time.perf_counter()
     run = RunDirectory(args.workdir, args.step)
     out = args.out or run.evaluation_file
@@ -55,18 +57,21 @@ def evaluate(args: argparse.Namespace) -> None:
     start_process()
     evaluated = open_model(run, args.batch_size)
     variants.check_variants(evaluated, args.top_k_experts, args.leakage)
-    held_out, own_sets = {}, {}
+    held_out, origins, own_sets = {}, {}, {}
     if args.split != NO_SPLIT:
-        held_out = run.open_data(args.data).held_out_with_instances(args.split)
+        data = run.open_data(args.data)
+        held_out = data.held_out_with_instances(args.split)
+        origins = data.held_out_origins(args.split)
     if args.perplexity_sets:
         length, samples = evaluated.model.config.sequence_length, args.perplexity_samples
         own_sets = read_sets(args.perplexity_sets, run.tokenizer, length, samples)
 
     # ---- Tasks --------------------------------------------------------------------------------
-    tasks = run_tasks(args, evaluated.model, out) if args.tasks is not None else {}
+    tasks = measure_tasks(args, evaluated.model, out) if args.tasks is not None else {}
 
     # ---- Perplexity ---------------------------------------------------------------------------
-    result = measure(evaluated, held_out, args.routing)
+    losses = measure_losses(evaluated, held_out, args.routing)
+    result = summarize_losses(evaluated, held_out, losses)
     result |= {"checkpoint": args.step, "split": args.split, "tasks": tasks}
     sets = held_out or own_sets
     if own_sets:
@@ -82,12 +87,15 @@ def evaluate(args: argparse.Namespace) -> None:
     # ---- Results ------------------------------------------------------------------------------
     print(report_text(result))
     write(out, json.dumps(result, indent=1) + "\n")
+    segment_length = evaluated.model.config.segment_length
+    if held_out:
+        of_instances = encode_instances(losses.of_instances(segment_length), origins)
+        write(out.with_name(f"{out.stem}_instances.npz"), of_instances)
     if args.leakage:
-        segment_length = evaluated.model.config.segment_length
         draw_positions(result["leakage"]["loss_by_position"], segment_length, out)
 
 
-def run_tasks(args: argparse.Namespace, model: Any, out: Path) -> dict[str, Any]:
+def measure_tasks(args: argparse.Namespace, model: Any, out: Path) -> dict[str, Any]:
     """Runs the tasks of the harness, prints and writes their results, and returns a summary."""
     harness, routing = _harness(), args.routing or "prompt"
     found = harness.run_tasks(
@@ -99,9 +107,9 @@ def run_tasks(args: argparse.Namespace, model: Any, out: Path) -> dict[str, Any]
         tasks_data=args.tasks_data,
         include_path=args.include_path,
     )
-    tasks = harness.summary(found)
+    tasks = harness.task_summary(found)
     routed = f", routed by {'token' if model.config.routes_tokens else routing}"
-    print(harness.table(f"tasks{routed if model.config.num_experts else ''}", tasks))
+    print(harness.task_table(f"tasks{routed if model.config.num_experts else ''}", tasks))
     write(out.with_name(f"{out.stem}_harness.json"), json.dumps(found, indent=1) + "\n")
     return tasks
 
@@ -115,10 +123,10 @@ def draw_positions(series: dict[str, list[float]], segment_length: int, out: Pat
     print(f"wrote {picture}")
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, contents: str | bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text)
+        write_atomically(path, contents)
     except OSError as error:  # the disk filled up in the meantime
         raise InputError(f"out: {path} cannot be written ({error.strerror or error})") from None
     print(f"wrote {path}")
@@ -127,7 +135,7 @@ def write(path: Path, text: str) -> None:
 def parse_flags(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser("evaluate", __doc__)
     add = parser.add_argument
-    add("--workdir", type=storage_path, metavar="RUN_DIR", help="run directory of the verb train")
+    add("--workdir", type=storage_path, metavar="RUN_DIR", help="run directory that train wrote")
     parser.add_step_flag()
     add(
         "--out",
@@ -145,9 +153,10 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     add("--data", type=storage_path, metavar="DIR", help="the prepared data, if they were moved")
     add(
         "--split",
-        choices=("test", "validation", NO_SPLIT),
+        choices=("test", "validation", "confirmation", NO_SPLIT),
         default="test",
-        help="which held-out documents to read; none reads no held-out documents (default: test)",
+        help="which held-out documents to read (default: test); confirmation is the set that only "
+        "the final table of a study reads, none reads no held-out documents",
     )
     add("--batch_size", type=int, help="rows at a time (default: as in training; for tasks: 16)")
     add(

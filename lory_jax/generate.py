@@ -62,19 +62,18 @@ def main(argv: list[str]) -> None:
     # Imported here, after the flags are checked, so that the command line answers fast.
     from lory_jax import api
 
-    with parser.named_as_flags():
-        model = api.load(args.workdir, args.step)
-        if args.top_k_experts is not None:
-            model = model.with_top_k_experts(args.top_k_experts)
-        if args.interactive:
-            converse(model, settings)
-        elif len(args.prompt) == 1:
-            stream(model, args.prompt[0], settings)
-        else:
-            continuations = model.generate(args.prompt, **settings)
-            pairs = zip(args.prompt, continuations, strict=True)
-            for number, (prompt, text) in enumerate(pairs, start=1):
-                print(f"--- prompt {number}\n{prompt}{text}")
+    model = api.load(args.workdir, args.step)
+    if args.top_k_experts is not None:
+        model = model.with_top_k_experts(args.top_k_experts)
+    if args.interactive:
+        converse(model, settings)
+    elif len(args.prompt) == 1:
+        stream(model, args.prompt[0], settings)
+    else:
+        continuations = model.generate(args.prompt, **settings)
+        pairs = zip(args.prompt, continuations, strict=True)
+        for number, (prompt, text) in enumerate(pairs, start=1):
+            print(f"--- prompt {number}\n{prompt}{text}")
 
 
 def stream(model: "Model", prompt: str, settings: dict[str, Any]) -> None:

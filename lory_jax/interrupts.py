@@ -14,7 +14,7 @@ from types import FrameType
 COMMANDS = ("-m", "lory", "lory-eval")
 STATUS = 128 + signal.SIGINT
 
-_process = 0  # that handles SIGINT; children that it forks inherit the handler
+_process = 0  # the process that handles SIGINT; its forked children inherit the handler
 _works = False  # `main` runs: it may have something to clean up
 _came = False
 
@@ -35,7 +35,7 @@ def install_in_commands() -> None:
 
 @contextlib.contextmanager
 def raised() -> Iterator[None]:
-    """Inside, Ctrl-C raises KeyboardInterrupt, so that what lies on disk is cleaned up.
+    """Inside, Ctrl-C raises KeyboardInterrupt, so that temporary files are cleaned up.
 
     Libraries turn it into errors of their own (a broken pool, a failed callback): after Ctrl-C
     every exception is the interrupt.
@@ -52,7 +52,7 @@ def raised() -> Iterator[None]:
         _works = False
 
 
-def say() -> None:
+def print_interrupted() -> None:
     """Prints the one line, below the ^C that a terminal shows."""
     line = "\ninterrupted\n" if os.isatty(2) else "interrupted\n"
     os.write(2, line.encode())  # print is not safe where a print was interrupted
@@ -61,7 +61,7 @@ def say() -> None:
 def _interrupt(number: int, frame: FrameType | None) -> None:
     global _came
     if os.getpid() != _process:
-        os._exit(STATUS)  # the parent says it
+        os._exit(STATUS)  # the parent prints the line
     _came = True
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
     if _works and not _is_importing(frame):
@@ -84,7 +84,7 @@ def _unraisable(args: "sys.UnraisableHookArgs") -> None:
 
 
 def _leave() -> None:
-    say()
+    print_interrupted()
     with contextlib.suppress(RuntimeError, OSError):  # interrupted inside a print; no reader
         sys.stdout.flush()
     os._exit(STATUS)

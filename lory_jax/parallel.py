@@ -93,8 +93,8 @@ def make_mesh(
 ) -> Mesh:
     """The mesh (data, fsdp, tensor) over `devices` (all, if None); `fsdp=0` means all that remain.
 
-    Over several TPU slices, whole slices lie along `data`, so that only one sum of gradients per
-    step crosses the network between them.
+    Over several TPU slices, whole slices are placed along `data`, so that only one sum of gradients
+    per step crosses the network between them.
     """
     devices = jax.devices() if devices is None else devices
     if fsdp == 0:
@@ -141,7 +141,9 @@ def partition_spec(axes: tuple[str, ...]) -> PartitionSpec:
         if axis not in RULES:
             raise ValueError(f"logical axis {axis!r} is not in the table of parallel.py")
         if used & set(RULES[axis]):
-            raise ValueError(f"logical axes {axes} put {axis!r} on a mesh axis that is taken")
+            raise ValueError(
+                f"logical axes {axes} put {axis!r} on a mesh axis that is already used"
+            )
         used |= set(RULES[axis])
         entries.append(RULES[axis] or None)
     return PartitionSpec(*entries)
@@ -200,7 +202,7 @@ SIZE_FIELDS = {
     "tensor_kv_heads": "num_kv_heads",
 }
 
-MAX_UNSHARDED = 0.02  # of the bytes of all parameters
+MAX_UNSHARDED = 0.02  # share of the bytes of all parameters
 
 
 def _shards(axis: str, mesh: Mesh) -> int:
@@ -245,7 +247,7 @@ def check_parameters(axes: Any, shapes: Any, mesh: Mesh) -> None:
 
     Raises:
       ConfigError: a size does not divide what it is sharded over, or parameters of more than
-        `MAX_UNSHARDED` of all bytes lie whole on every device of `fsdp` and `tensor`.
+        `MAX_UNSHARDED` of all bytes are replicated on every device of `fsdp` and `tensor`.
     """
     unsharded: dict[str, int] = {}
     total = 0
@@ -267,6 +269,6 @@ def check_parameters(axes: Any, shapes: Any, mesh: Mesh) -> None:
     if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1 and share > MAX_UNSHARDED:
         raise ConfigError(
             f"config.parallel: fsdp={mesh.shape['fsdp']}, tensor={mesh.shape['tensor']} leave "
-            f"{share:.1%} of the parameters unsharded, at most {MAX_UNSHARDED:.0%} may be: "
+            f"{share:.1%} of the parameters unsharded, must be at most {MAX_UNSHARDED:.0%}: "
             + ", ".join(sorted(unsharded))
         )

@@ -54,8 +54,8 @@ def main(argv: list[str]) -> None:
 def make_plan(
     args: argparse.Namespace, topology: Topology | None, mesh_shape: tuple[int, int, int] | None
 ) -> None:
-    """Counts, compiles unless told not to, and prints."""
-    # These start JAX, which --help and a wrong flag do not wait for.
+    """Counts parameters and FLOPs, compiles the step unless --no_compile is given, and prints."""
+    # Imported here so that --help and flag errors do not wait for JAX.
     import jax
 
     from lory_jax.model.config import ModelConfig
@@ -64,7 +64,7 @@ def make_plan(
     from lory_jax.planning.report import baselines_table, plan_table
 
     jax.config.update("jax_platforms", "cpu")
-    # A plan tells how long compiling takes, so it must not come from the cache.
+    # A plan reports how long compiling takes, so the program must not come from the cache.
     jax.config.update("jax_enable_compilation_cache", False)
     model_config = ModelConfig.for_platform(args.config.model, "tpu")
     plan: dict[str, Any] = {

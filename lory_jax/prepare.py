@@ -47,24 +47,23 @@ def main(argv: list[str]) -> None:
         )
     args = parser.parse(argv)
 
-    # Slow imports come after the flags, so that --help and a wrong flag answer at once.
+    # Slow imports come after the flags, so that --help and flag errors do not wait for them.
     from lory_jax.data.tokenizer import Tokenizer
     from lory_jax.preparation.pipeline import make_settings, prepare
     from lory_jax.preparation.staging import is_prepared, staging_directory
-    from lory_jax.preparation.statistics import summary
+    from lory_jax.preparation.statistics import preparation_summary
 
     out = args.out.resolve()
     tokenizer = None
-    with parser.named_as_flags():
-        if args.tokenizer:
-            tokenizer = Tokenizer.load_foreign(args.tokenizer, args.bos_id, args.eos_id)
+    if args.tokenizer:
+        tokenizer = Tokenizer.load_foreign(args.tokenizer, args.bos_id, args.eos_id)
     settings = make_settings(args.config, os.path.expanduser(args.source), args.order, tokenizer)
     if is_prepared(out, settings):
         print(f"{out}: already prepared with these settings; nothing to do")
         return
     with staging_directory(out) as staging:
         manifest = prepare(settings, args.config, tokenizer, staging)
-    print(summary(manifest))
+    print(preparation_summary(manifest))
     print(f"wrote {out}")
 
 

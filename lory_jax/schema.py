@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lory_jax.data.mixture import is_mixture
 from lory_jax.errors import ConfigError
 from lory_jax.model.routing_rules import MERGED, SPARSE
 
@@ -28,6 +29,7 @@ class Field:
       is_architecture: whether trained parameters mean something else, or do not fit, if it differs.
       may_change: whether a run may be resumed with another value, because the field decides how
         the run is computed, logged or saved, not what is computed.
+      is_size: whether every saved config has it; a config without it is damaged, not old.
     """
 
     default: Any
@@ -36,6 +38,7 @@ class Field:
     check: Callable[[Any], bool]
     is_architecture: bool = False
     may_change: bool = False
+    is_size: bool = False
 
 
 def _int(default: int, meaning: str, low: int, **properties: bool) -> Field:
@@ -84,10 +87,12 @@ def _all_may_change(fields: dict[str, Field]) -> dict[str, Field]:
 
 SCHEMA: dict[str, dict[str, Field]] = {
     "model": {
-        "vocab_size": _int(32_000, "tokens in the vocabulary", 259, is_architecture=True),
-        "num_layers": _int(24, "transformer layers", 1, is_architecture=True),
-        "embed_dim": _int(1024, "model width D", 2, is_architecture=True),
-        "num_heads": _int(16, "attention heads H", 1, is_architecture=True),
+        "vocab_size": _int(
+            32_000, "tokens in the vocabulary", 259, is_architecture=True, is_size=True
+        ),
+        "num_layers": _int(24, "transformer layers", 1, is_architecture=True, is_size=True),
+        "embed_dim": _int(1024, "model width D", 2, is_architecture=True, is_size=True),
+        "num_heads": _int(16, "attention heads H", 1, is_architecture=True, is_size=True),
         "num_kv_heads": _int(
             0,
             "heads of keys and values G; 0 means as many as num_heads",
@@ -105,12 +110,16 @@ SCHEMA: dict[str, dict[str, Field]] = {
             is_architecture=True,
         ),
         "mlp_dim": _int(
-            2816, "hidden width F of the FFN, and of each expert", 1, is_architecture=True
+            2816,
+            "hidden width F of the FFN, and of each expert",
+            1,
+            is_architecture=True,
+            is_size=True,
         ),
         # Not architecture: a run with experts may start from the parameters of a dense model.
-        "num_experts": _int(8, "expert FFNs per layer E; 0 is the dense baseline", 0),
-        "sequence_length": _int(4096, "tokens per training instance L", 1),
-        "segment_length": _int(256, "tokens per routing segment T", 1),
+        "num_experts": _int(8, "expert FFNs per layer E; 0 is the dense baseline", 0, is_size=True),
+        "sequence_length": _int(4096, "tokens per training instance L", 1, is_size=True),
+        "segment_length": _int(256, "tokens per routing segment T", 1, is_size=True),
         "routing": _choice(
             "causal is Lory; the others are baselines (docs/baselines.md)", *MERGED, *SPARSE
         ),
@@ -124,16 +133,38 @@ SCHEMA: dict[str, dict[str, Field]] = {
             "sparse baselines: total expert slots divided by total token-expert assignments",
             0.0,
         ),
+        "experts_per_token": _int(
+            1, "remoe, expert_threshold: experts per token that training aims at", 1
+        ),
         "routing_group": _int(
             0,
             "sparse baselines: sequences that compete for slots; 0 means a whole microbatch",
             0,
         ),
+        "balancing": _choice(
+            "where tokens choose experts, what balances the load: a loss, or a bias per expert "
+            "that is adjusted after each step",
+            "auxiliary",
+            "loss_free",
+        ),
         "load_balancing_weight": _float(
-            0.01, "top1, top2: weight of the load-balancing loss, summed over layers", 0.0
+            0.01,
+            "balancing=auxiliary: weight of the load-balancing loss, summed over layers",
+            0.0,
+        ),
+        "balancing_rate": _float(
+            1e-3, "balancing=loss_free: how far a step moves the bias of an expert", 0.0
         ),
         "router_init_scale": _float(
             0.23, "the router is initialised from N(0, (scale/sqrt(D))^2)", 0.0
+        ),
+        "ffn_init_scale": _float(
+            1.0,
+            "a dense FFN's matrices are initialised with the standard deviation scale/sqrt(fan-in)",
+            0.0,
+        ),
+        "expert_init_scale": _float(
+            1.0, "the same for experts that are trained from scratch, without dense warm-up", 0.0
         ),
         "tie_embeddings": _bool(
             False, "the output head is the transposed embedding", is_architecture=True
@@ -198,7 +229,8 @@ SCHEMA: dict[str, dict[str, Field]] = {
             "what the backward pass recomputes per layer", "none", "full", "dots", may_change=True
         ),
         "attention": _choice(
-            "auto is cudnn on GPUs, splash on TPUs, else xla",
+            "auto is cudnn on GPUs (xla with document_mask, which cudnn cannot compute), splash on "
+            "TPUs, else xla",
             "auto",
             "xla",
             "cudnn",
@@ -220,6 +252,10 @@ SCHEMA: dict[str, dict[str, Field]] = {
             "heads",
             may_change=True,
         ),
+        "document_mask": _bool(
+            False, "attention stays inside documents, each of which begins at a BOS"
+        ),
+        "bos_id": _int(0, "document_mask: the id of BOS, as the tokenizer has it", 0),
         "scan_layers": _bool(True, "scan over the layers rather than unroll them"),
     },
     "train": {
@@ -236,6 +272,13 @@ SCHEMA: dict[str, dict[str, Field]] = {
         ),
         "dense_warmup_fraction": _float(
             0.05, "share of the steps that train the dense model before upcycling", 0.0, 1.0
+        ),
+        "upcycle_redraw": _float(
+            0.0,
+            "share of every expert's entries drawn anew when the dense FFN is copied "
+            "(Drop-Upcycling)",
+            0.0,
+            1.0,
         ),
         "beta1": _float(0.9, "AdamW: decay of the first moment", 0.0, 1.0),
         "beta2": _float(0.95, "AdamW: decay of the second moment", 0.0, 1.0),
@@ -259,12 +302,12 @@ SCHEMA: dict[str, dict[str, Field]] = {
         {
             "every_steps": _int(1000, "steps between checkpoints", 1),
             "every_minutes": _float(
-                0.0, "also save a checkpoint after so many minutes; 0 turns this off", 0.0
+                0.0, "also save a checkpoint after this many minutes; 0 turns this off", 0.0
             ),
             "keep": _int(2, "newest checkpoints to keep", 1),
-            "keep_best": _int(0, "also keep so many checkpoints of lowest validation loss", 0),
+            "keep_best": _int(0, "also keep this many checkpoints of lowest validation loss", 0),
             "keep_every_steps": _int(
-                0, "also keep checkpoints at multiples of so many steps; 0 turns this off", 0
+                0, "also keep checkpoints at multiples of this many steps; 0 turns this off", 0
             ),
         }
     ),
@@ -285,6 +328,13 @@ SCHEMA: dict[str, dict[str, Field]] = {
                 0.04, "share of each domain's bytes for validation", 0, 0.5
             ),
             "test_fraction": _float(0.06, "share of each domain's bytes for test", 0, 0.5),
+            "confirmation_fraction": _float(
+                0.0,
+                "share of each domain's bytes for a second test set, which only the final table of "
+                "a study reads",
+                0,
+                0.5,
+            ),
             "embedding_dim": _int(256, "dimensions of the document embedding", 2),
             "num_neighbors": _int(20, "neighbours per document in the similarity graph", 1),
             "tokenizer_sample_bytes": _int(
@@ -292,7 +342,17 @@ SCHEMA: dict[str, dict[str, Field]] = {
             ),
             "instances_per_shard": _int(8192, "instances in one ArrayRecord file", 1),
         }
-    ),
+    )
+    | {
+        # Read by `train`, not by `prepare`: it is no setting of prepared data.
+        "mixture": Field(
+            "",
+            "shares of the training instances by domain, such as books=2,web=0.5; empty draws each "
+            "instance once per epoch",
+            "name=weight,… with each domain once, or empty",
+            is_mixture,
+        ),
+    },
 }
 
 
@@ -324,13 +384,13 @@ def section_defaults(section: str) -> dict[str, Any]:
 def may_change(section: str, name: str) -> bool:
     """Whether a run may be resumed with another value of a field.
 
-    A field of an older version, which the schema no longer has, may change where all of its section
-    may.
+    A field of an older version, which the schema no longer has, may change where most of its
+    section may.
     """
     fields = SCHEMA.get(section, {})
     if name in fields:
         return fields[name].may_change
-    return bool(fields) and all(field.may_change for field in fields.values())
+    return 2 * sum(field.may_change for field in fields.values()) > len(fields)
 
 
 def describe_fields() -> str:

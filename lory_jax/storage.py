@@ -37,9 +37,10 @@ def storage_path(text: str | Path) -> Path:
     Raises:
       UnusablePath: the package for the scheme is not installed, or the scheme is unknown.
     """
-    scheme, separator, _ = str(text).partition("://")
+    head, separator, _ = str(text).partition("://")
     if not separator:
         return local_path(text)
+    scheme = head.rpartition(",")[2]  # of the first address of several: "A,gs://B"
     if scheme not in PACKAGES:
         raise UnusablePath(
             f"{text}: got scheme {scheme}://, must be a directory, or an address at gs:// or s3://"
@@ -47,7 +48,7 @@ def storage_path(text: str | Path) -> Path:
     package = PACKAGES[scheme]
     if importlib.util.find_spec(package) is None:
         raise UnusablePath(f"{text}: requires the package {package}; pip install {package}")
-    # Imported here so that verbs start fast.
+    # Imported here so that commands start fast.
     from etils import epath
 
     return cast(Path, epath.Path(str(text)))
@@ -86,13 +87,14 @@ def cache_directory() -> Path:
     return directory
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file; readers see all of it or nothing."""
+def write_atomically(path: Path, contents: str | bytes) -> None:
+    """Writes a file, text as UTF-8; readers see all of it or nothing."""
+    data = contents.encode("utf-8") if isinstance(contents, str) else contents
     if is_remote(path):  # an object appears when its upload is complete
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(data)
         return
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(data)
     temporary.replace(path)
 
 

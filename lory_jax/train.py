@@ -29,7 +29,11 @@ def main(argv: list[str]) -> None:
     parser = cli.Parser("train", __doc__)
     parser.add_config_flag()
     parser.add_argument(
-        "--data", required=True, type=storage_path, help="directory written by prepare"
+        "--data",
+        required=True,
+        type=storage_path,
+        metavar="DIR[,DIR…]",
+        help="directory written by prepare; several, with one tokenizer, are joined",
     )
     parser.add_argument("--workdir", required=True, type=storage_path, help="run directory")
     parser.add_argument(
@@ -52,14 +56,14 @@ def main(argv: list[str]) -> None:
     )
     args = parser.parse(argv)
 
-    # JAX and the rooms take seconds to import: a wrong flag must not wait for them.
+    # JAX and what uses it take seconds to import: a wrong flag must not wait for them.
     import jax
 
     from lory_jax.parallel import start_process
     from lory_jax.run.checkpoints import Checkpoints, reason
 
     start_process()
-    # JAX's own handler only takes notes: until the loop begins there is nothing to save.
+    # JAX's own handler only records the signal: until the loop begins there is nothing to save.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         train(args, began)
@@ -117,7 +121,7 @@ def step_range(text: str) -> tuple[int, int]:
 def _leave(end: InputError | SystemExit) -> None:
     """Ends the process at once, without waiting for threads of saves that failed."""
     if isinstance(end, InputError):
-        print(f"error: {end}", file=sys.stderr)
+        cli.print_error(end)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(end.status if isinstance(end, InputError) else int(end.code or 0))

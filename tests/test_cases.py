@@ -273,7 +273,7 @@ def test_tokenizer_drops_text(model):
 def imported(tmp_path, json_text, **fields) -> lory_jax.api.Model:
     llama(tmp_path / "hf", vocab_size=400, max_position_embeddings=24, **fields)
     (tmp_path / "hf" / "tokenizer.json").write_text(json_text)
-    runs.from_hf(tmp_path / "hf", tmp_path / "run")
+    runs.import_llama(tmp_path / "hf", tmp_path / "run")
     return lory_jax.load(tmp_path / "run")
 
 
@@ -294,7 +294,7 @@ def test_hf_bos_eos(special, bos, eos, tmp_path):
     ends = eos if isinstance(eos, list) else [eos]
     assert (model.tokenizer.bos_id, list(model.tokenizer.eos_ids)) == (bos, ends)
     assert model.tokenizer.token_bytes[[bos, *ends]].sum() == 0
-    runs.to_hf(RunDirectory(tmp_path / "run"), tmp_path / "out")
+    runs.export_run(RunDirectory(tmp_path / "run"), tmp_path / "out")
     for name in ("config.json", "generation_config.json"):
         found = json.loads((tmp_path / "out" / name).read_text())
         assert {field: found[field] for field in fields} == fields
@@ -322,10 +322,10 @@ def test_tokenizer_names(tmp_path):
     (tmp_path / "hf" / "generation_config.json").unlink()
     (tmp_path / "hf" / "tokenizer.json").write_text(byte_level("[START]", "[STOP]"))
     with pytest.raises(InputError, match="requires bos_id and eos_id"):
-        runs.from_hf(tmp_path / "hf", tmp_path / "run")
+        runs.import_llama(tmp_path / "hf", tmp_path / "run")
     with pytest.raises(InputError, match="eos_id: got 77, which is not a special token"):
-        runs.from_hf(tmp_path / "hf", tmp_path / "run", bos_id=0, eos_id=77)
-    runs.from_hf(tmp_path / "hf", tmp_path / "run", bos_id=0, eos_id=1)
+        runs.import_llama(tmp_path / "hf", tmp_path / "run", bos_id=0, eos_id=77)
+    runs.import_llama(tmp_path / "hf", tmp_path / "run", bos_id=0, eos_id=1)
     tokenizer = lory_jax.load(tmp_path / "run").tokenizer
     assert (tokenizer.bos_id, tokenizer.eos_ids) == (0, (1,))
     names = {"bos_token": "[START]", "eos_token": {"content": "[STOP]"}}
@@ -338,7 +338,7 @@ def test_an_id_of_an_ordinary_token_is_refused(tmp_path):
     llama(tmp_path / "hf", vocab_size=400, bos_token_id=0, eos_token_id=50)
     (tmp_path / "hf" / "tokenizer.json").write_text(byte_level("<s>", "</s>"))
     with pytest.raises(InputError, match="eos_id: got 50"):
-        runs.from_hf(tmp_path / "hf", tmp_path / "run")
+        runs.import_llama(tmp_path / "hf", tmp_path / "run")
 
 
 def test_export_token_type_ids(tmp_path):
@@ -346,7 +346,7 @@ def test_export_token_type_ids(tmp_path):
     import torch
 
     imported(tmp_path, byte_level("<s>", "</s>"), bos_token_id=0, eos_token_id=1)
-    runs.to_hf(RunDirectory(tmp_path / "run"), tmp_path / "out")
+    runs.export_run(RunDirectory(tmp_path / "run"), tmp_path / "out")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     inputs = tokenizer(["a", "the boat left"], padding=True, return_tensors="pt")
@@ -365,8 +365,8 @@ def test_chat_template(tmp_path):
     (tmp_path / "hf" / "tokenizer.json").write_text(byte_level("<s>", "</s>", "<pad>"))
     settings = {"chat_template": template}
     (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(settings))
-    runs.from_hf(tmp_path / "hf", tmp_path / "run", experts=2)
-    runs.to_hf(RunDirectory(tmp_path / "run"), tmp_path / "out", prompt="a")
+    runs.import_llama(tmp_path / "hf", tmp_path / "run", experts=2)
+    runs.export_run(RunDirectory(tmp_path / "run"), tmp_path / "out", prompt="a")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     messages = [{"role": "user", "content": "hello"}]
     assert tokenizer.apply_chat_template(messages, tokenize=False) == "[user] hello\n"

@@ -122,7 +122,7 @@ def test_a_run_waits_installs_starts_and_follows(play):
     ]
     assert all("--node=all --worker=all" in call for call in play.calls("scp"))
     again = play.run(*RUN, "--config=a.py:experts=8", argument)  # a finished run resumes
-    assert again.returncode == 0 and "lory exists already: ACTIVE" in again.stdout
+    assert again.returncode == 0 and "lory already exists: ACTIVE" in again.stdout
 
 
 def test_a_preempted_run_is_started_again_with_the_same_command(play):
@@ -195,7 +195,7 @@ def test_commands_can_be_repeated(play):
         "--node-prefix=lory --reserved --zone=us-west4-a --project=p"
     ]
     again = play.run(*create)
-    assert again.returncode == 0 and "lory exists already: " in again.stdout
+    assert again.returncode == 0 and "lory already exists: " in again.stdout
     assert play.run("wait", *BASE).returncode == 0
     assert play.run("status", *BASE).stdout == "ACTIVE\n"
     assert play.run("delete", *BASE).returncode == 0

@@ -39,6 +39,7 @@ def ranges(items: list[str]) -> dict[str, Requirement]:
         ("requirements.txt", PROJECT["dependencies"]),
         ("requirements-eval.txt", EXTRAS["eval"]),
         ("requirements-storage.txt", EXTRAS["storage"]),
+        ("requirements-formats.txt", EXTRAS["formats"]),
         ("requirements-dev.txt", EXTRAS["dev"]),
     ],
 )

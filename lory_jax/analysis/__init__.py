@@ -1,1 +1,1 @@
-"""What the verb `analyze` does: whether the experts of a run specialise, and in what."""
+"""What `analyze` does: whether the experts of a run specialise, and in what."""

@@ -30,13 +30,13 @@ def analyze_run(run: RunDirectory, data: Path | None = None, seed: int = 0) -> d
     utilisation: `step` and `experts_active` lists, and the number of `pairs` (layer, expert).
 
     Raises:
-      InputError: the model is dense, or its instances are a single segment.
+      InputError: the model is dense, or its instances have only one segment.
     """
     model = api.load(run.path, run.step)
     if not model.config.num_experts:
-        raise InputError(f"{run}: a dense model, which routes nothing; give a run with experts")
+        raise InputError(f"{run}: a dense model, which has no routing; pass a run with experts")
     if model.config.sequence_length <= model.config.segment_length:
-        raise InputError(f"{run}: instances are a single segment, so none is routed by another")
+        raise InputError(f"{run}: instances have only one segment, so none is routed by another")
     sets = run.open_data(data).held_out_with_instances("test")
     by_segment = segment_weights(model, sets, run.config["train"]["global_batch_size"])
     weights = instance_weights(by_segment)

@@ -24,7 +24,7 @@ def shown_layers(num_layers: int) -> list[int]:
 def telling_texts(
     weights: Mapping[str, np.ndarray], sets: Mapping[str, np.ndarray], model: Model
 ) -> dict[str, list[list[dict[str, Any]]]]:
-    """The segments whose successors give an expert its greatest weights.
+    """For each expert, the segments that give it its largest weights in the segment after them.
 
     Args:
       weights: `{domain: [Y, I, N, E]}`, routing weights of every segment.
@@ -34,7 +34,7 @@ def telling_texts(
     Returns:
       `{layer: [E][up to 3]}` for the bottom, middle and top layer. Each entry has the `weight`, the
       `domain` and the `text`, which is the beginning of the segment whose mean decided the weight.
-      The greatest weight comes first; an instance appears at most once.
+      The largest weight comes first; an instance appears at most once.
     """
     T = model.config.segment_length
     found: dict[str, list[list[dict[str, Any]]]] = {}
@@ -69,14 +69,14 @@ def text_segments(model: Model, text: str) -> tuple[list[str], np.ndarray]:
     segment but the first is routed by the one before it.
 
     Raises:
-      InputError: the model is dense, its instances are a single segment, or the text is empty.
+      InputError: the model is dense, its instances have only one segment, or the text is empty.
     """
     T = model.config.segment_length
     whole = model.config.sequence_length // T
     if whole < 2:
-        raise InputError("text: instances are a single segment, so none is routed by another")
+        raise InputError("text: instances have only one segment, so none is routed by another")
     if not text:
-        raise InputError("text: got an empty text, must be at least one character")
+        raise InputError("text: got an empty text, must have at least one character")
     tokens = np.array(model.encode(text), np.int32)
     parts = []
     for start in range(0, max(len(tokens) - T, 1), (whole - 1) * T):

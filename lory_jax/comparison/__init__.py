@@ -1,1 +1,1 @@
-"""What the verb `compare` does: read finished runs, and work out how they differ."""
+"""What `compare` does: read finished runs, and work out how they differ."""

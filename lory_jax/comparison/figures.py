@@ -23,7 +23,7 @@ def compare_runs(runs: Mapping[str, FinishedRun], data: PreparedData) -> dict[st
 
     Args:
       runs: by name; the others are compared with the first.
-      data: the prepared data, for the time that their preparation took.
+      data: the prepared data, which record how long their preparation took.
     """
     report: dict[str, Any] = {
         measure: {name: run.evaluation[measure] for name, run in runs.items()}
@@ -141,7 +141,7 @@ def differences_from_first(report: Mapping[str, Any]) -> dict[str, dict[str, Any
 
 
 def versions() -> dict[str, str]:
-    """Of Python, of this machine and of the libraries that decide the figures."""
+    """Versions of Python and of the libraries that affect the figures, and what the machine is."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -22,8 +22,8 @@ class FinishedRun:
       config: the config, section by section.
       model_config: its section `model`.
       metrics: the lines of metrics.jsonl.
-      evaluation: what the verb `evaluate` wrote.
-      analysis: what the verb `analyze` wrote; None for a dense model.
+      evaluation: what the command `evaluate` wrote.
+      analysis: what the command `analyze` wrote; None for a dense model.
     """
 
     directory: RunDirectory
@@ -35,7 +35,7 @@ class FinishedRun:
 
 
 def read_finished_run(run: RunDirectory) -> FinishedRun:
-    """Reads a finished run; `InputError` names the verb that must be run first."""
+    """Reads a finished run; `InputError` names the command that must be run first."""
     metrics, trained = run.read_metrics(), run.model_config
     if not metrics:
         raise InputError(f"{run}: no step has been trained yet")
@@ -55,18 +55,18 @@ def _check_step(path: Path, verb: str, result: dict[str, Any], step: int, was: s
     if result["step"] != step:
         raise InputError(
             f"{path}: written at step {result['step']}, but the run was {was} at step {step}; run "
-            f"the verb {verb} again with step={step}"
+            f"{verb} again with step={step}"
         )
 
 
 def _read_result(path: Path, verb: str) -> dict[str, Any]:
-    """What a verb wrote about a run."""
+    """What a command wrote about a run."""
     try:
         return parse_object(path.read_bytes(), path)
     except FileNotFoundError:
-        raise InputError(f"{path}: missing; run the verb {verb} on this run first") from None
+        raise InputError(f"{path}: missing; run {verb} on this run first") from None
     except InputError as error:
-        raise InputError(f"{error}; run the verb {verb} again") from None
+        raise InputError(f"{error}; run {verb} again") from None
 
 
 def check_comparable(runs: Mapping[str, FinishedRun]) -> None:

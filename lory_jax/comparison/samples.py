@@ -43,9 +43,9 @@ def draw_samples(runs: Mapping[str, FinishedRun], data: PreparedData) -> dict[st
 
 
 def document_beginning(rows: np.ndarray, bos_id: int, eos_id: int, length: int) -> list[int]:
-    """The first `length` tokens, without BOS, of the first document in `rows` that has as many.
+    """The first `length` tokens, without BOS, of the first document in `rows` that is long enough.
 
-    If no document has, this is the longest beginning of one; if there is no BOS at all, the
+    If none is, it is the longest beginning of a document in `rows`; without any BOS, it is the
     beginning of the first row.
     """
     longest: list[int] = []

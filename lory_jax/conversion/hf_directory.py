@@ -36,7 +36,7 @@ from lory_jax.conversion.safetensors_files import (
     TensorFiles,
     read_object,
     write_object,
-    write_shards,
+    write_safetensors,
 )
 from lory_jax.data.manifest import TOKENIZER_NAME
 from lory_jax.data.special_tokens import SpecialTokens
@@ -89,7 +89,7 @@ def write_llama_directory(
         write_object(temporary / GENERATION, _generation_fields(tokenizer))
         (temporary / CARD).write_text(card, encoding="utf-8")
         _write_tokenizer(temporary, tokenizer, model_config.sequence_length)
-        write_shards(temporary, _entries(model_config, params, DTYPES[dtype]), max_shard_bytes)
+        write_safetensors(temporary, _entries(model_config, params, DTYPES[dtype]), max_shard_bytes)
         _check_written(temporary, model_config, tokenizer)
         temporary.replace(out)
     finally:
@@ -99,11 +99,11 @@ def write_llama_directory(
 def check_absent(directory: Path) -> None:
     """Raises `InputError` unless a directory is absent or empty."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise InputError(f"{directory}: exists already; must be a new directory")
+        raise InputError(f"{directory}: already exists; must be a new or empty directory")
 
 
 def temporary_sibling(directory: Path) -> Path:
-    """A name beside `directory`, on the same file system; what an earlier try left goes."""
+    """A name next to `directory`, on the same file system; removes what an earlier attempt left."""
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     return temporary
@@ -180,7 +180,7 @@ def _check_written(directory: Path, model_config: ModelConfig, tokenizer: Tokeni
 
 
 def _llama_fields(model_config: ModelConfig) -> dict[str, Any]:
-    """The fields of a model that a LLaMA directory decides."""
+    """The fields of a model config that a LLaMA directory determines."""
     fields = model_fields(config_json(model_config, "float32", SpecialTokens(0, (0,))), CONFIG)
     return {name: getattr(model_config, name) for name in fields}
 
@@ -193,8 +193,9 @@ class LlamaDirectory:
     """A LLaMA directory that was checked: every tensor is there, of the right shape and type.
 
     Attributes:
-      fields: what it decides of `config.model`; the compute type is that of the stored tensors.
-      tokenizer: that of tokenizer.json.
+      fields: the fields of `config.model` that it determines; the compute type is that of the
+        stored tensors.
+      tokenizer: the one in tokenizer.json.
       files: the tensors, not read yet.
     """
 
@@ -252,7 +253,7 @@ def read_llama_directory(
         "compute_dtype": "float32" if is_float32 else "bfloat16",
     }
     tokenizer = Tokenizer.load_foreign(directory / TOKENIZER_NAME, bos_id, eos_id)
-    found = LlamaDirectory(fields, tokenizer, files)
+    found = LlamaDirectory(fields | {"bos_id": tokenizer.bos_id}, tokenizer, files)
     _check_tensors(directory, found.model_config, files)
     if found.tokenizer.vocab_size > found.model_config.vocab_size:
         raise InputError(
@@ -275,7 +276,7 @@ def _check_tensors(directory: Path, model_config: ModelConfig, files: TensorFile
                 f"{list(shape)} according to {CONFIG}"
             )
     if model_config.tie_embeddings and HEAD in files.shapes:
-        # Some tools store the embedding twice. A head of its own would be lost.
+        # Some tools store the embedding twice. A separate head would be lost.
         if not np.array_equal(files.read(HEAD), files.read(EMBEDDING)):
             raise InputError(
                 f"{directory}: tensor {HEAD} differs from {EMBEDDING}, but {CONFIG} ties them "

@@ -49,7 +49,7 @@ class Tensor:
       name: its name in the safetensors files.
       path: where our parameter is in the nested dict.
       layer: index into the first axis of our parameter; None where it has no layers.
-      shape: of our parameter, without the axis of layers.
+      shape: the shape of our parameter, without the axis of layers.
       inputs: how many axes of `shape`, from the first, are input axes. PyTorch stores matrices as
         [output, input]. 0 means that the tensor is not a matrix and is stored as it is.
     """

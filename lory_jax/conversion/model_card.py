@@ -21,7 +21,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 
 @dataclass(frozen=True)
 class MergedBy:
-    """What decided the merge: a sentence, the text it quotes if any, and the weights `[Y, E]`."""
+    """What decided the merge: a phrase, the text it quotes if any, and the weights `[Y, E]`."""
 
     what: str
     text: str | None
@@ -32,9 +32,9 @@ def model_card(model_config: ModelConfig, step: int, dtype: str, merged_by: Merg
     """The README.md of a directory.
 
     Args:
-      model_config: of the trained model, before its experts were merged.
-      step: of training.
-      dtype: of the stored tensors.
+      model_config: the config of the trained model, before its experts were merged.
+      step: the training step.
+      dtype: the type of the stored tensors.
       merged_by: how the experts were merged; None for a dense model.
     """
     lines = [
@@ -71,7 +71,7 @@ def _routing(model_config: ModelConfig, merged_by: MergedBy | None) -> list[str]
     lines = [
         "## Routing",
         "",
-        f"The model was trained as a Lory (arXiv 2405.03133) with {E} expert FFNs per layer. "
+        f"The model was trained as a Lory model (arXiv 2405.03133) with {E} expert FFNs per layer. "
         f"Here {_which(model_config)} merged, once and for all, into one FFN per layer, by "
         f"{merged_by.what}. For other kinds of text, another merge of the same model may work "
         "better.",

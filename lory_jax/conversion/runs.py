@@ -1,4 +1,4 @@
-"""Run directories to LLaMA directories, and back: the work of the verb `convert`."""
+"""Run directories to LLaMA directories, and back: the work of the command `convert`."""
 
 import dataclasses
 from pathlib import Path
@@ -19,7 +19,7 @@ from lory_jax.parallel import make_mesh, start_process
 from lory_jax.run.directory import RunDirectory
 
 
-def to_hf(
+def export_run(
     run: RunDirectory,
     out: Path,
     *,
@@ -35,15 +35,15 @@ def to_hf(
     Args:
       run: the run and its checkpoint.
       out: the directory to make.
-      prompt, text, domain: what routes the merge of a Lory's experts, exactly one of them: a text
-        of either name, or the validation documents of a domain.
+      prompt, text, domain: what routes the merge of a Lory model's experts, exactly one of them: a
+        text of either name, or the validation documents of a domain.
       data: the run's prepared data, if they were moved.
       dtype: the type of the stored tensors, "float32" or "bfloat16".
-      top_k_experts: merges only so many experts of largest weight in each layer; None is all.
+      top_k_experts: merges only this many experts of largest weight in each layer; None is all.
 
     Raises:
-      InputError: the run, the text or the domain cannot be read, `out` exists, a Lory is not given
-        exactly one thing to be merged by, a dense model is given one, or the model has fewer
+      InputError: the run, the text or the domain cannot be read, `out` exists, a Lory model is not
+        given exactly one thing to be merged by, a dense model is given one, or the model has fewer
         experts than `top_k_experts`.
     """
     check_absent(out)
@@ -60,7 +60,7 @@ def to_hf(
     write_llama_directory(out, config, params, model.tokenizer, card, dtype=dtype)
 
 
-def from_hf(
+def import_llama(
     hf: Path,
     workdir: Path,
     experts: int = 0,
@@ -84,7 +84,7 @@ def from_hf(
 def _merged_by(
     model: Model, run: RunDirectory, data: Path | None, **routed_by: str | None
 ) -> MergedBy | None:
-    """The routing weights by a prompt, a text or a domain; None for a dense model."""
+    """The routing weights of a prompt, a text or a domain; None for a dense model."""
     given = {name: value for name, value in routed_by.items() if value is not None}
     config, params = model.config, model.params
     if not config.num_experts:
@@ -93,12 +93,12 @@ def _merged_by(
         return None
     if config.is_sparse:
         raise InputError(
-            f"{run}: config.model.routing is {config.routing}, whose experts are chosen, not "
-            "merged, which no LLaMA computes; must be a dense model or routing=causal or prefix"
+            f"{run}: config.model.routing is {config.routing}, which chooses experts instead "
+            "of merging them and cannot be a LLaMA; must be dense, or routing=causal or prefix"
         )
     if len(given) != 1:
         raise InputError(
-            f"{run}: has experts to merge, requires exactly one of {', '.join(routed_by)}"
+            f"{run}: has experts to merge; requires exactly one of {', '.join(routed_by)}"
         )
     ((name, value),) = given.items()
     if name == "domain":

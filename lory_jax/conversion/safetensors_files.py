@@ -73,7 +73,7 @@ class TensorFiles:
         try:
             self._handles[file] = safe_open(path, framework="numpy")
         except FileNotFoundError:
-            raise InputError(f"{path}: missing; {INDEX} names it") from None
+            raise InputError(f"{path}: missing, although {INDEX} names it") from None
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: damaged ({error})") from None
         return self._handles[file]
@@ -87,7 +87,7 @@ class TensorFiles:
             # The index is external input: it must not make us read outside the directory.
             is_name = isinstance(file, str) and file.isprintable() and Path(file).name == file
             if not is_name or file in ("", ".", ".."):
-                raise InputError(f"{path}: names {file!r}; must name files of its own directory")
+                raise InputError(f"{path}: names {file!r}; must name files in its own directory")
         for file in dict.fromkeys(weight_map.values()):
             held = set(self._open(file).keys())
             wanted = {name for name, where in weight_map.items() if where == file}
@@ -96,7 +96,7 @@ class TensorFiles:
         return weight_map
 
 
-def write_shards(
+def write_safetensors(
     directory: Path, entries: Sequence[Entry], max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
     """Writes shards and their index; every shard is read back and compared bit by bit.

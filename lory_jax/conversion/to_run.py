@@ -20,7 +20,7 @@ from lory_jax.run.directory import CONFIG
 from lory_jax.run.phases import EXPERTS
 from lory_jax.training.upcycle import upcycle_params
 
-EVALUATION_BATCH = 8  # instances; no training here has shown how many fit into memory
+EVALUATION_BATCH = 8  # instances; it is not known here how many fit into memory in training
 
 
 def write_start(
@@ -68,7 +68,7 @@ def write_start(
 
 
 def upcycled(dense: Params, model_config: ModelConfig, mesh: Mesh, seed: int) -> Params:
-    """A Lory whose experts are copies of the dense FFNs, its router drawn as `train` draws it."""
+    """A Lory model: experts copied from the dense FFNs, and a router drawn as `train` draws it."""
 
     def with_router(dense: Params, key: jax.Array) -> Params:
         return upcycle_params(dense, init_params(model_config, key)["layers"]["ffn"]["router"])

@@ -1,14 +1,17 @@
 """Batches for training, read with Grain from the shards of a prepared directory.
 
-The batch at step s is a pure function of (seed, s, global batch size): the number of processes
-that share it and the step at which a run starts or resumes do not matter, so the data position of
-a run is one integer. B instances per batch and process, L + 1 tokens per instance.
+The batch at step s is a pure function of (seed, s, global batch size, mixture): the number of
+processes that share it and the step at which a run starts or resumes do not matter, so the data
+position of a run is one integer. B instances per batch and process, L + 1 tokens per instance.
 """
 
+import bisect
+import hashlib
+import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import SupportsIndex
+from typing import Protocol, SupportsIndex
 
 import grain
 import numpy as np
@@ -16,6 +19,8 @@ from grain.sources import ArrayRecordDataSource
 
 from lory_jax.data.instances import decode_record
 from lory_jax.data.manifest import Manifest
+from lory_jax.data.mixture import FIELD, parse_mixture, whole_shares
+from lory_jax.data.schedule import Schedule
 from lory_jax.errors import InputError
 
 READ_THREADS = 4
@@ -25,7 +30,7 @@ ENDLESS = 2**40
 
 
 class TrainingInstances:
-    """The training instances by number; an error names the file that is damaged."""
+    """The training instances by index; an error names the damaged file."""
 
     def __init__(self, manifest: Manifest, directory: Path):
         """Opens the shards of the local `directory`/train, which must be those of `manifest`."""
@@ -64,8 +69,33 @@ class TrainingInstances:
         )
 
 
+class Instances(Protocol):
+    """Instances by number."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: SupportsIndex) -> np.ndarray: ...
+
+
+class JoinedInstances:
+    """The instances of several sets, numbered one set after the other."""
+
+    def __init__(self, sets: Sequence[Instances]):
+        self._sets = sets
+        self._starts = [0, *itertools.accumulate(map(len, sets))]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: SupportsIndex) -> np.ndarray:
+        number = int(index)
+        which = bisect.bisect_right(self._starts, number) - 1
+        return self._sets[which][number - self._starts[which]]
+
+
 class TrainingBatches:
     """Training instances without end, in a new order in every epoch.
+
+    With a mixture, every domain has its own epochs, and a schedule says which domain is next.
 
     Attributes:
       num_instances: instances in one epoch.
@@ -74,12 +104,13 @@ class TrainingBatches:
 
     def __init__(
         self,
-        instances: TrainingInstances,
+        instances: Instances,
         *,
         global_batch_size: int,
         seed: int,
         process_index: int = 0,
         process_count: int = 1,
+        mixture: "Mixture | None" = None,
     ):
         """`PreparedData.training_batches` makes it.
 
@@ -89,6 +120,7 @@ class TrainingBatches:
           seed: decides the order of the instances.
           process_index, process_count: this process reads the rows
             `[index * B, (index + 1) * B)` of each global batch.
+          mixture: how much of which domain is drawn; None draws each instance once per epoch.
 
         Raises:
           InputError: there are too few instances for one batch, or the batch is not divisible by
@@ -110,8 +142,10 @@ class TrainingBatches:
         self._instances = instances
         self._global_batch_size = global_batch_size
         self._process_index, self._process_count = process_index, process_count
-        # Neighbouring seeds share no epochs: Grain shuffles epoch n with seed + n.
-        self._seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+        self.mixture = mixture
+        self._ids = (
+            _shuffled_ids(self.num_instances, seed) if mixture is None else mixture.ids(seed)
+        )
 
     def iterate(self, start_step: int) -> Iterator[np.ndarray]:
         """Yields this process's batches, int32 `[B, L + 1]`, from `start_step` on, without end.
@@ -119,7 +153,7 @@ class TrainingBatches:
         Threads read ahead.
         """
         rows = self._global_batch_size // self._process_count
-        batches = _shuffled(grain.MapDataset.source(self._instances), self._seed).batch(rows)
+        batches = self._ids.map(self._instances.__getitem__).batch(rows)
         first = start_step * self._process_count + self._process_index
         mine = batches.slice(slice(first, None, self._process_count))
         options = grain.ReadOptions(
@@ -129,15 +163,78 @@ class TrainingBatches:
 
     def record_ids(self, step: int) -> np.ndarray:
         """Returns which instances make the global batch of `step`, int64 `[global batch]`."""
-        ids = _shuffled(grain.MapDataset.range(self.num_instances), self._seed)
         first = step * self._global_batch_size
-        return np.array([ids[first + row] for row in range(self._global_batch_size)], np.int64)
+        return np.array(
+            [self._ids[first + row] for row in range(self._global_batch_size)], np.int64
+        )
+
+
+class Mixture:
+    """How the instances of several domains are mixed.
+
+    Attributes:
+      shares: of the instances that are drawn, by domain.
+      sizes: instances of each of these domains.
+      left_out: domains that are not drawn from.
+    """
+
+    def __init__(self, text: str, domains_N: np.ndarray, names: Sequence[str]):
+        """Reads `config.data.mixture`.
+
+        Args:
+          text: "name=weight,…".
+          domains_N: the domain of each instance, as an index into `names`.
+          names: the domains of the data.
+
+        Raises:
+          ConfigError: the text has another form.
+          InputError: it names a domain that the data do not have, or that fills no instance.
+        """
+        counts = whole_shares(parse_mixture(text))
+        self._schedule = Schedule(list(counts.values()))
+        self._members: dict[str, np.ndarray] = {}
+        for name in counts:
+            if name not in names:
+                raise InputError(
+                    f"{FIELD}: got domain {name!r}, must be one of {', '.join(names)[:300]}"
+                )
+            self._members[name] = np.flatnonzero(domains_N == list(names).index(name))
+            if not len(self._members[name]):
+                raise InputError(f"{FIELD}: no training instance is mostly of domain {name!r}")
+        total = sum(counts.values())
+        self.shares = {name: count / total for name, count in counts.items()}
+        self.sizes = {name: len(members) for name, members in self._members.items()}
+        self.left_out = [name for name in names if name not in counts]
+
+    def ids(self, seed: int) -> grain.MapDataset:
+        """The numbers of the instances at all positions."""
+        streams = [
+            _shuffled(grain.MapDataset.source(members), _seed(seed, name))
+            for name, members in self._members.items()
+        ]
+
+        def at(position: int) -> int:
+            domain, index = self._schedule.at(position)
+            return int(streams[domain][index])
+
+        return grain.MapDataset.range(ENDLESS).map(at)
+
+    def describe(self, num_instances: int) -> str:
+        """Says how many epochs of each domain there are in a run of so many instances."""
+        lines = [
+            f"  {name}: {share:.2%} of the instances, "
+            f"{num_instances * share / self.sizes[name]:.2f} epochs of {self.sizes[name]:,}"
+            for name, share in self.shares.items()
+        ]
+        if self.left_out:
+            lines.append(f"  left out: {', '.join(self.left_out)}")
+        return "mixture:\n" + "\n".join(lines)
 
 
 class Lookahead:
     """Draws batches two steps ahead of their use.
 
-    A batch that cannot be read is thus known before any process needs it, and all processes can
+    An unreadable batch is therefore known before any process needs it, and all processes can
     stop at the same step.
 
     Attributes:
@@ -169,6 +266,20 @@ class Lookahead:
             self.damage = error
 
 
-def _shuffled(instances: grain.MapDataset, seed: int) -> grain.MapDataset:
-    epochs = ENDLESS // len(instances) + 1
-    return instances.shuffle(seed=seed).repeat(epochs, reseed_each_epoch=True)
+def _shuffled_ids(num_instances: int, seed: int) -> grain.MapDataset:
+    # Neighbouring seeds share no epochs: Grain shuffles epoch n with seed + n.
+    return _shuffled(
+        grain.MapDataset.range(num_instances),
+        int(np.random.SeedSequence(seed).generate_state(1)[0]),
+    )
+
+
+def _seed(seed: int, domain: str) -> int:
+    """The seed of a domain, which other domains of the mixture do not change."""
+    name = int.from_bytes(hashlib.sha256(domain.encode()).digest()[:8])
+    return int(np.random.SeedSequence([seed, name]).generate_state(1)[0])
+
+
+def _shuffled(elements: grain.MapDataset, seed: int) -> grain.MapDataset:
+    epochs = ENDLESS // len(elements) + 1
+    return elements.shuffle(seed=seed).repeat(epochs, reseed_each_epoch=True)

@@ -11,6 +11,9 @@ from array_record.python import array_record_module
 
 from lory_jax.errors import InputError
 
+# The domain of each training instance, uint16 `[N]`: its place among the sorted names of the
+# training split's domains. Directories of earlier versions have no such file.
+INSTANCE_DOMAINS_NAME = "instance_domains.npy"
 SHARD_NAME = re.compile(r"part-(\d{5})-of-(\d{5})\.array_record")
 
 
@@ -50,6 +53,24 @@ def read_instances(directory: Path, sequence_length: int, dtype: np.dtype) -> np
     return np.stack(records)
 
 
+def read_instance_domains(path: Path, num_instances: int, num_domains: int) -> np.ndarray:
+    """Reads the domain of each training instance, integers `[N]`.
+
+    Raises:
+      InputError: the file is damaged, or belongs to other instances.
+    """
+    try:
+        domains_N = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise InputError(f"{path}: damaged ({error}); run prepare again") from None
+    if domains_N.shape != (num_instances,) or (domains_N >= num_domains).any():
+        raise InputError(
+            f"{path}: got an array of shape {domains_N.shape}, must hold the domains (below "
+            f"{num_domains}) of {num_instances} instances; run prepare again"
+        )
+    return domains_N
+
+
 def decode_record(
     record: bytes, sequence_length: int, dtype: np.dtype, path: str | Path
 ) -> np.ndarray:
@@ -57,7 +78,7 @@ def decode_record(
     expected = (sequence_length + 1) * dtype.itemsize
     if len(record) != expected:
         raise InputError(
-            f"{path}: a record holds {len(record)} bytes, must hold {expected} "
+            f"{path}: a record holds {len(record)} bytes, but must hold {expected} "
             f"({sequence_length} + 1 tokens of {dtype.itemsize} bytes)"
         )
     return np.frombuffer(record, dtype).astype(np.int32)

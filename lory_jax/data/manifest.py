@@ -20,6 +20,7 @@ from lory_jax.storage import is_inside
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
+ORIGINS_NAME = "origins.json"
 FORMAT_VERSION = 1
 LONGEST_DIRECTORY_NAME = 200
 
@@ -29,7 +30,8 @@ class Manifest:
     """The contents of `manifest.json`.
 
     Attributes:
-      settings: what was asked for; the same settings on the same corpus give the same files.
+      settings: the settings it was made with; the same settings on the same corpus give the same
+        files.
       sequence_length: L; a record holds L + 1 tokens.
       vocab_size: the size of the vocabulary of `tokenizer.json`.
       counts: per split `instances`, `dropped_tokens` and `domains`: per domain `documents`,
@@ -51,7 +53,7 @@ class Manifest:
 
         Args:
           contents: what the file holds.
-          path: where it lies, for the messages.
+          path: where it is, for the messages.
 
         Raises:
           InputError: the manifest is malformed, of another version, or names a file outside its
@@ -137,6 +139,11 @@ def write_manifest(manifest: Manifest, directory: Path) -> None:
     temporary = directory / (MANIFEST_NAME + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(directory / MANIFEST_NAME)
+
+
+def write_origins(directory: Path, origins: list[str]) -> None:
+    """Writes the origin of every instance of a held-out domain beside its shards."""
+    (directory / ORIGINS_NAME).write_text(json.dumps(origins, indent=0) + "\n", encoding="utf-8")
 
 
 def domain_directory(domain: str) -> str:

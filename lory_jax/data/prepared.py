@@ -1,8 +1,9 @@
-"""`PreparedData`: what `prepare` wrote, opened once and handed from room to room."""
+"""`PreparedData`: what `prepare` wrote, opened once and passed to whatever reads it."""
 
 import fcntl
 import hashlib
 import json
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -13,10 +14,15 @@ from typing import Any
 import numpy as np
 
 from lory_jax.console import progress
-from lory_jax.data.batches import TrainingBatches, TrainingInstances
-from lory_jax.data.instances import read_instances
+from lory_jax.data.batches import Instances, Mixture, TrainingBatches, TrainingInstances
+from lory_jax.data.instances import (
+    INSTANCE_DOMAINS_NAME,
+    read_instance_domains,
+    read_instances,
+)
 from lory_jax.data.manifest import (
     MANIFEST_NAME,
+    ORIGINS_NAME,
     TOKENIZER_NAME,
     Manifest,
     domain_directory,
@@ -30,11 +36,11 @@ from lory_jax.storage import cache_directory, fetch, is_remote, storage_path
 class PreparedData:
     """A prepared directory, local or in an object store.
 
-    `open` reads the manifest once; nothing else in the package reads it. Tokens are read when they
-    are asked for. Files in an object store are copied to the cache first.
+    `open` reads the manifest once; nothing else in the package reads it. Tokens are read on demand.
+    Files in an object store are copied to the cache first.
 
     Attributes:
-      directory: where it lies.
+      directory: where it is.
       manifest: what it holds.
       digest: SHA-256 of the bytes of `manifest.json`, which identifies the data: a run stores it.
     """
@@ -49,10 +55,18 @@ class PreparedData:
     def open(cls, directory: str | Path) -> "PreparedData":
         """Reads the manifest of a prepared directory.
 
+        Args:
+          directory: where it lies; "A,B" joins several, which must have one tokenizer and one
+            sequence length (data/joined.py).
+
         Raises:
           InputError: the directory is missing or not prepared, or the manifest is malformed, of
             another version, or names a file outside the directory.
         """
+        if len(directories := split_directories(directory)) > 1:
+            from lory_jax.data.joined import JoinedData
+
+            return JoinedData([cls.open(part) for part in directories])
         directory = storage_path(directory)
         if not is_remote(directory) and not directory.is_dir():
             raise InputError(
@@ -72,6 +86,11 @@ class PreparedData:
     def is_remote(self) -> bool:
         """Whether the directory is in an object store."""
         return is_remote(self.directory)
+
+    @property
+    def address(self) -> str:
+        """What `open` finds these data by, from any working directory."""
+        return str(self.directory if self.is_remote else self.directory.resolve())
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -108,6 +127,7 @@ class PreparedData:
         seed: int,
         process_index: int = 0,
         process_count: int = 1,
+        mixture: str = "",
     ) -> TrainingBatches:
         """Opens the training shards.
 
@@ -117,29 +137,58 @@ class PreparedData:
           global_batch_size: instances per step over all processes.
           seed: decides the order of the instances.
           process_index, process_count: which rows of each global batch this process reads.
+          mixture: `config.data.mixture`; "" draws each instance once per epoch.
 
         Raises:
           InputError: the shards are missing or damaged, there are too few instances for one batch,
-            the model does not fit, or the batch is not divisible by the number of processes.
+            the model does not fit, the batch is not divisible by the number of processes, or the
+            mixture does not fit the domains.
         """
         self.check_model_fits(sequence_length=sequence_length, vocab_size=vocab_size)
         return TrainingBatches(
-            TrainingInstances(self.manifest, self.local_files("train/")),
+            self.training_instances(),
             global_batch_size=global_batch_size,
             seed=seed,
             process_index=process_index,
             process_count=process_count,
+            mixture=Mixture(mixture, *self.training_domains()) if mixture else None,
         )
+
+    def training_instances(self) -> Instances:
+        """The training instances by number; raises `InputError` if a shard is damaged."""
+        return TrainingInstances(self.manifest, self.local_files("train/"))
+
+    def training_domains(self) -> tuple[np.ndarray, list[str]]:
+        """Returns the domain of each training instance, as an index into the names returned.
+
+        Raises:
+          InputError: the data do not say, because an earlier version prepared them.
+        """
+        if INSTANCE_DOMAINS_NAME not in self.manifest.files:
+            raise InputError(
+                f"config.data.mixture: {self.directory} does not say which domain its instances "
+                "are of; prepare the documents again, or leave the field empty"
+            )
+        train = self.manifest.counts["train"]
+        names = sorted(train["domains"])
+        path = self.local_files(INSTANCE_DOMAINS_NAME) / INSTANCE_DOMAINS_NAME
+        self.manifest.verify(path.parent, hashes=True, prefix=INSTANCE_DOMAINS_NAME)
+        return read_instance_domains(path, train["instances"], len(names)), names
 
     def held_out(self, split: str) -> dict[str, np.ndarray]:
         """Returns the instances of each domain, int32 `[N, L + 1]`, domains sorted by name.
 
         Args:
-          split: "validation" (for choices) or "test" (for reports).
+          split: "validation" (for choices), "test" (for reports) or "confirmation".
 
         Raises:
-          InputError: a file is missing or damaged.
+          InputError: there is no such split, or a file is missing or damaged.
         """
+        if split not in self.manifest.counts:
+            raise InputError(
+                f"{self.directory}: has no {split} split; prepare the documents with "
+                f"config.data.{split}_fraction above 0"
+            )
         local = self.local_files(f"{split}/")
         self.manifest.verify(local, hashes=False, prefix=f"{split}/")
         return {
@@ -167,10 +216,30 @@ class PreparedData:
             )
         if empty:
             print(
-                f"left out, since they fill no {split} instance: {', '.join(empty)}",
+                f"left out, with too few tokens for one {split} instance: {', '.join(empty)}",
                 file=sys.stderr,
             )
         return {domain: rows for domain, rows in sets.items() if len(rows)}
+
+    def held_out_origins(self, split: str) -> dict[str, list[str]]:
+        """Returns the origin of each instance of each domain, in the order of `held_out`.
+
+        It is the origin of the document that holds most of the instance. Directories of earlier
+        versions do not say it: there every instance has an origin of its own.
+
+        Raises:
+          InputError: a file is missing or damaged.
+        """
+        local = self.local_files(f"{split}/")
+        found = {}
+        for domain, counts in sorted(self.manifest.counts[split]["domains"].items()):
+            name = f"{split}/{domain_directory(domain)}/{ORIGINS_NAME}"
+            if name in self.manifest.files:
+                self.manifest.verify(local, hashes=False, prefix=name)
+                found[domain] = json.loads((local / name).read_text("utf-8"))
+            else:
+                found[domain] = [f"instance {i}" for i in range(counts["instances"])]
+        return found
 
     def verify(self, *, hashes: bool, prefix: str = "") -> None:
         """Checks that files exist with the right size and, with `hashes`, the right SHA-256.
@@ -208,6 +277,15 @@ class PreparedData:
             for name in progress(missing, len(missing), label, "files") if missing else []:
                 _fetch_verified(self.directory / name, copy / name, files[name])
         return copy
+
+
+def split_directories(directory: str | Path) -> list[str]:
+    """Returns the directories that "A,B" joins; a directory may have a comma in its name."""
+    text = str(directory)
+    if "," not in text or (not is_remote(text) and Path(text).is_dir()):
+        return [text]
+    # A path keeps one slash only of the second address.
+    return [re.sub(r"^(gs|s3):/(?!/)", r"\1://", part) for part in text.split(",")]
 
 
 def _check_space(directory: Path, needed: int) -> None:

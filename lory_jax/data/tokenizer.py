@@ -21,7 +21,7 @@ BEGIN_AND_END = (
     ("<|endoftext|>", "<|endoftext|>"),
 )
 SMALLEST_VOCABULARY = 256 + 2
-UNUSED_PARTS = ("post_processor", "padding", "truncation")  # of a tokenizer JSON
+UNUSED_PARTS = ("post_processor", "padding", "truncation")  # ignored parts of the JSON
 
 
 class Tokenizer:
@@ -160,7 +160,7 @@ class Tokenizer:
         return self._tokenizer.decode(with_text, skip_special_tokens=True)
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """Returns the UTF-8 bytes that `ids` stand for, `token_bytes[ids].sum()` in number."""
+        """Returns the `token_bytes[ids].sum()` UTF-8 bytes that `ids` stand for."""
         return b"".join(self._bytes_of_id[id] for id in ids)
 
     def lost_bytes(self, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> int:
@@ -256,9 +256,9 @@ def _parse(json_text: str, name: str) -> tuple[tokenizers.Tokenizer, dict[str, A
         raise InputError(f"{name}: not a tokenizer JSON ({error})") from None
     try:
         tokenizer = tokenizers.Tokenizer.from_str(json_text)
-    except Exception as error:  # the library raises nothing narrower
+    except Exception as error:  # the library raises no more specific exception
         raise InputError(f"{name}: not a tokenizer JSON ({error})") from None
-    # A file may ask for truncation or padding, which would lose or invent tokens of a document.
+    # A file may ask for truncation or padding, which would drop or add tokens of a document.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True

@@ -1,1 +1,1 @@
-"""What the verb `doctor` checks: the devices of this machine, or a run directory and its data."""
+"""What `doctor` checks: the devices of this machine, or a run directory and its data."""

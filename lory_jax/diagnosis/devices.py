@@ -140,7 +140,7 @@ def check_training(
         math.isfinite(last) and last < first,
         f"training: {STEPS} steps of {tokens:,} tokens, "
         f"{parameter_counts(model_config)['total'] / 1e6:,.1f}M parameters, "
-        f"loss {first:.3f} to {last:.3f}, {seconds:.3f} s a step, {tokens / seconds:,.0f} tok/s, "
+        f"loss {first:.3f} to {last:.3f}, {seconds:.3f} s per step, {tokens / seconds:,.0f} tok/s, "
         f"{mfu_text(model_config, tokens / seconds, mesh.size)} "
         f"(the first step and its compilation took {compiled - begin:.0f} s)",
     )

@@ -17,7 +17,7 @@ class Findings:
         self.say(f"ok       {text}")
 
     def note(self, text: str) -> None:
-        """Reports what the user should know and what is not a problem."""
+        """Reports something that the user should know but that is not a problem."""
         self.say(f"note     {text}")
 
     def problem(self, text: str) -> None:
@@ -29,6 +29,6 @@ class Findings:
         (self.ok if passed else self.problem)(text)
 
     def say(self, text: str) -> None:
-        """Prints a line that is no finding."""
+        """Prints a line that is not a finding."""
         if jax.process_index() == 0:
             print(text, flush=True)

@@ -99,7 +99,7 @@ def check_checkpoints(
         return abstract_state(phase_model_config, optimizer, mesh)
 
     checkpoints = run.open_checkpoints()
-    losses: dict[int, float | None] = {}  # of the intact ones
+    losses: dict[int, float | None] = {}  # validation losses of the intact checkpoints, by step
     for step in reversed(checkpoints.steps()):
         restored, damage = checkpoints.restore(step, target)
         if damage is not None:

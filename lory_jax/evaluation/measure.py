@@ -16,11 +16,36 @@ from lory_jax.api import Model
 from lory_jax.console import progress
 from lory_jax.errors import InputError
 from lory_jax.evaluation.held_out import batches_of
-from lory_jax.evaluation.perplexity import standard_error, summarize, token_losses
+from lory_jax.evaluation.perplexity import (
+    instance_losses,
+    losses_of_tokens,
+    standard_error,
+    summarize,
+)
 from lory_jax.evaluation.tables import MEASURES
 from lory_jax.parallel import make_mesh
 from lory_jax.run.directory import RunDirectory
 from lory_jax.training.step import make_loss_step
+
+
+class Losses(NamedTuple):
+    """Losses in nats of every domain, `[N, L]`.
+
+    Attributes:
+      training: routed as in training.
+      scored: routed as was asked for; the same array where both agree.
+      routed_by: the name of that routing; None for a dense model.
+      seconds: what it took to measure them.
+    """
+
+    training: dict[str, np.ndarray]
+    scored: dict[str, np.ndarray]
+    routed_by: str | None
+    seconds: float
+
+    def of_instances(self, segment_length: int) -> dict[str, np.ndarray]:
+        """The mean loss of every instance over its positions >= T, float32 `[N]` by domain."""
+        return {d: instance_losses(nll, segment_length) for d, nll in self.scored.items()}
 
 
 class EvaluatedModel(NamedTuple):
@@ -72,7 +97,7 @@ def evaluate_run(
       run: the run and its checkpoint.
       routing: "segment" or "prompt"; None routes positions >= T as in training.
       data: where its prepared data are, if they were moved.
-      split: "test" or "validation".
+      split: "test", "validation" or "confirmation".
       batch_size: instances at a time over all devices.
     """
     evaluated = open_model(run, batch_size)
@@ -82,27 +107,25 @@ def evaluate_run(
 def measure(
     evaluated: EvaluatedModel, sets: dict[str, np.ndarray], routing: str | None = None
 ) -> dict[str, Any]:
-    """Measures a model on the instances of every domain.
+    """Measures a model on the instances of every domain: `summarize_losses(measure_losses(...))`.
 
     Args:
       evaluated: the model.
       sets: instances by domain, int32 `[N, L + 1]`.
       routing: "segment" or "prompt"; None routes positions >= T as in training.
 
-    Returns:
-      every one of `MEASURES` by domain, their geometric means, and how they were measured.
-
     Raises:
       InputError: no position is >= T.
     """
-    start = time.perf_counter()
+    return summarize_losses(evaluated, sets, measure_losses(evaluated, sets, routing))
+
+
+def summarize_losses(
+    evaluated: EvaluatedModel, sets: dict[str, np.ndarray], found: Losses
+) -> dict[str, Any]:
+    """Every one of `MEASURES` by domain, their geometric means, and how they were measured."""
     model, T = evaluated.model, evaluated.model.config.segment_length
-    if sets and model.config.sequence_length <= T:
-        raise InputError(
-            f"{evaluated.run}: its instances of {model.config.sequence_length} tokens are a single "
-            "segment, so there are no positions >= T to score"
-        )
-    training, scored, routed_by = _both_losses(evaluated, sets, routing)
+    training, scored = found.training, found.scored
     by_domain: dict[str, dict[str, Any]] = {}
     for domain, rows in sets.items():
         everywhere = summarize(training[domain], rows, model.tokenizer.token_bytes, T)
@@ -118,17 +141,36 @@ def measure(
         name: geometric_mean(list(result[name].values())) for name in MEASURES if sets
     }
     return result | {
-        "routing": routed_by,
+        "routing": found.routed_by,
         "instances": {domain: len(rows) for domain, rows in sets.items()},
         "step": model.step,
-        "seconds": time.perf_counter() - start,
+        "seconds": found.seconds,
     }
+
+
+def measure_losses(
+    evaluated: EvaluatedModel, sets: dict[str, np.ndarray], routing: str | None = None
+) -> Losses:
+    """Losses of every token, routed as in training and as `routing` asks (see `measure`).
+
+    Raises:
+      InputError: no position is >= T.
+    """
+    start = time.perf_counter()
+    config = evaluated.model.config
+    if sets and config.sequence_length <= config.segment_length:
+        raise InputError(
+            f"{evaluated.run}: its instances of {config.sequence_length} tokens are a single "
+            "segment, so there are no positions >= T to score"
+        )
+    found = _both_losses(evaluated, sets, routing)
+    return Losses(*found, time.perf_counter() - start)
 
 
 def _both_losses(
     evaluated: EvaluatedModel, sets: dict[str, np.ndarray], routing: str | None
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], str | None]:
-    """Losses routed as in training, losses as `routing` asks, and the name of that routing."""
+    """Losses routed as in training, losses routed by `routing`, and the name of that routing."""
     config, trained_routing = evaluated.model.config, as_trained(evaluated)
     routing = routing or trained_routing
     training = losses(evaluated, sets, "evaluating", config.measured_routing)
@@ -148,7 +190,7 @@ def _both_losses(
 def losses(
     evaluated: EvaluatedModel, sets: dict[str, np.ndarray], label: str, routing: str | None
 ) -> dict[str, np.ndarray]:
-    """Losses in nats of every domain, `[N, L]`, batch by batch under a progress line.
+    """Losses in nats of every domain, `[N, L]`, batch by batch, with a progress line.
 
     `routing` "segment" and "prompt" use the first T tokens of every row as its prompt; None routes
     exactly as in training.
@@ -163,7 +205,7 @@ def losses(
     with jax.set_mesh(mesh):
         for domain, rows in progress(batches, len(batches), label, "batches"):
             found[domain].append(
-                token_losses(loss_step, params, rows, batch_size, mesh, config.batch_axis)
+                losses_of_tokens(loss_step, params, rows, batch_size, mesh, config.batch_axis)
             )
     return {domain: np.concatenate(parts) for domain, parts in found.items()}
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from lory_jax.parallel import place_batch
 
 
-def token_losses(
+def losses_of_tokens(
     loss_step: Callable[[Any, jax.Array], jax.Array],
     params: Any,
     instances_NxL1: np.ndarray,
@@ -37,7 +37,7 @@ def token_losses(
     losses = []
     for start in range(0, len(instances_NxL1), batch_size):
         rows = np.arange(start, start + batch_size)
-        # The last instance fills up the last batch, so that a single shape is compiled.
+        # The last batch is padded with the last instance, so that a single shape is compiled.
         batch = instances_NxL1[np.minimum(rows, len(instances_NxL1) - 1)]
         rows = batch[offset : offset + local]
         nll_BxL = loss_step(params, place_batch(rows, mesh, batch_axis))
@@ -66,6 +66,12 @@ def summarize(
     }
 
 
+def instance_losses(nll_NxL: np.ndarray, segment_length: int) -> np.ndarray:
+    """The mean loss of every instance over its positions >= T, float32 `[N]`."""
+    mean_N = np.mean(nll_NxL[:, segment_length:], axis=1, dtype=np.float64)
+    return np.asarray(mean_N, np.float32)
+
+
 def perplexity(nll: np.ndarray) -> float:
     """exp of the mean loss."""
     return float(np.exp(np.mean(nll, dtype=np.float64)))
@@ -74,7 +80,7 @@ def perplexity(nll: np.ndarray) -> float:
 def standard_error(nll_NxL: np.ndarray, segment_length: int) -> float | None:
     """Standard error of the perplexity over positions >= T, from the spread between samples.
 
-    To first order, exp(mean) varies by itself times the standard error of the mean. None for a
+    To first order, the standard error of exp(mean) is exp(mean) times that of the mean. None for a
     single sample.
     """
     if len(nll_NxL) < 2:

@@ -11,7 +11,7 @@ MEASURES = ("perplexity", "perplexity_all_positions", "bits_per_byte")
 
 
 def report_text(result: dict[str, Any]) -> str:
-    """Everything that was measured, but for the tasks."""
+    """Everything that was measured, except for the tasks."""
     routed = f", routed by {result['routing']}" if result["routing"] else ""
     lines = [f"step {result['step']}, in {duration(result['seconds'])}"]
     if result["perplexity"]:

@@ -45,7 +45,7 @@ def top_k_perplexity(
 
 
 def leakage(evaluated: EvaluatedModel, sets: dict[str, np.ndarray]) -> dict[str, Any]:
-    """What segment 1 gains from being routed by its own mean: the leak of routing by `self`.
+    """How much routing segment 1 by its own mean (`self`) lowers the loss: the leakage.
 
     Returns:
       `perplexity` by domain: `all_positions_self` and `all_positions_uniform`, where the first

@@ -1,8 +1,8 @@
 """The one generation loop: token by token, row by row, until every row has ended.
 
-`continue_prompts` is what the Python API, the verb `generate` and the evaluation harness call. It
-turns the tokens of `decode` into text, and ends each row at a stop text, at the end of its document
-or at its limit. The compiled programs are in `programs.py`; together they compute what
+`continue_prompts` is what the Python API, the command `generate` and the evaluation harness call.
+It turns the tokens of `decode` into text, and ends each row at a stop text, at the end of its
+document or at its limit. The compiled programs are in `programs.py`; together they compute what
 `Transformer(tokens, Routing(kind, prompt_lengths_B))` computes for the whole sequence at once.
 
 Letters: B batch, P padded prompt length, V vocabulary.
@@ -52,8 +52,8 @@ def continue_prompts(
       batch_size: smaller batches are filled up to this size, so that only one size is compiled.
 
     Yields:
-      after every step, the text that each row has gained for certain, which may be empty. A row's
-      pieces joined are its continuation.
+      after every step, the new text of each row that no later token can change, which may be empty.
+      A row's pieces, joined, are its continuation.
 
     Raises:
       InputError: as `decode` does.
@@ -106,7 +106,7 @@ class GrowingText:
         self._longest_stop = max(map(len, stop), default=1)
 
     def add(self, token: int) -> str:
-        """Reads the next token, and returns the text that has become certain."""
+        """Reads the next token, and returns the new text that no later token can change."""
         if self.is_done:
             return ""
         self._tokens_left -= 1
@@ -138,7 +138,7 @@ def decode(
     """Continues a batch of prompts, one token of every row at a time.
 
     Args:
-      config, params: the model; parameters that lie on a mesh stay there.
+      config, params: the model; parameters on a mesh stay there.
       prompts: token ids of each row, BOS included; at least one, of any lengths.
       choose: `(logits_BxV, positions_B) -> tokens_B`, where positions are those of the new tokens.
       max_new_tokens: how many tokens to yield, for all rows or for each; stop iterating to stop
@@ -150,7 +150,7 @@ def decode(
       int32 `[B]`: the next token of every row.
 
     Raises:
-      InputError: there is no prompt, one is empty, or the model cannot read so many positions.
+      InputError: there is no prompt, one is empty, or the model cannot read that many positions.
     """
     limit = config.sequence_length
     lengths_B, new_B = _checked_lengths(prompts, max_new_tokens, limit)
@@ -161,7 +161,7 @@ def decode(
     decoder = make_decoder(config, routing, mesh_of(params))
     # What a row writes beyond the cache, after its own last token, is dropped.
     cache_length = _padded(int((lengths_B + new_B).max()), limit)
-    # Rows of one prompt are routed alike, until segments of their own route them.
+    # Rows with the same prompt share their routing until their own segments route them.
     shared = (
         routing == "prompt"
         and not config.is_sparse
@@ -173,7 +173,7 @@ def decode(
     tokens_B = choose(logits_BxV, lengths_B)
     yield np.asarray(tokens_B)
     for count in range(1, int(new_B.max())):
-        positions_B = lengths_B + count - 1  # of tokens_B, which the step reads
+        positions_B = lengths_B + count - 1  # positions of tokens_B, which the step reads
         if cache.totals is not None and (positions_B % config.segment_length == 0).any():
             weights, cache = decoder.remerge(params, weights, cache)
         logits_BxV, cache = decoder.step(weights, cache, tokens_B)
@@ -182,7 +182,7 @@ def decode(
 
 
 def mesh_of(params: Params) -> Mesh | None:
-    """The mesh that parameters lie on; None for a single device."""
+    """The mesh that parameters are on; None for a single device."""
     sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
     if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
         assert isinstance(sharding.mesh, Mesh)

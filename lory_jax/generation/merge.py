@@ -1,4 +1,4 @@
-"""Merges a Lory into one dense model, by the routing weights of a text or a domain.
+"""Merges a Lory model into one dense model, by the routing weights of a text or a domain.
 
 Letters: L sequence, T segment length, N instances, Y layers, E experts.
 """

@@ -12,8 +12,8 @@ has just ended, whose sums `step` keeps.
 Layers are unrolled. A scan would copy the weights and the cache of every layer out of their stacks
 in every step, which doubles the time of a step on a CPU.
 
-Under a mesh, weights stay where they are in training (embed on `fsdp`, mlp on `tensor`) and
-activations travel, so any batch size works.
+On a mesh, weights keep their sharding from training (embed on `fsdp`, mlp on `tensor`) and
+activations are moved between devices, so any batch size works.
 
 Letters: B batch, P padded prompt length, M positions in the cache, Y layers, D model, F FFN,
 H heads, G heads of keys and values, K head width, V vocabulary, E experts, T tokens per segment,
@@ -36,11 +36,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from lory_jax.generation.settings import check_routing
-from lory_jax.model.attention import attend, causal_attention
+from lory_jax.model.attention import attend, causal_attention, document_starts
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.ffn import DenseFFN, MergedFFN, SparseFFN
 from lory_jax.model.merged_ffn import merge_experts, swiglu
 from lory_jax.model.routing import Routing, keep_top_k, route
+from lory_jax.model.routing_rules import ADAPTED
 from lory_jax.model.transformer import Params, Transformer, assemble, build, rms_norm
 from lory_jax.parallel import partition_spec
 
@@ -51,6 +52,7 @@ class Cache(NamedTuple):
     """The state of a batch being decoded; one array per layer in each tuple.
 
     positions_B: the position of each row's next token.
+    starts_B: the position at which each row's document begins; None without a document mask.
     keys, values: `[B, G, M, K]` of the positions so far, in the compute type.
     probabilities: float32 `[B, E]`, the router's probabilities in the current segment, for the
       baseline whose segments choose experts; otherwise None.
@@ -59,6 +61,7 @@ class Cache(NamedTuple):
     """
 
     positions_B: Array
+    starts_B: Array | None
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
     probabilities: tuple[Array, ...] | None
@@ -66,7 +69,7 @@ class Cache(NamedTuple):
 
 
 class Decoder(NamedTuple):
-    """The programs; those that take a cache donate it.
+    """The programs; those that read a cache donate it.
 
     prefill: `(params, tokens_BxP, lengths_B, M, shared)` to the logits after each prompt, the
       weights and the cache. `shared` says that row 0 routes all rows.
@@ -84,7 +87,7 @@ class Decoder(NamedTuple):
 def make_decoder(config: ModelConfig, routing: str, mesh: Mesh | None = None) -> Decoder:
     """The programs that decode with a model, routed by "prompt" or by "segment".
 
-    `mesh` is the one the parameters lie on; None is a single device.
+    `mesh` is the one the parameters are on; None is a single device.
     """
     check_routing(routing)
     graph, _ = build(config)
@@ -94,7 +97,7 @@ def make_decoder(config: ModelConfig, routing: str, mesh: Mesh | None = None) ->
     served = functools.partial(_served, kept, mesh)
     T, epsilon, rope = config.segment_length, config.norm_epsilon, config.rope
     has_segments = config.num_experts > 0 and not config.routes_tokens
-    reroutes = routing == "segment" and has_segments
+    reroutes = routing == "segment" and has_segments and config.routing != "uniform"
 
     # ------------------------------------------------------------------ the prompt, in one pass
     def prefill(
@@ -104,6 +107,7 @@ def make_decoder(config: ModelConfig, routing: str, mesh: Mesh | None = None) ->
         layer_graph, layers = _split_layers(model)
         B, P = tokens_BxP.shape
         positions_BxP = jnp.broadcast_to(jnp.arange(P), (B, P))
+        starts_BxP = document_starts(tokens_BxP, config.bos_id) if config.document_mask else None
 
         def to_cache(x_BxPxGxK: Array) -> Array:
             padding = ((0, 0), (0, cache_length - P), (0, 0), (0, 0))
@@ -113,7 +117,8 @@ def make_decoder(config: ModelConfig, routing: str, mesh: Mesh | None = None) ->
             block = nnx.merge(layer_graph, layer)
             h_BxPxD = rms_norm(x_BxPxD, block.attention_norm[...], epsilon)
             query, key, value = block.attention.project(h_BxPxD, positions_BxP, rope)
-            x_BxPxD += block.attention.combine(causal_attention(query, key, value))
+            heads_BxPxHxK = causal_attention(query, key, value, starts_BxL=starts_BxP)
+            x_BxPxD += block.attention.combine(heads_BxPxHxK)
             h_BxPxD = rms_norm(x_BxPxD, block.ffn_norm[...], epsilon)
             y_BxPxD, merged = _prompt_ffn(block.ffn, h_BxPxD, routing, lengths_B, shared)
             total_BxD = _running_total(h_BxPxD, lengths_B, T) if reroutes else None
@@ -125,6 +130,7 @@ def make_decoder(config: ModelConfig, routing: str, mesh: Mesh | None = None) ->
         last_Bx1xD = x_BxPxD[jnp.arange(B), lengths_B - 1][:, None]
         cache = Cache(
             lengths_B,
+            None if starts_BxP is None else starts_BxP[jnp.arange(B), lengths_B - 1],
             _pin_cache(_unstack(key), mesh),
             _pin_cache(_unstack(value), mesh),
             _unstack(merged) if config.is_sparse and has_segments else None,
@@ -140,11 +146,16 @@ def make_decoder(config: ModelConfig, routing: str, mesh: Mesh | None = None) ->
     block_graph, _ = _split_layers(stack)
 
     def step(weights: Params, cache: Cache, tokens_B: Array) -> tuple[Array, Cache]:
-        # The stack of layers is not used here, so any layer can stand for it.
+        # The stacked layers are not used here, so any single layer can take their place.
         model = assemble(kept_graph, {**weights, "layers": weights["layers"][0]})
         positions_B = cache.positions_B
         M = cache.keys[0].shape[-2]
-        mask_Bx1x1xM = (jnp.arange(M)[None] <= positions_B[:, None])[:, None, None]
+        starts_B = cache.starts_B
+        mask_BxM = jnp.arange(M)[None] <= positions_B[:, None]
+        if starts_B is not None:
+            starts_B = jnp.where(tokens_B == config.bos_id, positions_B, starts_B)
+            mask_BxM &= jnp.arange(M)[None] >= starts_B[:, None]
+        mask_Bx1x1xM = mask_BxM[:, None, None]
         x_Bx1xD = model.embed(tokens_B[:, None])
         keys, values, inputs = [], [], []
         none = (None,) * config.num_layers
@@ -171,9 +182,8 @@ def make_decoder(config: ModelConfig, routing: str, mesh: Mesh | None = None) ->
                 for total_BxD, h_BxD in zip(totals, inputs, strict=True)
             )
         logits_BxV = model.unembed(model.normalize(x_Bx1xD))[:, 0]
-        return logits_BxV, cache._replace(
-            positions_B=positions_B + 1, keys=tuple(keys), values=tuple(values), totals=totals
-        )
+        cache = cache._replace(keys=tuple(keys), values=tuple(values), totals=totals)
+        return logits_BxV, cache._replace(positions_B=positions_B + 1, starts_B=starts_B)
 
     # ------------------------------------------------------------------ a segment border
     def merge_again(params: Params, ffns: Any, cache: Cache) -> tuple[Any, Cache]:
@@ -200,7 +210,7 @@ def make_decoder(config: ModelConfig, routing: str, mesh: Mesh | None = None) ->
         fresh = tuple(layer["ffn"] for layer in served(params, merged)["layers"])
         return jax.tree.map(functools.partial(_choose, at_border_B), fresh, ffns), cache
 
-    # Only the FFNs are donated: some other weights are the trained parameters themselves.
+    # Only the FFNs are donated: some of the other weights are the trained parameters.
     jitted_merge_again = jax.jit(merge_again, donate_argnums=(1, 2))
 
     def remerge(params: Params, weights: Params, cache: Cache) -> tuple[Params, Cache]:
@@ -303,11 +313,11 @@ def _served(kept: ModelConfig, mesh: Mesh | None, params: Params, ffn: Params) -
 
 
 def _in_compute_type(config: ModelConfig, params: Params) -> Params:
-    """Casts matrices once to the type of their use; norms and routers are used in float32."""
+    """Casts matrices once to the compute type; norms and routers are used in float32."""
 
     def convert(path: Any, w: Array) -> Array:
         name = path[-1].key
-        is_float32 = name.endswith("norm") or name == "router"
+        is_float32 = name.endswith("norm") or name == "router" or name in ADAPTED
         return w if is_float32 else w.astype(config.compute_dtype)
 
     return jax.tree_util.tree_map_with_path(convert, params)

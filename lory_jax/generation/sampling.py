@@ -57,7 +57,7 @@ def sample(
     if top_p < 1:
         probability_BxV = jax.nn.softmax(scores_BxV, axis=-1)
         before_BxV = jnp.cumsum(probability_BxV, axis=-1) - probability_BxV
-        # The first is kept whatever rounding makes of its sum.
+        # The first is always kept, even if rounding makes the sum before it nonzero.
         is_kept_BxV = (before_BxV < top_p) | (jnp.arange(V)[None] == 0)
         scores_BxV = jnp.where(is_kept_BxV, scores_BxV, -jnp.inf)
     rank_B = jax.vmap(jax.random.categorical)(keys_B, scores_BxV)

@@ -41,7 +41,7 @@ class Settings:
             raise InputError(f"stop: got {self.stop!r}, must be a list of non-empty texts")
 
     def new_tokens(self, prompt_length: int, sequence_length: int) -> int:
-        """The most tokens that a row may gain after a prompt, in a model of so many positions."""
+        """The most tokens that may follow a prompt in a model with this many positions."""
         if self.max_new_tokens is not None:
             return self.max_new_tokens
         return max(1, min(DEFAULT_NEW_TOKENS, sequence_length - prompt_length))

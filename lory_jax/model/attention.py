@@ -32,21 +32,23 @@ SPLASH_MULTIPLE = 128
 SAVED_ATTENTION = "attention"  # the checkpoint name of what splash's backward pass needs
 
 
-def resolve_attention(choice: str, platform: str, dtype: str) -> str:
+def resolve_attention(choice: str, platform: str, dtype: str, document_mask: bool = False) -> str:
     """Resolves `config.model.attention` on a platform.
 
     Args:
       choice: "auto", "xla", "cudnn" or "splash".
       platform: "cpu", "gpu" or "tpu", where the program will run.
       dtype: `config.model.compute_dtype`.
+      document_mask: `config.model.document_mask`, which cuDNN's attention cannot compute.
 
     Raises:
-      ConfigError: the platform or the type cannot run what is asked for.
+      ConfigError: the platform or the type cannot run this choice.
     """
     if choice == "auto":
         if platform == "tpu":
             return "splash"
-        return "cudnn" if platform == "gpu" and dtype == "bfloat16" else "xla"
+        has_cudnn = platform == "gpu" and dtype == "bfloat16" and not document_mask
+        return "cudnn" if has_cudnn else "xla"
     needed = {"xla": platform, "cudnn": "gpu", "splash": "tpu"}[choice]
     if platform != needed:
         raise ConfigError(
@@ -57,6 +59,11 @@ def resolve_attention(choice: str, platform: str, dtype: str) -> str:
         raise ConfigError(
             "config.model.attention: got cudnn, which requires "
             f"config.model.compute_dtype=bfloat16, not {dtype}"
+        )
+    if choice == "cudnn" and document_mask:
+        raise ConfigError(
+            "config.model.attention: got cudnn, which cannot compute "
+            "config.model.document_mask=True; must be xla with it on a GPU"
         )
     return choice
 
@@ -86,8 +93,8 @@ class Rope:
     def frequencies(self, head_width: int) -> Array:
         """Radians per position of each of the K/2 pairs, float32.
 
-        "linear" divides all of them by `factor`. "llama3" (Llama 3.1) divides those whose wave is
-        longer than original_length / low_frequency_factor, keeps those whose wave is shorter than
+        "linear" divides all of them by `factor`. "llama3" (Llama 3.1) divides those with a
+        wavelength above original_length / low_frequency_factor, keeps those with a wavelength below
         original_length / high_frequency_factor, and interpolates in between. "yarn" (Peng et al.
         2023, arXiv 2309.00071) does the same with borders in turns within original_length, and
         interpolates by the index of the pair. "dynamic" scales nothing up to sequence_length.
@@ -159,19 +166,23 @@ def causal_attention(
     implementation: str = "xla",
     batch_axis: str = "batch",
     heads_axis: str = "heads",
+    starts_BxL: Array | None = None,
 ) -> Array:
-    """Causal attention of `[B, L, H, K]` over `[B, L, G, K]`, as the top of this file says.
+    """Causal attention of `[B, L, H, K]` over `[B, L, G, K]`, as described at the top of this file.
 
-    The logical axes say how the batch and the heads lie on the mesh, if there is one.
+    The logical axes say how the batch and the heads are sharded over the mesh, if there is one.
+    With `starts_BxL` (`document_starts`), attention stays inside documents.
     """
     if implementation == "xla":
-        return blocked_attention(query, key, value)
+        return blocked_attention(query, key, value, starts_BxL=starts_BxL)
     if implementation == "cudnn":
+        if starts_BxL is not None:
+            raise ValueError("implementation: got 'cudnn', which cannot mask documents")
         return jax.nn.dot_product_attention(
             query, key, value, is_causal=True, implementation="cudnn"
         )
     if implementation == "splash":
-        return splash_attention(query, key, value, batch_axis, heads_axis)
+        return splash_attention(query, key, value, batch_axis, heads_axis, starts_BxL)
     raise ValueError(f"implementation: got {implementation!r}; must be xla, cudnn or splash")
 
 
@@ -188,8 +199,28 @@ class Branches(NamedTuple):
     branch_BxL: Array
 
 
+def document_starts(tokens_BxL: Array, bos_id: int, branch_BxL: Array | None = None) -> Array:
+    """Where in its row the document of every token begins: int32 `[B, L]`.
+
+    A document begins at a BOS, and the first one of a row at its first token. A token of a branch
+    is in the document that its own branch began, or else the prefix.
+    """
+    at_L = jnp.arange(tokens_BxL.shape[1], dtype=jnp.int32)
+    begins_BxL = jnp.where(tokens_BxL == bos_id, at_L[None], 0)
+    if branch_BxL is None:
+        return jax.lax.cummax(begins_BxL, axis=1)
+    its_Bx1xM, mine_BxLx1 = branch_BxL[:, None], branch_BxL[:, :, None]
+    is_seen_BxLxM = (at_L[None] <= at_L[:, None])[None]
+    is_seen_BxLxM &= (its_Bx1xM == 0) | (its_Bx1xM == mine_BxLx1)
+    return jnp.max(jnp.where(is_seen_BxLxM, begins_BxL[:, None], 0), axis=-1)
+
+
 def blocked_attention(
-    query: Array, key: Array, value: Array, branch_BxL: Array | None = None
+    query: Array,
+    key: Array,
+    value: Array,
+    branch_BxL: Array | None = None,
+    starts_BxL: Array | None = None,
 ) -> Array:
     """Causal attention of `[B, L, H, K]` over `[B, L, G, K]`, by blocks of queries.
 
@@ -203,10 +234,16 @@ def blocked_attention(
     for start in range(0, L, block):
         end = min(start + block, L)
         mask = jnp.arange(end)[None] <= jnp.arange(start, end)[:, None]
+        if branch_BxL is not None or starts_BxL is not None:
+            mask = mask[None, None]
         if branch_BxL is not None:
             mine_Bx1xLx1 = branch_BxL[:, None, start:end, None]
             its_Bx1x1xM = branch_BxL[:, None, None, :end]
-            mask = mask[None, None] & ((its_Bx1x1xM == 0) | (its_Bx1x1xM == mine_Bx1xLx1))
+            mask = mask & ((its_Bx1x1xM == 0) | (its_Bx1x1xM == mine_Bx1xLx1))
+        if starts_BxL is not None:
+            mask = mask & (
+                jnp.arange(end)[None, None, None] >= starts_BxL[:, None, start:end, None]
+            )
         blocks.append(attend(query[:, :, start:end], key[:, :, :end], value[:, :, :end], mask))
     return jnp.concatenate(blocks, axis=2).swapaxes(1, 2)
 
@@ -217,11 +254,13 @@ def splash_attention(
     value: Array,
     batch_axis: str,
     heads_axis: str,
+    starts_BxL: Array | None = None,
     interpret: bool = False,
 ) -> Array:
     """JAX's Pallas flash attention, causal, of `[B, L, H, K]` over `[B, L, G, K]`.
 
-    Under a mesh, each device runs it on its own sequences and heads.
+    Under a mesh, each device runs it on its own sequences and heads. Tokens of one document have
+    the same `starts_BxL`, which serves as the kernel's segment id.
 
     Raises:
       ConfigError: L is not a multiple of 128, the lanes of a TPU.
@@ -240,7 +279,9 @@ def splash_attention(
         block_q=size, block_kv=size, block_q_dkv=size, block_kv_dkv=size, use_fused_bwd_kernel=True
     )
 
-    def attend_here(query_BxHxLxK: Array, key_BxGxLxK: Array, value_BxGxLxK: Array) -> Array:
+    def attend_here(
+        query_BxHxLxK: Array, key_BxGxLxK: Array, value_BxGxLxK: Array, *starts: Array
+    ) -> Array:
         heads = query_BxHxLxK.shape[1]
         kernel = splash.make_splash_mha(
             splash.MultiHeadMask([splash.CausalMask((L, L))] * heads),
@@ -250,12 +291,15 @@ def splash_attention(
             residual_checkpoint_name=SAVED_ATTENTION,
             interpret=interpret,
         )
-        return jax.vmap(kernel)(query_BxHxLxK, key_BxGxLxK, value_BxGxLxK)
+        documents = [splash.SegmentIds(starts_BxL, starts_BxL) for starts_BxL in starts]
+        return jax.vmap(kernel)(query_BxHxLxK, key_BxGxLxK, value_BxGxLxK, *documents)
 
     spec = partition_spec((batch_axis, heads_axis, "length", "head_dim"))
-    run = on_mesh(attend_here, (spec,) * 3, spec)
+    starts = () if starts_BxL is None else (starts_BxL,)
+    starts_spec = partition_spec((batch_axis, "length"))
+    run = on_mesh(attend_here, (spec,) * 3 + (starts_spec,) * len(starts), spec)
     query = query * query.shape[-1] ** -0.5
-    return run(*(x.swapaxes(1, 2) for x in (query, key, value))).swapaxes(1, 2)
+    return run(*(x.swapaxes(1, 2) for x in (query, key, value)), *starts).swapaxes(1, 2)
 
 
 class Attention(nnx.Module):
@@ -276,7 +320,7 @@ class Attention(nnx.Module):
         D, H, G, K = embed_dim, num_heads, num_kv_heads, head_width
         width = "embed" if heads_on_tensor else "attention_embed"
         heads = "tensor_heads" if heads_on_tensor else "heads"
-        # An axis of its own only where the size is a field of its own, which messages name.
+        # Heads of keys have their own axis only if their number is a field that messages can name.
         kv_heads = "tensor_kv_heads" if heads_on_tensor and G != H else heads
         self.query = init.matrix((D, H, K), (width, heads, "head_dim"), fan_in=D)
         self.key = init.matrix((D, G, K), (width, kv_heads, "head_dim"), fan_in=D)
@@ -286,11 +330,11 @@ class Attention(nnx.Module):
         )
         self.bias = bias
         if bias != "none":
-            self.query_bias = init.zeros((H, K), (heads, "head_dim"))
-            self.key_bias = init.zeros((G, K), (kv_heads, "head_dim"))
-            self.value_bias = init.zeros((G, K), (kv_heads, "head_dim"))
+            self.query_bias = init.constant((H, K), (heads, "head_dim"), 0.0)
+            self.key_bias = init.constant((G, K), (kv_heads, "head_dim"), 0.0)
+            self.value_bias = init.constant((G, K), (kv_heads, "head_dim"), 0.0)
         if bias == "all":
-            self.output_bias = init.zeros((D,), ("norm",))
+            self.output_bias = init.constant((D,), ("norm",), 0.0)
 
     def project(self, x_BxLxD: Array, positions_BxL: Array, rope: Rope) -> tuple[Array, ...]:
         """Queries `[B, L, H, K]`, keys (both rotated) and values `[B, L, G, K]`."""

@@ -10,13 +10,15 @@ from lory_jax.model.attention import Rope, resolve_attention
 from lory_jax.model.merged_ffn import resolve_merged_ffn
 from lory_jax.model.routing_rules import SPARSE, TOKEN_CHOICE
 
+GATED_PARAMETERS = {"remoe": "l1_weight", "expert_threshold": "threshold"}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The fields of `config.model`; `lory_jax.schema` declares their meaning and defaults.
 
-    `top_k_experts` is not a field of a recipe, because training merges all experts. Of a trained
-    model, only the k largest routing weights are kept, renormalised; 0 keeps all.
+    `top_k_experts` is not a field of a recipe, because training merges all experts. In a trained
+    model, it keeps only the k largest routing weights, renormalised; 0 keeps all.
     """
 
     vocab_size: int
@@ -33,9 +35,14 @@ class ModelConfig:
     routing: str
     first_segment_routing: str
     capacity_factor: float
+    experts_per_token: int
     routing_group: int
+    balancing: str
     load_balancing_weight: float
+    balancing_rate: float
     router_init_scale: float
+    ffn_init_scale: float
+    expert_init_scale: float
     tie_embeddings: bool
     rope_theta: float
     rope_scaling: str
@@ -53,6 +60,8 @@ class ModelConfig:
     attention: str
     merged_ffn: str
     attention_sharding: str
+    document_mask: bool
+    bos_id: int
     scan_layers: bool
     top_k_experts: int = 0
 
@@ -63,8 +72,10 @@ class ModelConfig:
         Raises:
           ConfigError: the platform cannot run the requested implementation.
         """
-        attention = resolve_attention(fields["attention"], platform, fields["compute_dtype"])
-        # What equals its default has one spelling: equal models have equal configs.
+        attention = resolve_attention(
+            fields["attention"], platform, fields["compute_dtype"], fields["document_mask"]
+        )
+        # 0 stands for a default that could be spelled out, so that equal models have equal configs.
         grouped, width = fields["num_kv_heads"], fields["head_dim"]
         num_kv_heads = 0 if grouped == fields["num_heads"] else grouped
         head_dim = 0 if width * fields["num_heads"] == fields["embed_dim"] else width
@@ -122,6 +133,14 @@ class ModelConfig:
     def routes_tokens(self) -> bool:
         """Whether every token is routed by itself, rather than with its segment or prompt."""
         return self.is_sparse and self.routing != "expert_choice_segment"
+
+    @property
+    def adapted_parameter(self) -> str | None:
+        """The router's parameter that is adjusted without a gradient (sparse/adaptation.py)."""
+        if not self.is_sparse:
+            return None
+        is_loss_free = self.balancing == "loss_free" and self.routing in TOKEN_CHOICE
+        return "choice_bias" if is_loss_free else GATED_PARAMETERS.get(self.routing)
 
     @property
     def choices(self) -> int:

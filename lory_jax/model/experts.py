@@ -1,8 +1,8 @@
-"""The experts of a layer: their matrices, logical axes, and how they lie on a mesh.
+"""The experts of a layer: their matrices, logical axes, and layout on a mesh.
 
 Every expert has a SwiGLU FFN of three matrices. Each device holds the same slice of F of every
 expert (paper, section 6: expert-wise model parallelism): D is split over FSDP and gathered where it
-is needed; F is split over TENSOR, over which activations travel and parameters never do.
+is needed; F is split over TENSOR, over which activations are communicated and parameters never are.
 
 Letters: S segments, T tokens per segment, B batch, D model, F FFN, E experts.
 """
@@ -25,7 +25,7 @@ D_AXIS = {name: axes.index("embed") for name, axes in AXES.items()}
 (FSDP,), (TENSOR,) = RULES["embed"], RULES["mlp"]
 REPLICAS = tuple(axis for axis in RULES["moe_batch"] if axis != FSDP)
 
-# Where the experts and the activations around them lie on a mesh.
+# How the experts and the activations around them are laid out on a mesh.
 EXPERT_SPECS = {name: partition_spec(axes) for name, axes in AXES.items()}
 BATCH_SPEC = partition_spec(("moe_batch",))  # [B or S, ...]
 HIDDEN_SPEC = partition_spec(("moe_batch", "length", "mlp"))  # [S, T, F]

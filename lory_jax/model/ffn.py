@@ -11,12 +11,13 @@ from jax import Array
 
 from lory_jax.model import routing as route
 from lory_jax.model.config import ModelConfig
-from lory_jax.model.experts import AXES, DENSE_AXES
+from lory_jax.model.experts import AXES, DENSE_AXES, MATRICES
 from lory_jax.model.merged_ffn import merged_ffn, swiglu
 from lory_jax.model.parameters import Initializer
 from lory_jax.model.routing import Routed, Routing
-from lory_jax.model.routing_rules import MERGED, SPARSE
-from lory_jax.model.sparse import capacity
+from lory_jax.model.routing_rules import DROPLESS, GATED, MERGED, SPARSE, TOKEN_CHOICE
+from lory_jax.model.sparse import capacity, gated
+from lory_jax.model.sparse.adaptation import UNSET, declare_adapted
 from lory_jax.parallel import constrain
 
 
@@ -24,10 +25,10 @@ class DenseFFN(nnx.Module):
     """The parameter-matched baseline, and the FFN of the dense warm-up."""
 
     def __init__(self, init: Initializer, config: ModelConfig, output_scale: float):
-        D, F = config.embed_dim, config.mlp_dim
-        self.gate = init.matrix((D, F), DENSE_AXES["gate"], fan_in=D)
-        self.up = init.matrix((D, F), DENSE_AXES["up"], fan_in=D)
-        self.down = init.matrix((F, D), DENSE_AXES["down"], fan_in=F, scale=output_scale)
+        D, F, scale = config.embed_dim, config.mlp_dim, config.ffn_init_scale
+        self.gate = init.matrix((D, F), DENSE_AXES["gate"], fan_in=D, scale=scale)
+        self.up = init.matrix((D, F), DENSE_AXES["up"], fan_in=D, scale=scale)
+        self.down = init.matrix((F, D), DENSE_AXES["down"], fan_in=F, scale=scale * output_scale)
 
     def __call__(self, x_BxLxD: Array) -> Array:
         x_BxLxD = constrain(x_BxLxD, "moe_batch", "length", "activation_embed")
@@ -45,9 +46,10 @@ class MergedFFN(nnx.Module):
         self.router = init.matrix(
             (D, E), ("embed", "router_experts"), fan_in=D, scale=config.router_init_scale
         )
-        self.gate = init.matrix((E, D, F), AXES["gate"], fan_in=D)
-        self.up = init.matrix((E, D, F), AXES["up"], fan_in=D)
-        self.down = init.matrix((E, F, D), AXES["down"], fan_in=F, scale=output_scale)
+        scale = config.expert_init_scale
+        self.gate = init.matrix((E, D, F), AXES["gate"], fan_in=D, scale=scale)
+        self.up = init.matrix((E, D, F), AXES["up"], fan_in=D, scale=scale)
+        self.down = init.matrix((E, F, D), AXES["down"], fan_in=F, scale=scale * output_scale)
 
     def experts(self) -> dict[str, Array]:
         """The experts in the layout of `merged_ffn`."""
@@ -59,6 +61,10 @@ class MergedFFN(nnx.Module):
 
     def _all_weights(self, h_BxLxD: Array, routing: Routing) -> Array:
         config, lengths = self.config, routing.prompt_lengths_B
+        if config.routing == "uniform":
+            N = route.num_segments(h_BxLxD.shape[1], config.segment_length)
+            N = 1 if routing.kind == "prompt" else N
+            return jnp.full((len(h_BxLxD), N, config.num_experts), 1 / config.num_experts)
         with jax.named_scope("router"):
             if routing.kind in MERGED:
                 rule = route.causal_routing if routing.kind == "causal" else route.prefix_routing
@@ -84,11 +90,13 @@ class MergedFFN(nnx.Module):
         """Returns `[B, L, D]` and how it was routed."""
         x_BxLxD = constrain(x_BxLxD, "moe_batch", "length", "activation_embed")
         r_BxNxE = self.routing_weights(x_BxLxD, routing)
+        if self.config.routing == "uniform":
+            return self.averaged(x_BxLxD), Routed(r_BxNxE)
         B, L, D = x_BxLxD.shape
         N, E = r_BxNxE.shape[1:]
         T = L if routing.kind == "prompt" else self.config.segment_length
         x_BxNTxD = jnp.pad(x_BxLxD, ((0, 0), (0, N * T - L), (0, 0)))
-        # One FFN for all L tokens of a row is little merging, but too large for the kernels.
+        # One FFN for all L tokens of a row needs little merging, but is too large for the kernels.
         implementation = "blocks" if routing.kind == "prompt" else self.config.merged_ffn
         y_SxTxD = merged_ffn(
             x_BxNTxD.reshape(B * N, T, D),
@@ -98,27 +106,91 @@ class MergedFFN(nnx.Module):
         )
         return y_SxTxD.reshape(B, N * T, D)[:, :L], Routed(r_BxNxE)
 
+    def averaged(self, x_BxLxD: Array) -> Array:
+        """The FFN of the experts' mean, which is merged once for all tokens."""
+        matrices = [
+            jnp.mean(self.experts()[name], axis=0).astype(x_BxLxD.dtype) for name in MATRICES
+        ]
+        with jax.named_scope("dense_ffn"):
+            return swiglu(x_BxLxD, *matrices)
+
 
 class SparseFFN(MergedFFN):
-    """The same parameters in a sparse mixture (capacity.py): experts are chosen, not merged."""
+    """The same parameters in a sparse mixture (capacity.py): experts are chosen, not merged.
+
+    Some rules have one parameter more, which is adjusted without a gradient (adaptation.py).
+    """
+
+    choice_bias: nnx.Param
+    threshold: nnx.Param
+
+    def __init__(self, init: Initializer, config: ModelConfig, output_scale: float):
+        super().__init__(init, config, output_scale)
+        for name, parameter in declare_adapted(init, config).items():
+            setattr(self, name, parameter)
 
     def __call__(self, x_BxLxD: Array, routing: Routing) -> tuple[Array, Routed]:
         """Returns `[B, L, D]` and how it was routed."""
         x_BxLxD = constrain(x_BxLxD, "moe_batch", "length", "activation_embed")
         config = self.config
+        if config.routing in GATED:
+            return self.gate_and_sum(x_BxLxD, routing.kind in SPARSE)
         p_BxUxE = self.probabilities(x_BxLxD, routing)
         T = config.segment_length
         routed = Routed(route.segment_means(p_BxUxE, T) if config.routes_tokens else p_BxUxE)
         if routing.kind not in SPARSE:
             return self.choose(x_BxLxD, p_BxUxE), routed
-        with jax.named_scope("router"):
-            slots, balance, dropped = capacity.assign(
-                p_BxUxE, config.routing, config.capacity_factor, config.routing_group
+        if config.routing in TOKEN_CHOICE:
+            load_E = capacity.load(self.chosen(p_BxUxE)[1], config.num_experts)
+            routed = routed._replace(load_E=load_E)
+        if config.routing in DROPLESS:
+            y_BxLxD = self.choose(x_BxLxD, p_BxUxE)
+            balance: Array | None = capacity.load_balancing_loss(
+                p_BxUxE.reshape(1, -1, config.num_experts)
             )
-        unit_length = 1 if config.routes_tokens else T
-        y_BxLxD = capacity.slots_ffn(x_BxLxD, slots, self.experts(), unit_length)
+        else:
+            with jax.named_scope("router"):
+                slots, balance, dropped = capacity.assign(
+                    p_BxUxE,
+                    config.routing,
+                    config.capacity_factor,
+                    config.routing_group,
+                    self.choice_bias_E(),
+                )
+            unit_length = 1 if config.routes_tokens else T
+            y_BxLxD = capacity.slots_ffn(x_BxLxD, slots, self.experts(), unit_length)
+            routed = routed._replace(dropped=dropped)
         y_BxLxD = constrain(y_BxLxD, "moe_batch", "length", "activation_embed")
-        return y_BxLxD, routed._replace(balance=balance, dropped=dropped)
+        is_auxiliary = config.balancing == "auxiliary"
+        return y_BxLxD, routed._replace(balance=balance if is_auxiliary else None)
+
+    def gate_and_sum(self, x_BxLxD: Array, is_training: bool) -> tuple[Array, Routed]:
+        """Where tokens have gates (gated.py): `[B, L, D]` and how it was routed."""
+        config, k = self.config, self.config.experts_per_token
+        with jax.named_scope("router"):
+            if config.routing == "remoe":
+                gates_BxLxE = gated.relu_gates(x_BxLxD, self.router[...])
+                means_BxNxE = route.segment_means(gates_BxLxE, config.segment_length)
+                total_BxNx1 = jnp.sum(means_BxNxE, axis=-1, keepdims=True)
+                routed = Routed(means_BxNxE / jnp.where(total_BxNx1 > 0, total_BxNx1, 1.0))
+                if is_training:
+                    routed = routed._replace(balance=gated.l1_loss(gates_BxLxE, k))
+            else:
+                p_BxLxE = route.route(x_BxLxD, self.router[...])
+                routed = Routed(route.segment_means(p_BxLxE, config.segment_length))
+                threshold_E = self.threshold[...]
+                if is_training:
+                    cutoff_E = gated.cutoffs(p_BxLxE, k, config.routing_group)
+                    threshold_E = jnp.where(threshold_E == UNSET, cutoff_E, threshold_E)
+                    routed = routed._replace(cutoff_E=cutoff_E)
+                gates_BxLxE = gated.threshold_gates(p_BxLxE, threshold_E)
+            if is_training:
+                is_open_BxLxE = gates_BxLxE > 0
+                dropped = jnp.mean(~jnp.any(is_open_BxLxE, axis=-1), dtype=jnp.float32)
+                load_E = jnp.mean(is_open_BxLxE, axis=(0, 1), dtype=jnp.float32)
+                routed = routed._replace(dropped=dropped, load_E=load_E)
+        y_BxLxD = gated.gated_ffn(x_BxLxD, gates_BxLxE, self.experts())
+        return constrain(y_BxLxD, "moe_batch", "length", "activation_embed"), routed
 
     def probabilities(self, h_BxLxD: Array, routing: Routing) -> Array:
         """The router's probabilities of every unit: `[B, L, E]`, or of segments `[B, N, E]`."""
@@ -132,17 +204,28 @@ class SparseFFN(MergedFFN):
         lengths_B = jnp.maximum(routing.prompt_lengths_B, 1)
         return self.routing_weights(h_BxLxD, Routing(routing.kind, lengths_B))
 
+    def choice_bias_E(self) -> Array | None:
+        """What balances the load without a loss; None for most rules."""
+        has_bias = self.config.adapted_parameter == "choice_bias"
+        return self.choice_bias[...] if has_bias else None
+
+    def chosen(self, p_BxUxE: Array) -> tuple[Array, Array]:
+        """The weights `[B, U, k]` of the experts that every unit chooses, and those experts."""
+        return capacity.choose_experts(
+            p_BxUxE,
+            self.config.choices,
+            is_shared=self.config.routing in TOKEN_CHOICE and self.config.choices > 1,
+            bias_E=self.choice_bias_E(),
+        )
+
     def choose(self, x_BxLxD: Array, p_BxUxE: Array) -> Array:
         """Sends every token through the most likely experts of its unit; returns `[B, L, D]`.
 
         There is one unit per token, one per segment, or one for the whole row.
         """
-        weights_BxUxk, experts_BxUxk = capacity.choose_experts(
-            p_BxUxE, self.config.choices, is_shared=self.config.routing == "top2"
-        )
         L, U = x_BxLxD.shape[1], p_BxUxE.shape[1]
         T = {1: L, L: 1}.get(U, self.config.segment_length)
         weights_BxLxk, experts_BxLxk = (
-            jnp.repeat(of_units, T, axis=1)[:, :L] for of_units in (weights_BxUxk, experts_BxUxk)
+            jnp.repeat(of_units, T, axis=1)[:, :L] for of_units in self.chosen(p_BxUxE)
         )
         return capacity.chosen_ffn(x_BxLxD, weights_BxLxk, experts_BxLxk, self.experts())

@@ -3,15 +3,17 @@
 Training costs 6 FLOPs per token and parameter of a matrix product (2 forward, 4 backward), plus
 12 * layers * H * K * L for attention over a whole sequence (PaLM's convention: causality is not
 deducted), plus the merge: 6 * 3 * E * D * F per layer and segment (paper, appendix B), spread over
-T tokens. Recomputation by remat is not counted. A token of a sparse baseline passes through k
-experts, or as many as the capacity factor says where experts choose; dropped tokens are not
-deducted. A router of tokens costs 6 * D * E; one of segments is left out.
+T tokens. The uniform merge happens once per step and is left out.
+Recomputation by remat is not counted. A token of a sparse baseline passes through k experts, or as
+many as the capacity factor says where experts choose, or as `experts_per_token` says where tokens
+have gates (which is what training aims at, not what sparse/gated.py computes: all experts); dropped
+tokens are not deducted. A router of tokens costs 6 * D * E; one of segments is left out.
 """
 
 import dataclasses
 
 from lory_jax.model.config import ModelConfig
-from lory_jax.model.routing_rules import EXPERT_CHOICE, SPARSE
+from lory_jax.model.routing_rules import EXPERT_CHOICE, GATED, MERGED, SPARSE
 
 # Dense bf16 FLOP/s per chip, from the vendors' data sheets; keys are `jax.Device.device_kind`.
 PEAK_FLOPS = {
@@ -30,15 +32,17 @@ PEAK_FLOPS = {
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
-    """`total` parameters, and `active` ones: what a token passes through.
+    """The `total` number of parameters, and the `active` ones, which a token passes through.
 
-    With merged experts that is the dense model; with chosen ones, a token's number on average.
+    With merged experts, those of the dense model; with chosen experts, the average per token.
     """
     D, F, V, Y = config.embed_dim, config.mlp_dim, config.vocab_size, config.num_layers
     tables = (1 if config.tie_embeddings else 2) * V * D
     outside = tables + D + Y * (_attention_parameters(config) + 2 * D)
     ffn = 3 * D * F
     experts = config.num_experts * (ffn + D) if config.num_experts else ffn
+    if config.adapted_parameter:
+        experts += 1 if config.adapted_parameter == "l1_weight" else config.num_experts
     return {"total": outside + Y * experts, "active": round(outside + Y * ffn * _chosen(config))}
 
 
@@ -49,24 +53,33 @@ def flops_per_token(config: ModelConfig) -> float:
     matmul = config.vocab_size * D + Y * (_attention_parameters(config) + ffn)
     attention = 12 * Y * config.num_heads * config.head_width * config.sequence_length
     if not config.is_sparse:
-        return 6 * matmul + attention + _merge_flops(config)
+        merge = 0 if config.routing == "uniform" else _merge_flops(config)
+        return 6 * matmul + attention + merge
     router = 6 * D * config.num_experts * Y if config.routes_tokens else 0
     return 6 * matmul + attention + router
 
 
 def baselines(config: ModelConfig) -> dict[str, ModelConfig]:
-    """Lory, the dense model and every other baseline of the same shape, by name."""
+    """Lory, the dense models and every other baseline of the same shape, by name.
+
+    "dense" has the parameters that a token of Lory passes through, "dense_total" those of all
+    experts.
+    """
     dense = dataclasses.replace(config, num_experts=0)
-    routings = {"Lory": "causal", "prefix": "prefix"} | {name: name for name in SPARSE}
-    return {"dense": dense} | {
+    total = dataclasses.replace(dense, mlp_dim=max(1, config.num_experts) * config.mlp_dim)
+    others = (*MERGED, *SPARSE)
+    routings = {"Lory": "causal"} | {name: name for name in others if name != "causal"}
+    return {"dense": dense, "dense_total": total} | {
         name: dataclasses.replace(config, routing=routing) for name, routing in routings.items()
     }
 
 
 def _chosen(config: ModelConfig) -> float:
-    """Expert FFNs per token; 1 where they are merged, or dense."""
+    """Expert FFNs per token; 1 if the experts are merged or the model is dense."""
     if not config.is_sparse:
         return 1
+    if config.routing in GATED:
+        return config.experts_per_token
     if config.routing in EXPERT_CHOICE:
         return min(config.capacity_factor, config.num_experts)
     return config.choices
@@ -78,7 +91,7 @@ def _merge_flops(config: ModelConfig) -> float:
 
 
 def _attention_parameters(config: ModelConfig) -> int:
-    """Of one layer: queries and output whole, keys and values for their own heads alone."""
+    """Attention parameters of one layer; keys and values have only their own number of heads."""
     D, H, G, K = config.embed_dim, config.num_heads, config.kv_heads, config.head_width
     biases = {"none": 0, "qkv": (H + 2 * G) * K, "all": (H + 2 * G) * K + D}
     return 2 * D * (H + G) * K + biases[config.attention_bias]

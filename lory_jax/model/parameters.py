@@ -35,14 +35,16 @@ class Initializer:
         """All ones, for norms."""
         return self._declare(jnp.ones(self._stack + shape, jnp.float32), axes)
 
-    def zeros(self, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
-        """All zeros, for biases."""
-        return self._declare(jnp.zeros(self._stack + shape, jnp.float32), axes)
+    def constant(self, shape: tuple[int, ...], axes: tuple[str, ...], value: float) -> nnx.Param:
+        """The same value everywhere."""
+        return self._declare(jnp.full(self._stack + shape, value, jnp.float32), axes)
 
     def _declare(self, values: Array, axes: tuple[str, ...]) -> nnx.Param:
         axes = ("layers",) * len(self._stack) + axes
         if values.ndim != len(axes):
-            raise ValueError(f"a parameter of shape {values.shape} needs as many axes, got {axes}")
+            raise ValueError(
+                f"a parameter of shape {values.shape} needs {values.ndim} axis names, got {axes}"
+            )
         return nnx.Param(values, axes=axes)
 
     def _next_key(self) -> Array:

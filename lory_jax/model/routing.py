@@ -16,7 +16,7 @@ from jax import Array
 
 @dataclass(frozen=True)
 class Routing:
-    """How a forward pass is routed: as in training, or by prompts (DESIGN of inference).
+    """How a forward pass is routed: as in training, or by prompts (docs/api.md).
 
     `kind` is "causal", "prefix" or a sparse baseline's (training), "prompt" or "segment"
     (inference, which need `prompt_lengths_B`: tokens of each row that are its prompt).
@@ -31,13 +31,20 @@ class Routed(NamedTuple):
 
     weights_BxNxE: routing weights of every segment, float32; where tokens are routed, the mean of
       their probabilities.
-    balance: the load-balancing loss; None unless tokens choose, in training.
-    dropped: the share of tokens or segments that no expert took; None unless sparse, in training.
+    balance: the load-balancing loss, of ReMoE the L1 loss; None for other rules, and except in
+      training.
+    dropped: the share of tokens or segments that no expert processed; None unless sparse, in
+      training.
+    load_E: the share of tokens that each expert processes, or is asked to; None unless tokens
+      choose or have gates, in training.
+    cutoff_E: where expert choice would cut off; None unless experts have thresholds, in training.
     """
 
     weights_BxNxE: Array
     balance: Array | None = None
     dropped: Array | None = None
+    load_E: Array | None = None
+    cutoff_E: Array | None = None
 
 
 def num_segments(length: int, segment_length: int) -> int:
@@ -78,8 +85,8 @@ def route(mean_xD: Array, router_DxE: Array) -> Array:
 def keep_top_k(r_xE: Array, k: int) -> Array:
     """Only the k largest weights of each distribution, renormalised; 0 keeps all.
 
-    The way to a sparse model that the paper names in section 6: a merge then reads k experts. Of
-    equal weights, the first count as larger: exactly k stay.
+    Section 6 of the paper names this as a way to a sparse model: a merge then reads k experts. Ties
+    go to the lower index, so exactly k are kept.
     """
     num_experts = r_xE.shape[-1]
     if not 0 < k < num_experts:

@@ -1,9 +1,14 @@
 """The names of the routing rules (`config.model.routing`). This file imports nothing heavy."""
 
-# Lory: expert parameters are merged. "causal" is the paper's rule, "prefix" a baseline.
-MERGED = ("causal", "prefix")
+# Lory: expert parameters are merged. "causal" is the paper's rule, the others are baselines.
+MERGED = ("causal", "prefix", "uniform")
 
 # Baselines in which experts are chosen rather than merged (see sparse/capacity.py).
 EXPERT_CHOICE = ("expert_choice_segment", "expert_choice_token")
-TOKEN_CHOICE = {"top1": 1, "top2": 2}  # experts that each token chooses
-SPARSE = (*EXPERT_CHOICE, *TOKEN_CHOICE)
+DROPLESS = {"dropless_top1": 1, "dropless_top2": 2}  # without a limit on slots
+TOKEN_CHOICE = {"top1": 1, "top2": 2} | DROPLESS  # experts that each token chooses
+GATED = ("remoe", "expert_threshold")  # every token has a gate per expert (sparse/gated.py)
+SPARSE = (*EXPERT_CHOICE, *TOKEN_CHOICE, *GATED)
+
+# Parameters of a router that are adjusted without a gradient (see sparse/adaptation.py).
+ADAPTED = ("choice_bias", "l1_weight", "threshold")

@@ -22,6 +22,7 @@ from lory_jax.model.attention import (
     Branches,
     blocked_attention,
     causal_attention,
+    document_starts,
 )
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.ffn import DenseFFN, MergedFFN, SparseFFN
@@ -58,13 +59,17 @@ class Block(nnx.Module):
         self.ffn = kind(init, config, output_scale)
 
     def __call__(
-        self, x_BxLxD: Array, routing: Routing, branches: Branches | None = None
+        self,
+        x_BxLxD: Array,
+        routing: Routing,
+        branches: Branches | None = None,
+        starts_BxL: Array | None = None,
     ) -> tuple[Array, Routed | None]:
         """Returns `[B, L, D]` and how the layer was routed, None for a dense layer."""
         x_BxLxD = constrain(x_BxLxD, self.config.batch_axis, "length", "activation_embed")
         with jax.named_scope("attention"):
             h_BxLxD = rms_norm(x_BxLxD, self.attention_norm[...], self.config.norm_epsilon)
-            x_BxLxD = x_BxLxD + self.attend(h_BxLxD, branches)
+            x_BxLxD = x_BxLxD + self.attend(h_BxLxD, branches, starts_BxL)
         with jax.named_scope("ffn"):
             h_BxLxD = rms_norm(x_BxLxD, self.ffn_norm[...], self.config.norm_epsilon)
             if isinstance(self.ffn, DenseFFN):
@@ -72,15 +77,18 @@ class Block(nnx.Module):
             y_BxLxD, routed = self.ffn(h_BxLxD, routing)
             return x_BxLxD + y_BxLxD, routed
 
-    def attend(self, h_BxLxD: Array, branches: Branches | None) -> Array:
-        """Causal self-attention over the whole sequence, document borders included."""
+    def attend(self, h_BxLxD: Array, branches: Branches | None, starts_BxL: Array | None) -> Array:
+        """Causal self-attention: across documents, or inside those that begin at `starts_BxL`.
+
+        Positions count from the beginning of the row either way.
+        """
         config, (B, L, _) = self.config, h_BxLxD.shape
         positions_BxL = jnp.broadcast_to(jnp.arange(L), (B, L))
         if branches:
             positions_BxL = branches.positions_BxL
         query, key, value = self.attention.project(h_BxLxD, positions_BxL, config.rope)
         if branches:
-            heads_BxLxHxK = blocked_attention(query, key, value, branches.branch_BxL)
+            heads_BxLxHxK = blocked_attention(query, key, value, branches.branch_BxL, starts_BxL)
             return self.attention.combine(heads_BxLxHxK)
         return self.attention.combine(
             causal_attention(
@@ -90,6 +98,7 @@ class Block(nnx.Module):
                 config.attention,
                 config.batch_axis,
                 "heads" if config.attention_sharding == "batch" else "tensor_heads",
+                starts_BxL,
             )
         )
 
@@ -114,7 +123,7 @@ class Transformer(nnx.Module):
     def embed(self, tokens_BxL: Array) -> Array:
         """`[B, L, D]` in the compute type."""
         with jax.named_scope("embedding"):
-            # Gathered whole, so that every device looks its own tokens up: a table that is sharded
+            # Gathered whole, so that every device looks up its own tokens: a table that is sharded
             # over both its axes makes the compiler replicate the activations instead.
             table_VxD = constrain(self.embedding[...], "whole", "activation_embed")
             x_BxLxD = table_VxD[tokens_BxL].astype(self.config.compute_dtype)
@@ -158,10 +167,14 @@ class Transformer(nnx.Module):
         x_BxLxD = self.embed(tokens_BxL)
         graph, layers = nnx.split(self.layers)
         routing = routing or Routing(self.config.routing)
+        starts_BxL = None
+        if self.config.document_mask:
+            branch_BxL = branches.branch_BxL if branches else None
+            starts_BxL = document_starts(tokens_BxL, self.config.bos_id, branch_BxL)
 
         @functools.partial(_remat, policy=self.config.remat)
         def run_layer(x_BxLxD: Array, layer: Params) -> tuple[Array, Routed | None]:
-            return nnx.merge(graph, layer)(x_BxLxD, routing, branches)
+            return nnx.merge(graph, layer)(x_BxLxD, routing, branches, starts_BxL)
 
         if self.config.scan_layers:
             x_BxLxD, routed = jax.lax.scan(run_layer, x_BxLxD, layers)

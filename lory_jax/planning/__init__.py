@@ -1,1 +1,1 @@
-"""What the verb `plan` does: compile the training step for a TPU that is not there, and read it."""
+"""What `plan` does: compile the training step for a TPU that this machine lacks, and read it."""

@@ -73,7 +73,7 @@ def read_kernel(directory: Path, instruction: str) -> KernelCost:
     costs = {files: count(*(path.read_text() for path in files)) for files in found}
     if len({cost.bundles for cost in costs.values()}) != 1:
         raise ValueError(
-            f"{directory}: {len(found)} different kernels are called like {instruction!r}, "
+            f"{directory}: {len(found)} different kernels have names like {instruction!r}, "
             "expected one"
         )
     return next(iter(costs.values()))

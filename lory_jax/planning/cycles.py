@@ -4,7 +4,7 @@ Every fusion of the optimised program has `estimated_cycles`; they are summed, a
 iteration. Two kinds of work have none: collectives, which are bounded by their bytes
 (`lory_jax.planning.collectives`), and Pallas kernels. A kernel counts the FLOPs of its own cost
 estimate if it has one, and splash attention those of causal attention, both at the peak of the
-matrix unit. All other kernels are listed as uncounted, so that nobody takes the sum for the whole.
+matrix unit. All other kernels are listed as uncounted, so that the sum is not taken for the total.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Compiles the real training step for devices that are not there."""
+"""Compiles the real training step for devices that this machine does not have."""
 
 import re
 import time
@@ -28,10 +28,10 @@ class Program:
     """A compiled training step.
 
     Attributes:
-      text: its optimised HLO; "" if it does not fit, for then there is none.
+      text: its optimised HLO; "" if the program does not fit into memory.
       arguments: bytes per device of state and batch.
       temporaries: bytes per device of everything else.
-      seconds: of tracing and compiling.
+      seconds: how long tracing and compiling took.
     """
 
     text: str
@@ -41,12 +41,12 @@ class Program:
 
 
 def compile_step(config: ConfigDict, mesh: Mesh) -> Program:
-    """The training step of a recipe, as `train` runs it, compiled for the devices of a mesh.
+    """Compiles the training step of a recipe, as `train` runs it, for the devices of a mesh.
 
     Raises:
       ConfigError: the recipe does not fit the mesh.
-      InputError: the compiler refuses the program for another reason than its size, or its version
-        writes programs that jaxlib cannot read.
+      InputError: the compiler rejects the program for a reason other than its size, or writes
+        programs that this jaxlib cannot read.
     """
     model_config = ModelConfig.for_platform(config.model, mesh.devices.flat[0].platform)
     train = config.train
@@ -85,7 +85,7 @@ def compile_step(config: ConfigDict, mesh: Mesh) -> Program:
 
 
 def bytes_on_one_device(leaves: Sequence[jax.ShapeDtypeStruct]) -> int:
-    """Bytes of one device's part of sharded arrays, padding left aside."""
+    """Bytes of one device's shards of the arrays, without padding."""
     total = 0
     for leaf in leaves:
         count = 1
@@ -96,14 +96,14 @@ def bytes_on_one_device(leaves: Sequence[jax.ShapeDtypeStruct]) -> int:
 
 
 def memory_needed(message: str) -> int:
-    """The bytes that a program would need, from the compiler's message that they are too many.
+    """Returns the bytes that a program needs, from the compiler's out-of-memory message.
 
     Raises:
-      InputError: the message is another one.
+      InputError: the message is not about memory.
     """
-    is_hbm = "memory space vmem" not in message  # a kernel that does not fit the chip is no size
+    is_hbm = "memory space vmem" not in message  # otherwise one kernel did not fit on the chip
     patterns = (r"Used ([\d.]+)([KMGT]?)i?B? of", r"\(([\d.]+)([KMGT])\) exceeds available HBM")
     for pattern in patterns:
         if is_hbm and (found := re.search(pattern, message)):
             return int(float(found[1]) * _UNITS[found[2]])
-    raise InputError(f"the compiler refused the program: {message.splitlines()[0][:300]}")
+    raise InputError(f"the compiler rejected the program: {message.splitlines()[0][:300]}")

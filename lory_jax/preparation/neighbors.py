@@ -12,7 +12,7 @@ from lory_jax.console import progress
 from lory_jax.errors import InputError
 
 BRUTE_FORCE_BELOW = 20_000
-SEARCHED_SHARE = 0.1  # of the leaves
+SEARCHED_SHARE = 0.1  # share of the tree's leaves that are searched
 TRAINING_SAMPLE = 100_000
 REORDERED = 120
 HASH_CODES = 16  # per block of ScaNN; it cannot learn them from fewer documents
@@ -39,9 +39,10 @@ def find_neighbors(
 ) -> Neighbors:
     """Finds the `k` documents with the largest cosine for each document.
 
-    Fewer than `brute_force_below` documents are compared with each other exactly. More go through
-    ScaNN's tree with asymmetric hashing and exact reordering of the best candidates. Both give
-    the same result, bit for bit, in every process and with any number of threads on one machine.
+    Fewer than `brute_force_below` documents are compared with each other exactly. For more
+    documents, the search uses ScaNN's tree with asymmetric hashing and rescores the best candidates
+    exactly. Both give the same result, bit for bit, in every process and with any number of threads
+    on one machine.
 
     Args:
       vectors_NxD: rows of length 1.
@@ -90,7 +91,7 @@ def recall(approximate_ids_NxK: np.ndarray, exact_ids_NxK: np.ndarray) -> float:
 
 
 def _check_unit_rows(vectors_NxD: np.ndarray) -> None:
-    """Raises at the first row whose length is not 1; NaN or Inf would kill the process in ScaNN."""
+    """Raises at the first row whose length is not 1; NaN or Inf would crash ScaNN."""
     if vectors_NxD.ndim != 2:
         raise InputError(f"vectors: got shape {vectors_NxD.shape}, must be [documents, dimensions]")
     with np.errstate(over="ignore", invalid="ignore"):

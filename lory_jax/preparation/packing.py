@@ -11,7 +11,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from lory_jax.console import progress
-from lory_jax.data.instances import token_dtype
+from lory_jax.data.instances import INSTANCE_DOMAINS_NAME, token_dtype
 from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.errors import InputError
 from lory_jax.schema import shorten
@@ -21,7 +21,7 @@ BATCH_CHARACTERS = 4_000_000
 
 @dataclass(frozen=True)
 class TokenizedDocuments:
-    """Every document as BOS + tokens + EOS, end to end.
+    """Every document as BOS + tokens + EOS, concatenated.
 
     Attributes:
       tokens_T: uint16 or uint32, by the size of the vocabulary.
@@ -37,7 +37,7 @@ class TokenizedDocuments:
         return np.diff(self.starts_N1)
 
     def stream(self, order_N: np.ndarray) -> np.ndarray:
-        """Returns the documents' tokens end to end in the order given, `[T]`."""
+        """Returns the documents' tokens, concatenated in the order given, `[T]`."""
         pieces = [self.tokens_T[self.starts_N1[i] : self.starts_N1[i + 1]] for i in order_N]
         return np.concatenate(pieces) if pieces else self.tokens_T[:0]
 
@@ -94,6 +94,67 @@ def cut_instances(tokens_T: np.ndarray, sequence_length: int) -> np.ndarray:
     return windows[::sequence_length]
 
 
+def majority_labels(
+    lengths_N: np.ndarray, labels_N: np.ndarray, sequence_length: int
+) -> np.ndarray:
+    """Returns the label that most targets of each instance come from, int64 `[instances]`.
+
+    Of labels with equally many targets, the lowest counts.
+
+    Args:
+      lengths_N: tokens of the documents, in the order of the stream that `cut_instances` cuts.
+      labels_N: what each document belongs to, such as its domain, as a number from 0.
+      sequence_length: L.
+    """
+    lengths_N, labels_N = np.asarray(lengths_N, np.int64), np.asarray(labels_N, np.int64)
+    num_instances = count_instances(int(lengths_N.sum()), sequence_length)
+    end = num_instances * sequence_length
+    # Token 0 is no target, so target t is token t + 1. A piece lies in one document and one
+    # instance; the pieces of an instance follow each other.
+    document_ends_N = np.clip(np.cumsum(lengths_N) - 1, 0, end)
+    borders = np.union1d(document_ends_N, np.arange(0, end + 1, sequence_length))
+    starts_P, sizes_P = borders[:-1], np.diff(borders)
+    documents_P = np.searchsorted(document_ends_N, starts_P, side="right")
+    num_labels = int(labels_N.max(initial=0)) + 1
+    keys_P = starts_P // sequence_length * num_labels + labels_N[documents_P]
+    keys_K, positions_P = np.unique(keys_P, return_inverse=True)
+    targets_K = np.bincount(positions_P, weights=sizes_P)
+    # The last key of an instance in this order has the most targets and the lowest label.
+    order_K = np.lexsort((-keys_K, targets_K, keys_K // num_labels))
+    instances_K = keys_K[order_K] // num_labels
+    is_last_K = np.append(instances_K[1:] != instances_K[:-1], True)[: len(instances_K)]
+    return keys_K[order_K][is_last_K] % num_labels
+
+
+def instance_domains(
+    lengths_N: np.ndarray, domains_N: np.ndarray, sequence_length: int
+) -> np.ndarray:
+    """The domain of most targets of each instance, uint16; arguments as in `majority_labels`."""
+    return majority_labels(lengths_N, domains_N, sequence_length).astype(np.uint16)
+
+
+def instance_origins(
+    lengths_N: np.ndarray, origins: Sequence[str], sequence_length: int
+) -> list[str]:
+    """The origin of most targets of each instance, of equals the first in alphabetical order."""
+    names = sorted(set(origins))
+    numbers_N = np.searchsorted(names, np.array(origins, dtype=str))
+    return [names[label] for label in majority_labels(lengths_N, numbers_N, sequence_length)]
+
+
+def write_instance_domains(directory: Path, domains_N: np.ndarray) -> Path:
+    """Writes the domains of the training instances beside their shards, for `data.mixture`.
+
+    Args:
+      directory: of the prepared data; `train/` holds the instances.
+      domains_N: for each instance in the order of the shards, its place among the sorted names of
+        the domains of the training split.
+    """
+    path = directory / INSTANCE_DOMAINS_NAME
+    np.save(path, domains_N.astype("<u2"), allow_pickle=False)
+    return path
+
+
 def write_shards(directory: Path, instances_NxL1: np.ndarray, per_shard: int) -> list[Path]:
     """Writes instances as `part-00000-of-00003.array_record`, ... into a new directory.
 
@@ -110,8 +171,7 @@ def write_shards(directory: Path, instances_NxL1: np.ndarray, per_shard: int) ->
         rows = instances_NxL1[shard * per_shard : (shard + 1) * per_shard]
         label = f"writing {directory.name}, shard {shard + 1} of {num_shards}"
         try:
-            # Grain reads single records at random; of larger groups it would read and drop the
-            # rest.
+            # Grain reads single records at random; of larger groups it would discard the rest.
             writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
             for instance_L1 in progress(rows, len(rows), label, "instances"):
                 writer.write(instance_L1.tobytes())

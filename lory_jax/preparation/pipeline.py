@@ -23,6 +23,7 @@ from lory_jax.data.manifest import (
     describe_files,
     domain_directory,
     write_manifest,
+    write_origins,
 )
 from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.errors import InputError
@@ -33,6 +34,7 @@ from lory_jax.preparation.ordering import order_by_similarity
 from lory_jax.preparation.packing import (
     TokenizedDocuments,
     cut_instances,
+    instance_origins,
     tokenize,
     write_shards,
 )
@@ -41,14 +43,14 @@ from lory_jax.preparation.split import split_by_origin
 from lory_jax.preparation.statistics import corpus_table, order_similarity, split_counts
 from lory_jax.preparation.tokenizer_training import train_tokenizer
 
-EVALUATION_SPLITS = ("validation", "test")
+TRAIN = "train"
 
 Splits = dict[str, list[Document]]
 
 
 @dataclass(frozen=True)
 class Orders:
-    """The orders of the training documents that could be found.
+    """The orders of the training documents that could be computed.
 
     Attributes:
       by_name: `random` and, where there are neighbours to follow, `similar`; int64 `[N]` each.
@@ -88,7 +90,7 @@ def make_settings(
         "sequence_length": config.model.sequence_length,
         "vocab_size": config.model.vocab_size,
         "tokenizer": tokenizer.identity if tokenizer else "trained",
-        "data": config.data.to_dict(),
+        "data": {k: v for k, v in config.data.to_dict().items() if k != "mixture"},
     }
 
 
@@ -137,7 +139,7 @@ def prepare(
         per_shard = config.data.instances_per_shard
         stream_T = tokenized["train"].stream(orders.by_name[settings["order"]])
         write_shards(out / "train", cut_instances(stream_T, length), per_shard)
-        for split in EVALUATION_SPLITS:
+        for split in _evaluation_splits(splits):
             _write_by_domain(out / split, splits[split], tokenized[split], length, per_shard)
 
     # The manifest comes last, because its presence marks the directory as complete. The timings
@@ -151,7 +153,7 @@ def prepare(
 
 
 class Stages:
-    """Measures the stages and reports each on standard error.
+    """Times the stages and reports each on standard error.
 
     Attributes:
       seconds: what every stage so far has taken, by name.
@@ -162,7 +164,7 @@ class Stages:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Measures what is done inside the `with` block."""
+        """Times what is done inside the `with` block."""
         start = time.monotonic()
         yield
         self.seconds[name] = round(time.monotonic() - start, 2)
@@ -183,8 +185,13 @@ def _read_splits(source: str, config: ConfigDict, seed: int) -> Splits:
         documents,
         validation_fraction=data.validation_fraction,
         test_fraction=data.test_fraction,
+        confirmation_fraction=data.confirmation_fraction,
         seed=seed,
     )
+
+
+def _evaluation_splits(splits: Splits) -> list[str]:
+    return [split for split in splits if split != TRAIN]
 
 
 def _train_tokenizer(texts: Sequence[str], config: ConfigDict, seed: int) -> Tokenizer:
@@ -216,7 +223,7 @@ def _check_sizes(counts: dict[str, Any], splits: Splits, config: ConfigDict) -> 
             "config.model.sequence_length"
         )
     domains = sorted({document.domain for members in splits.values() for document in members})
-    for split in EVALUATION_SPLITS:
+    for split in _evaluation_splits(splits):
         fraction = config.data[f"{split}_fraction"]
         for domain in domains if fraction > 0 else ():
             found = counts[split]["domains"].get(domain, {"tokens": 0, "instances": 0})
@@ -264,3 +271,7 @@ def _write_by_domain(
         mine = [i for i, document in enumerate(documents) if document.domain == domain]
         instances = cut_instances(tokenized.stream(np.array(mine)), sequence_length)
         write_shards(directory / domain_directory(domain), instances, per_shard)
+        origins = instance_origins(
+            tokenized.lengths_N[mine], [documents[i].origin for i in mine], sequence_length
+        )
+        write_origins(directory / domain_directory(domain), origins)

@@ -1,4 +1,4 @@
-"""The split into train, validation and test by origin: no origin is ever on two sides."""
+"""The split into train and held-out sets by origin: no origin is ever on two sides."""
 
 import hashlib
 from collections import Counter, defaultdict
@@ -12,15 +12,22 @@ OVERSHOOT = 1.5
 
 
 def split_by_origin(
-    documents: Sequence[Document], *, validation_fraction: float, test_fraction: float, seed: int
+    documents: Sequence[Document],
+    *,
+    validation_fraction: float,
+    test_fraction: float,
+    seed: int,
+    confirmation_fraction: float = 0.0,
 ) -> dict[str, list[Document]]:
     """Splits documents into `train`, `validation` and `test`, in the order given.
 
     Origins are assigned in the order of their hashes with the seed. A second run gives the same
-    split, and a corpus with more documents gives nearly the same.
+    split, and a corpus with more documents gives nearly the same. With a `confirmation_fraction`
+    there is a fourth side, `confirmation`: it takes origins from `train` only, so the other sets
+    stay what they are without it.
 
     Raises:
-      InputError: a domain has fewer origins than there are sides: train, and each evaluation split
+      InputError: a domain has fewer origins than there are sides: train, and each held-out set
         whose fraction is not 0.
     """
     sizes: dict[str, Counter[str]] = defaultdict(Counter)
@@ -29,8 +36,12 @@ def split_by_origin(
         size = len(document.text.encode())
         sizes[document.origin][document.domain] += size
         totals[document.domain] += size
-    fractions = {"test": test_fraction, "validation": validation_fraction}
-    sides = ["train", *sorted((name for name in fractions if fractions[name] > 0), reverse=True)]
+    fractions = {
+        "test": test_fraction,
+        "validation": validation_fraction,
+        "confirmation": confirmation_fraction,
+    }
+    sides = ["train", *(name for name, fraction in fractions.items() if fraction > 0)]
     for domain in sorted(totals):
         origins = sum(domain in of_origin for of_origin in sizes.values())
         if origins < len(sides):
@@ -44,6 +55,8 @@ def split_by_origin(
         if fraction > 0:
             _fill(split, fraction, order, sizes, totals, side)
     result: dict[str, list[Document]] = {"train": [], "validation": [], "test": []}
+    if confirmation_fraction > 0:
+        result["confirmation"] = []
     for document in documents:
         result[side.get(document.origin, "train")].append(document)
     return result

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lory_jax.config import section_defaults
 from lory_jax.data.manifest import MANIFEST_NAME, differences
 from lory_jax.data.prepared import PreparedData
 from lory_jax.errors import InputError
@@ -17,8 +18,8 @@ def is_prepared(out: Path, settings: dict[str, Any]) -> bool:
     """Returns whether `out` is complete, intact and made with these settings.
 
     Raises:
-      InputError: `out` is neither that nor new: it holds something else, was prepared with other
-        settings, or is damaged.
+      InputError: `out` is neither prepared data nor new: it holds something else, was prepared with
+        other settings, or is damaged.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
@@ -28,7 +29,11 @@ def is_prepared(out: Path, settings: dict[str, Any]) -> bool:
             "or one that prepare wrote"
         )
     data = PreparedData.open(out)
-    if differs := differences(data.manifest.settings, settings):
+    # A field younger than the directory had its default.
+    found = dict(data.manifest.settings)
+    if "data" in found:
+        found["data"] = section_defaults("data") | found["data"]
+    if differs := differences(found, settings):
         raise InputError(
             f"out: {out} was prepared with other settings ({'; '.join(differs)}); "
             "choose another directory or remove it"

@@ -45,7 +45,7 @@ def split_counts(
     *,
     by_domain: bool,
 ) -> dict[str, Any]:
-    """Returns what a split holds, as `counts` of the manifest does.
+    """Returns what a split holds, in the form of `counts` in the manifest.
 
     Args:
       documents: those of the split.
@@ -113,8 +113,8 @@ def same_domain_rate(
       0 to 1, or None if no instance holds two documents.
     """
     borders = np.cumsum(lengths_N)[:-1]
-    # Instances overlap by one token, so each border lies inside one of them; those in the
-    # dropped remainder lie in none.
+    # Instances overlap by one token, so each border is inside one of them; those in the dropped
+    # remainder are in none.
     used = count_instances(int(np.sum(lengths_N)), sequence_length) * sequence_length
     inside = borders <= used
     if not inside.any():
@@ -122,7 +122,7 @@ def same_domain_rate(
     return float(np.mean((domains_N[:-1] == domains_N[1:])[inside]))
 
 
-def summary(manifest: Manifest) -> str:
+def preparation_summary(manifest: Manifest) -> str:
     """Returns a table of the tokens per domain and split, and how similar neighbours are."""
     domains = sorted({name for split in manifest.counts.values() for name in split["domains"]})
     nothing = {"tokens": 0, "bytes": 0}

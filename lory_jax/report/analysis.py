@@ -56,7 +56,7 @@ def analysis_page(analysis: dict[str, Any]) -> str:
         html.heading("The texts that each expert is chosen for"),
         html.paragraph(
             "For each expert of the bottom, the middle and the top layer: the segments of the test "
-            "set that give it the greatest weights in the segment after them, at most one segment "
+            "set that give it the largest weights in the segment after them, at most one segment "
             "per instance.",
             "note",
         ),

@@ -85,7 +85,7 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure":
 
 
 def perplexity_change(perplexity: Mapping[str, Mapping[str, float]]) -> "Figure":
-    """By how many percent each run's perplexity differs from the first run's, domain by domain.
+    """The percentage by which each run's perplexity differs from the first run's, per domain.
 
     Args:
       perplexity: `{run: {domain: perplexity}}`, at least two runs.
@@ -181,8 +181,8 @@ def distance_by_layer(distances: Sequence[Mapping[str, Any]]) -> "Figure":
 def loss_by_position(series: Mapping[str, Sequence[float]], segment_length: int) -> "Figure":
     """Mean loss at the positions of an instance, by how its first segment is routed.
 
-    It shows the first two segments, the first of them shaded. Only there the two rules differ: with
-    `self`, its losses are too low by what leaks.
+    It shows the first two segments, the first of them shaded. Only there do the two rules differ:
+    with `self`, leakage makes the losses too low.
     """
     with _style():
         figure, axes = _figure(3.0)

@@ -65,7 +65,7 @@ class Checkpoints:
         Raises:
           InputError: the directory is on s3:// and there are several processes.
         """
-        logging.set_verbosity(logging.FATAL)  # Orbax narrates; its errors arrive as exceptions
+        logging.set_verbosity(logging.FATAL)  # Orbax logs a lot; its errors are raised anyway
         if isinstance(keep, int):
             keep = Retention(keep)
         self.directory = directory if is_remote(directory) else directory.absolute()
@@ -197,7 +197,7 @@ class Checkpoints:
         )
 
     def _candidates(self, choice: Step) -> list[int]:
-        """The steps that a choice can mean, the first choice first."""
+        """The steps that a choice allows, in order of preference."""
         steps = self.steps()
         if not steps:
             raise InputError(f"{self.directory}: holds no checkpoint yet")
@@ -225,7 +225,7 @@ class Checkpoints:
         try:
             restored = self._read(step, target)
         except (InputError, jax.errors.JaxRuntimeError):
-            raise  # the mesh does not fit or memory is short: the checkpoint is not to blame
+            raise  # the mesh does not fit or memory ran out: the checkpoint is not damaged
         except Exception as error:  # flipped bits in Orbax's own files can raise anything
             damage = reason(error)
         if not self._all_well(damage is None):
@@ -284,7 +284,7 @@ def checked_meta(meta: Any, step: int) -> Meta:
 
 
 def reason(error: Exception) -> str:
-    """An error in one short line; from TensorStore's long messages, only the system's own words."""
+    """An error in one short line; of TensorStore's messages, only the system's part."""
     text = str(error) or type(error).__name__
     if system := re.search(r": ([^:]+) \[os_error_code=", text):
         return system[1]

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from lory_jax.config import check_model_fields, section_defaults
+from lory_jax.config import check_model_fields, fields_where, section_defaults
 from lory_jax.data.manifest import TOKENIZER_NAME
 from lory_jax.data.prepared import PreparedData
 from lory_jax.data.special_tokens import SPECIAL_TOKENS_NAME
@@ -61,10 +61,9 @@ class TrainedParams(NamedTuple):
 
 
 class RunDirectory:
-    """A run on disk, and which of its checkpoints is meant.
+    """A run on disk, and which of its checkpoints to open.
 
-    Files are read when they are first asked for; opening a directory that holds no run raises
-    nothing.
+    Files are read on first use; opening a directory without a run raises no error.
 
     Attributes:
       path: the directory.
@@ -124,7 +123,13 @@ class RunDirectory:
 
     @functools.cached_property
     def model_config(self) -> ModelConfig:
-        """The network of the expert phase, computed in the way that suits this machine."""
+        """The model config of the expert phase, with `auto` resolved for this machine."""
+        given = self.config.get("model", {})
+        if not isinstance(given, dict):
+            raise InputError(f"{self.config_file}: damaged, model must be a section of fields")
+        missing = [name for name in fields_where("model", is_size=True) if name not in given]
+        if missing:
+            raise InputError(f"{self.config_file}: damaged, config.model has no {missing[0]}")
         try:
             chosen_here = {"attention": "auto", "merged_ffn": "auto"}
             fields = section_defaults("model") | self.config["model"] | chosen_here
@@ -168,7 +173,7 @@ class RunDirectory:
         return Checkpoints(self.checkpoint_directory)
 
     def load_params(self, mesh: Mesh) -> TrainedParams:
-        """The parameters of the chosen checkpoint; of the dense model during dense warm-up."""
+        """The parameters of the chosen checkpoint, which is a dense model during dense warm-up."""
         model_config = self.model_config
 
         def target(meta: Meta) -> dict[str, Any]:
@@ -189,7 +194,7 @@ class RunDirectory:
             return storage_path(data)
         if self.dataset is None:
             raise InputError(
-                f"data: {self} was trained elsewhere; requires the directory of prepared data"
+                f"data: {self} does not record its data; requires the directory of prepared data"
             )
         return storage_path(self.dataset.path)
 
@@ -219,7 +224,7 @@ class RunDirectory:
         """Raises `InputError` unless the tokenizer of `data` has the token ids of this run."""
         if not data.tokenizer.same_ids(self.tokenizer):
             raise InputError(
-                f"data: {data.directory} was made with another tokenizer than that of {self}; "
+                f"data: the tokenizer of {data.directory} differs from that of {self}; "
                 f"prepare it with tokenizer={self.tokenizer_file}"
             )
 
@@ -245,8 +250,7 @@ class RunDirectory:
           InputError: another process trains in the directory, it cannot be written, or it holds a
             run with another config or other data.
         """
-        path = data.directory if data.is_remote else data.directory.resolve()
-        dataset = Dataset(str(path), data.digest)
+        dataset = Dataset(data.address, data.digest)
         try:
             if not is_remote(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -288,7 +292,7 @@ class RunDirectory:
         write_atomically(self.path / DATASET, json.dumps(dataset._asdict(), indent=1) + "\n")
 
     def _remove_temporary_files(self) -> None:
-        """Removes what a process left that was killed while it wrote a file."""
+        """Removes the temporary files of processes that were killed while writing."""
         if not is_remote(self.path):
             for path in self.path.glob("*.tmp-*"):
                 path.unlink()

@@ -42,7 +42,7 @@ class WorkdirLock:
                 raise InputError(f"{workdir}: another process trains in it ({_owner(self._file)})")
             time.sleep(0.05)
         if taken is None:
-            say(f"{workdir} is on a file system without locks; do not start a second run in it")
+            warn_without_lock(f"{workdir} is on a file system without locks")
         self._file.truncate(0)
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%c")}
         self._file.write(json.dumps(owner))
@@ -85,5 +85,5 @@ def _owner(file: IO[str]) -> str:
         return "a process that is just starting"
 
 
-def say(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr, flush=True)
+def warn_without_lock(why: str) -> None:
+    print(f"note: {why}; do not start a second run in it", file=sys.stderr, flush=True)

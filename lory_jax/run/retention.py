@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Retention:
-    """Keeps the newest checkpoints, the best ones, and one every so many steps.
+    """Keeps the newest checkpoints, the best ones, and one every `every_steps` steps.
 
     Attributes:
       newest: how many of the newest are kept; at least 1.

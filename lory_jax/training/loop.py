@@ -24,7 +24,7 @@ from lory_jax.training.monitoring.trace import Trace
 from lory_jax.training.phases import Phase
 from lory_jax.training.restore import Position
 from lory_jax.training.setup import Setup
-from lory_jax.training.validation import validate
+from lory_jax.training.validation import validation_losses
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Trainer:
     """Trains a run from a position on."""
 
     def __init__(self, run: Setup, position: Position, profile: tuple[int, int] | None = None):
-        """Takes over `position`; `profile` is the first and last step to trace."""
+        """Starts at `position`; `profile` is the first and last step to trace."""
         train = run.config.train
         self.run, self.position = run, position
         self.log = MetricsLog(
@@ -82,10 +82,10 @@ class Trainer:
         # A hidden transfer would make the host wait for the devices: it raises.
         with jax.set_mesh(run.mesh), jax.transfer_guard("disallow"), self._trace:
             while position.step < steps:
-                # Do not change the order. A step is dispatched before the metrics of the one
-                # before it are read. All processes act on the same wishes at the same step. State
-                # and data position are saved together, before the next batch is used.
-                # `>=`: change_steps may have moved the border of the dense phase back.
+                # Do not change the order. A step is dispatched before the metrics of the one before
+                # it are read. All processes act on the same requests at the same step. State and
+                # data position are saved together, before the next batch is used. `>=`:
+                # change_steps may have moved the border of the dense phase back.
                 if self._next_phase and position.step >= run.phases.dense_steps:
                     self._enter(self._next_phase)
                 previous_batch = self._batch
@@ -126,10 +126,10 @@ class Trainer:
         self.log.dispatched(position.step, metrics)
 
     def _diverged(self, batch: Array) -> Ending:
-        """The step before the one just dispatched was one skipped step too many.
+        """Ends the run: the step before the one just dispatched was one skipped step too many.
 
-        Nothing is saved: the checkpoints that exist are older than the trouble, or as good as this
-        state.
+        Nothing is saved: the existing checkpoints were written before the skipped steps, or hold
+        the same parameters.
         """
         run, last_logged = self.run, self.position.step - 1
         norms = self.position.phase.norms(self.position.state["params"], batch)
@@ -153,7 +153,7 @@ class Trainer:
         if is_validated:
             with run.goodput.during("validation"):
                 params = position.state["params"]
-                found = validate(position.phase, params, run.validation_sets, run.mesh)
+                found = validation_losses(position.phase, params, run.validation_sets, run.mesh)
         # The line of metrics comes before the save: a resumed run does not log this step again.
         self.log.write(**found, goodput=run.goodput.seconds())
         if is_saved:

@@ -1,6 +1,6 @@
 """Cross-entropy that never holds the logits of a whole batch.
 
-The logits of one chunk of positions at a time are made, used and dropped. In training their
+The logits of one chunk of positions at a time are computed, used and discarded. In training their
 gradient is taken in the same pass: what is kept for the backward pass is the gradient with respect
 to the hidden states and the head, not the logits, and no matrix product is done twice.
 
@@ -20,7 +20,7 @@ from jax import Array
 
 from lory_jax.parallel import RULES, has_mesh, on_mesh, partition_spec
 
-LOGITS_BYTES = 256 * 2**20  # of float32 logits held at once, per device
+LOGITS_BYTES = 256 * 2**20  # float32 logits held at once, per device
 
 BATCH = partition_spec(("moe_batch",))
 HEAD = partition_spec(("embed", "vocab"))

@@ -20,6 +20,9 @@ IS_DECAYED = {
     "up": True,
     "down": True,
     "router": True,
+    "choice_bias": False,
+    "l1_weight": False,
+    "threshold": False,
     "attention_norm": False,
     "ffn_norm": False,
     "final_norm": False,
@@ -37,7 +40,7 @@ def decay_mask(params: Any) -> Any:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Clipping, AdamW and the learning rate, as optax has them.
+    """Gradient clipping, AdamW and the learning rate, all from optax.
 
     They are not one `optax.chain`, for two reasons. The learning rate is a function of the run's
     step, which also counts skipped steps, so it needs no counter of its own. And the stored state
@@ -46,7 +49,7 @@ class Optimizer:
     Attributes:
       clip: clips the global norm of the gradients; it has no state.
       adamw: AdamW before its learning rate.
-      schedule: the learning rate of the update that follows so many completed steps.
+      schedule: the learning rate of the next update, by the number of completed steps.
     """
 
     clip: optax.GradientTransformation
@@ -93,6 +96,6 @@ def make_schedule(train_config: Mapping[str, Any]) -> optax.Schedule:
         init_value=peak / warmup_steps,  # from 0, the first update would do nothing
         peak_value=peak,
         warmup_steps=warmup_steps,
-        decay_steps=max(steps, warmup_steps + 1),  # optax requires a decay, though none may follow
+        decay_steps=max(steps, warmup_steps + 1),  # optax requires a decay step
         end_value=train_config["final_learning_rate_fraction"] * peak,
     )

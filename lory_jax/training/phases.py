@@ -67,7 +67,9 @@ class Phases:
                 model_config, mesh, model_config.measured_routing, model_config.segment_length
             ),
             make_norms(model_config, mesh, train.microbatches),
-            make_upcycle(model_config, self._optimizer, mesh, train.seed)
+            make_upcycle(
+                model_config, self._optimizer, mesh, train.seed, redraw=train.upcycle_redraw
+            )
             if model_config.num_experts
             else None,
         )

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from lory_jax.console import say
 from lory_jax.data.batches import TrainingBatches
 from lory_jax.data.prepared import PreparedData
+from lory_jax.errors import ConfigError
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.flops import parameter_counts, peak_flops
 from lory_jax.parallel import check_batch, make_mesh
@@ -78,6 +79,11 @@ def setup(
     mesh = make_mesh(**config.parallel)
     check_batch(train.global_batch_size, train.microbatches, model_config.batch_axis, mesh)
     prepared = PreparedData.open(data)
+    if model_config.document_mask and model_config.bos_id != prepared.tokenizer.bos_id:
+        raise ConfigError(
+            f"config.model.bos_id: got {model_config.bos_id}; must be {prepared.tokenizer.bos_id}, "
+            f"with which documents begin in {data}"
+        )
     batches = prepared.training_batches(
         sequence_length=model_config.sequence_length,
         vocab_size=model_config.vocab_size,
@@ -85,6 +91,7 @@ def setup(
         seed=train.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        mixture=config.data.mixture,
     )
     validation_rows = train.validation_batches * train.global_batch_size
     validation_sets = sets_to_validate(
@@ -146,3 +153,5 @@ def announce(
         + (f", merged FFN by {model_config.merged_ffn}" if num_experts else "")
         + ("" if peak_flops(device) else " (peak FLOP/s unknown: MFU is not reported)")
     )
+    if batches.mixture is not None:
+        say(batches.mixture.describe(config.train.steps * config.train.global_batch_size))

@@ -41,7 +41,7 @@ def never_active(model_config: ModelConfig) -> Array:
 
 
 def state_shardings(model_config: ModelConfig, optimizer: Optimizer, mesh: Mesh) -> State:
-    """A `NamedSharding` for every leaf; Adam's moments lie where their parameters do.
+    """A `NamedSharding` for every leaf; Adam's moments are sharded as their parameters are.
 
     Raises:
       ConfigError: the model does not fit the mesh (`lory_jax.parallel.check_parameters`).

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.routing import Routed, Routing
+from lory_jax.model.sparse.adaptation import adapted
 from lory_jax.model.transformer import Params, assemble, build
 from lory_jax.parallel import replicated
 from lory_jax.training.loss import mean_loss, token_losses
@@ -44,12 +45,20 @@ def routing_metrics(r_YxBxNxE: Array, last_active_YxE: Array, step: Array) -> tu
 
 
 def sparse_metrics(routed: Routed) -> Metrics:
-    """Of the sparse baselines, means over the layers.
+    """Metrics of the sparse baselines, averaged over the layers.
 
-    `dropped_tokens` is the share of tokens (or segments) that no expert took; with token choice,
-    `load_balancing_loss` is 1 where all experts are asked for alike.
+    `dropped_tokens` is the share of tokens (or segments) that no expert processed; with token
+    choice, `load_balancing_loss` is 1 when all experts are chosen equally often, and
+    `load_violation` says by what part of the mean load the largest exceeds it (MaxVio of arXiv
+    2408.15664). With ReMoE, `load_balancing_loss` is its L1 loss.
     """
-    metrics = {}
+    metrics: Metrics = {}
+    if routed.load_E is not None:
+        load_YxE = routed.load_E
+        largest_Y, mean_Y = jnp.max(load_YxE, axis=-1), jnp.mean(load_YxE, axis=-1)
+        tiny = jnp.finfo(jnp.float32).tiny  # no token may have an expert
+        metrics["load_violation"] = jnp.mean(largest_Y / jnp.maximum(mean_Y, tiny) - 1)
+        metrics["experts_per_token"] = jnp.mean(jnp.sum(load_YxE, axis=-1))
     if routed.dropped is not None:
         metrics["dropped_tokens"] = jnp.mean(routed.dropped)
     if routed.balance is not None:
@@ -57,12 +66,29 @@ def sparse_metrics(routed: Routed) -> Metrics:
     return metrics
 
 
+def auxiliary_loss(model_config: ModelConfig, params: Params, balance_Y: Array) -> Array:
+    """What is minimised beside the loss: `Routed.balance` of every layer, weighted."""
+    if model_config.routing == "remoe":
+        weight_Y = jax.lax.stop_gradient(params["layers"]["ffn"]["l1_weight"])
+        return jnp.mean(weight_Y * balance_Y)
+    return model_config.load_balancing_weight * jnp.sum(balance_Y)
+
+
+def with_adapted(
+    model_config: ModelConfig, before: Params, after: Params, routed: Routed
+) -> Params:
+    """The parameters `after` an update, and what is adjusted without a gradient."""
+    values = adapted(model_config, before["layers"]["ffn"], routed)
+    layers = after["layers"]
+    return {**after, "layers": {**layers, "ffn": {**layers["ffn"], **values}}}
+
+
 def make_gradients(model_config: ModelConfig, microbatches: int) -> Callable[..., Any]:
     """Returns `(params, tokens_BxL+1) -> ((loss, how it was routed or None), gradients)`.
 
     With `microbatches` > 1 the gradient is accumulated over that many parts of the batch, one
-    after another: the same gradient in less memory. Where tokens choose experts, what is minimised
-    has the load-balancing loss of every layer added; the loss returned has not.
+    after another: the same gradient in less memory. Where tokens choose experts, the gradients
+    include the load-balancing loss of every layer; the returned loss does not.
     """
     graph, _ = build(model_config)
 
@@ -72,7 +98,7 @@ def make_gradients(model_config: ModelConfig, microbatches: int) -> Callable[...
         loss = mean_loss(x_BxLxD, model.output_head(), tokens_BxL1[:, 1:])
         if routed is None or routed.balance is None:
             return loss, (loss, routed)
-        return loss + model_config.load_balancing_weight * jnp.sum(routed.balance), (loss, routed)
+        return loss + auxiliary_loss(model_config, params, routed.balance), (loss, routed)
 
     def loss_and_gradients(params: Params, tokens_BxL1: Array) -> tuple[tuple[Array, Any], Params]:
         (_, aux), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params, tokens_BxL1)
@@ -103,8 +129,8 @@ def make_train_step(
 ) -> Callable[[State, Array], tuple[State, Metrics]]:
     """Returns `(state, tokens_BxL+1) -> (state, metrics)`; the state given is donated.
 
-    Where the loss or the gradient norm is NaN or infinite, only `step` moves on: the rest of the
-    state stays as it is, bit for bit, and `metrics["skipped"]` is 1.
+    If the loss or the gradient norm is NaN or infinite, only `step` advances: the rest of the state
+    stays as it is, bit for bit, and `metrics["skipped"]` is 1.
     """
     compute = make_gradients(model_config, microbatches)
 
@@ -122,11 +148,12 @@ def make_train_step(
         metrics["learning_rate"] = optimizer.schedule(state["step"])
         metrics["skipped"] = 1 - is_finite.astype(jnp.int32)
         if routed is not None:
+            new["params"] = with_adapted(model_config, state["params"], params, routed)
             utilisation, new["last_active_YxE"] = routing_metrics(
                 routed.weights_BxNxE, state["last_active_YxE"], new["step"]
             )
             metrics |= utilisation | sparse_metrics(routed)
-        # A select per element, inside the loop that writes the new value anyway.
+        # An elementwise select, fused into the loop that writes the new value anyway.
         kept = jax.tree.map(functools.partial(jnp.where, is_finite), new, state)
         return {**kept, "step": new["step"]}, metrics
 
@@ -137,8 +164,8 @@ def make_train_step(
 def make_norms(model_config: ModelConfig, mesh: Mesh, microbatches: int) -> Callable[..., Any]:
     """Returns `(params, tokens_BxL+1) -> (norms of the parameters, norms of the gradients)`.
 
-    For every leaf, float32 `[Y]` where it is stacked over the layers, else a scalar. To say where
-    numbers went wrong.
+    Each leaf gets a float32 scalar, or `[Y]` if it is stacked over the layers. The norms show where
+    NaN or infinite values first appeared.
     """
     compute = make_gradients(model_config, microbatches)
 
@@ -147,7 +174,7 @@ def make_norms(model_config: ModelConfig, mesh: Mesh, microbatches: int) -> Call
             axes = tuple(range(1 if path[0].key == "layers" else 0, leaf.ndim))
             leaf = leaf.astype(jnp.float32)
             largest = jnp.max(jnp.abs(leaf), axis=axes, keepdims=True)
-            scaled = leaf / jnp.where(largest > 0, largest, 1.0)  # its squares do not overflow
+            scaled = leaf / jnp.where(largest > 0, largest, 1.0)  # so that squares do not overflow
             return jnp.sqrt(jnp.sum(jnp.square(scaled), axis=axes)) * jnp.squeeze(largest, axes)
 
         return jax.tree_util.tree_map_with_path(norm, tree)
@@ -164,9 +191,9 @@ def make_loss_step(
 ) -> Callable[[Any, Array], Array]:
     """Returns `(params, tokens_BxL+1) -> nll_BxL`, replicated, in nats.
 
-    `routing` None is exactly what training sees; "segment" and "prompt" route by a prompt of the
-    first `prompt_length` tokens of every row. In training, tokens of a sparse baseline compete with
-    each other: measure it with "segment".
+    With `routing` None the loss is exactly that of training; "segment" and "prompt" route by a
+    prompt of the first `prompt_length` tokens of every row. In training, tokens of a sparse
+    baseline compete with each other, so measure such a model with "segment".
     """
     graph, _ = build(model_config)
 

@@ -2,16 +2,23 @@
 
 Under uniform routing an expert sees 1/E of the gradient that the dense FFN would see. Adam's
 moments are carried over at that scale, m/E and v/E^2, so that the first update moves every expert,
-and with them the merged function, as the dense step would. Two things shrink alike and are left as
-they are: Adam's epsilon counts E times as much against the smaller moments, and the global gradient
-norm is smaller (the experts' part by sqrt(E)), so clipping acts later.
+and with them the merged function, as the dense step would. Two side effects are not corrected:
+Adam's epsilon counts E times as much against the smaller moments, and the global gradient norm is
+smaller (the experts' part by sqrt(E)), so clipping sets in later.
 
 The sparse baselines are upcycled alike (Komatsuzaki et al. 2023, arXiv 2212.05055), and under a
 uniform router an expert's part of the gradient is `gradient_divisor` times smaller. With top2,
 whose weights share 1, the function stays what it was where nothing is dropped. The others multiply
 with a probability, near 1/E at first: the loss jumps, and the router makes up for it.
+
+Copies are alike until the router tells them apart. A share of every expert's entries can be drawn
+anew, in the spirit of Drop-Upcycling (Nakamura et al. 2025, arXiv 2502.19261): from a normal with
+the mean and the standard deviation of the matrix that is copied. The paper draws whole hidden units
+(the same columns of gate and up and rows of down); here every entry is drawn by itself, so all
+units change a little. Adam's moments of redrawn entries start at zero.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +28,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from lory_jax.model.config import ModelConfig
-from lory_jax.model.routing_rules import EXPERT_CHOICE
+from lory_jax.model.routing_rules import ADAPTED, EXPERT_CHOICE, TOKEN_CHOICE
 from lory_jax.model.transformer import Params, init_params
 from lory_jax.training.optimizer import Optimizer
 from lory_jax.training.state import State, never_active, state_shardings
@@ -30,27 +37,40 @@ FFN_MATRICES = ("gate", "up", "down")
 
 
 def make_upcycle(
-    model_config: ModelConfig, optimizer: Optimizer, mesh: Mesh, seed: int
+    model_config: ModelConfig, optimizer: Optimizer, mesh: Mesh, seed: int, redraw: float = 0.0
 ) -> Callable[[State], State]:
     """Returns `dense state -> the state with experts that continues it`.
 
-    `model_config` is that of the experts, `seed` that of the run.
+    Args:
+      model_config: that of the experts.
+      optimizer: that of the run.
+      mesh: where the state lies.
+      seed: that of the run.
+      redraw: the share of every expert's entries that is drawn anew.
     """
 
     def upcycle(dense: State) -> State:
-        # Not the key of the dense parameters: the router would start as a copy of some of their
+        # With the key of the dense parameters, the router would start as a copy of some of their
         # draws.
         key = jax.random.fold_in(jax.random.key(seed), 1)
-        router_YxDxE = init_params(model_config, key)["layers"]["ffn"]["router"]
+        fresh = dict(init_params(model_config, key)["layers"]["ffn"])
+        router_YxDxE = fresh["router"]
+        adapted = {name: fresh[name] for name in fresh.keys() & ADAPTED}
         adam, *rest = dense["opt_state"]
         zeros_YxDxE, divisor = jnp.zeros_like(router_YxDxE), gradient_divisor(model_config)
         moments = adam._replace(
             mu=upcycle_params(adam.mu, zeros_YxDxE, divisor=divisor),
             nu=upcycle_params(adam.nu, zeros_YxDxE, divisor=divisor**2),
         )
+        zeros = jax.tree.map(jnp.zeros_like, adapted)
+        moments = moments._replace(mu=with_ffn(moments.mu, zeros), nu=with_ffn(moments.nu, zeros))
+        params = with_ffn(upcycle_params(dense["params"], router_YxDxE), adapted)
+        if redraw:
+            key = jax.random.fold_in(jax.random.key(seed), 2)
+            params, moments = redraw_entries(params, moments, key, redraw)
         return {
             "step": dense["step"],
-            "params": upcycle_params(dense["params"], router_YxDxE),
+            "params": params,
             "opt_state": (moments, *rest),
             "last_active_YxE": never_active(model_config),
         }
@@ -59,15 +79,21 @@ def make_upcycle(
 
 
 def gradient_divisor(model_config: ModelConfig) -> float:
-    """The dense FFN's gradient over an expert's, if all experts get as much weight.
+    """The dense FFN's gradient divided by an expert's, if all experts have equal weight.
 
     Merged experts and those of top2 share each token's weight of 1. With top1, an expert sees 1/E
-    of the tokens, each weighted with 1/E; expert choice has its capacity factor times as many.
+    of the tokens, each weighted with 1/E; expert choice has its capacity factor times as many, and
+    expert thresholds aim at `experts_per_token` times as many. ReMoE weights with the mean gate.
     """
     E = model_config.num_experts
     if model_config.routing in EXPERT_CHOICE:
         return E * E / model_config.capacity_factor
-    return E * E if model_config.routing == "top1" else E
+    if model_config.routing == "expert_threshold":
+        return E * E / model_config.experts_per_token
+    if model_config.routing == "remoe":
+        # The mean of relu of a normal variable of this standard deviation, at unit hidden states.
+        return math.sqrt(2 * math.pi) / model_config.router_init_scale
+    return E * E if TOKEN_CHOICE.get(model_config.routing) == 1 else E
 
 
 def upcycle_params(params: Params, router_YxDxE: Array, divisor: float = 1) -> Params:
@@ -81,3 +107,31 @@ def upcycle_params(params: Params, router_YxDxE: Array, divisor: float = 1) -> P
     layers["ffn"] = {name: copy(layers["ffn"][name]) for name in FFN_MATRICES}
     layers["ffn"]["router"] = router_YxDxE
     return {**params, "layers": layers}
+
+
+def redraw_entries(params: Params, adam: Any, key: Array, share: float) -> tuple[Params, Any]:
+    """Draws a share of every expert's entries anew; returns the parameters and Adam's state.
+
+    The experts of `params` are copies of one dense FFN, whose mean and standard deviation the new
+    entries have. Every entry is chosen by itself.
+    """
+    experts, mu, nu = (dict(tree["layers"]["ffn"]) for tree in (params, adam.mu, adam.nu))
+    for number, name in enumerate(FFN_MATRICES):
+        w_YxExMxN = experts[name]
+        choice_key, value_key = jax.random.split(jax.random.fold_in(key, number))
+        is_new_YxExMxN = jax.random.bernoulli(choice_key, share, w_YxExMxN.shape)
+        mean_Yx1x1x1 = jnp.mean(w_YxExMxN[:, :1], axis=(2, 3), keepdims=True)
+        std_Yx1x1x1 = jnp.std(w_YxExMxN[:, :1], axis=(2, 3), keepdims=True)
+        normal_YxExMxN = jax.random.normal(value_key, w_YxExMxN.shape, w_YxExMxN.dtype)
+        drawn_YxExMxN = mean_Yx1x1x1 + std_Yx1x1x1 * normal_YxExMxN
+        experts[name] = jnp.where(is_new_YxExMxN, drawn_YxExMxN, w_YxExMxN)
+        mu[name], nu[name] = (jnp.where(is_new_YxExMxN, 0, tree[name]) for tree in (mu, nu))
+
+    moments = adam._replace(mu=with_ffn(adam.mu, mu), nu=with_ffn(adam.nu, nu))
+    return with_ffn(params, experts), moments
+
+
+def with_ffn(params: Params, ffn: Params) -> Params:
+    """The tree with these entries of its FFN in place of its own."""
+    layers = params["layers"]
+    return {**params, "layers": {**layers, "ffn": {**layers["ffn"], **ffn}}}

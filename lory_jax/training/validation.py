@@ -7,12 +7,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lory_jax.console import say
-from lory_jax.evaluation.perplexity import token_losses
+from lory_jax.evaluation.perplexity import losses_of_tokens
 from lory_jax.model.transformer import Params
 from lory_jax.training.phases import Phase
 
 
-def validate(
+def validation_losses(
     phase: Phase, params: Params, sets: Mapping[str, np.ndarray], mesh: Mesh
 ) -> dict[str, Any]:
     """Loss in nats per token over positions >= T: for each domain, and the mean over domains.
@@ -24,7 +24,7 @@ def validate(
     T = phase.model_config.segment_length
     losses = {}
     for domain, instances in sets.items():
-        nll = token_losses(
+        nll = losses_of_tokens(
             phase.loss_step,
             params,
             instances,

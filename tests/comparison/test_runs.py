@@ -41,7 +41,7 @@ def test_a_result_that_cannot_be_used_names_the_file_and_the_verb(tmp_path, text
     path = tmp_path / "evaluation.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(InputError, match=rf"evaluation\.json: .*{words}.*verb evaluate"):
+    with pytest.raises(InputError, match=rf"evaluation\.json: .*{words}.*run evaluate"):
         _read_result(path, "evaluate", 12)
     path.write_text(json.dumps({"step": 12}))
     assert _read_result(path, "evaluate", 12) == {"step": 12}

@@ -112,7 +112,7 @@ def test_upcycled_and_trained(family, data, tmp_path):
     """Four copies compute what the model did, train, and are exported as the family again."""
     save(tmp_path / "hf", *FAMILIES[family])
     (tmp_path / "hf" / "tokenizer.json").write_bytes((data / "tokenizer.json").read_bytes())
-    runs.from_hf(tmp_path / "hf", tmp_path / "start", experts=4)
+    runs.import_llama(tmp_path / "hf", tmp_path / "start", experts=4)
     start = lory_jax.load(tmp_path / "start")
     tokens = random_tokens(2, LENGTH)
     found = start.logits(tokens, "prompt", [5, 9])
@@ -133,7 +133,7 @@ def test_upcycled_and_trained(family, data, tmp_path):
     assert metrics[-1]["loss"] < metrics[0]["loss"]
     trained = lory_jax.load(tmp_path / "run")
     text = "counting by"
-    runs.to_hf(trained_run(tmp_path), tmp_path / "out", prompt=text)
+    runs.export_run(trained_run(tmp_path), tmp_path / "out", prompt=text)
     prompt = trained.encode(text)
     row = np.array([[*prompt, *tokens[0, : LENGTH - len(prompt)]]])
     expected = trained.logits(row, "prompt", [len(prompt)])

@@ -36,7 +36,7 @@ def test_shards_hold_the_instances_in_order(tmp_path, dtype):
 def test_faults_in_shards_name_the_file(tmp_path):
     instances = np.random.default_rng(0).integers(0, 999, (2000, 65)).astype("<u2")
     paths = write_shards(tmp_path / "train", instances, per_shard=1000)
-    with pytest.raises(InputError, match="a record holds 130 bytes, must hold 66"):
+    with pytest.raises(InputError, match="a record holds 130 bytes, but must hold 66"):
         read_instances(tmp_path / "train", 32, np.dtype("<u2"))
     whole = paths[1].read_bytes()
     for damaged in (whole[: len(whole) // 2], whole[:-7], b"", whole[:5000] + b"!" + whole[5001:]):

@@ -13,6 +13,7 @@ import lory_jax
 from lory_jax import analyze, compare, evaluate, generate
 from lory_jax.data.prepared import PreparedData
 from lory_jax.errors import ConfigError, InputError
+from lory_jax.evaluation.held_out import read_instances
 from lory_jax.evaluation.measure import evaluate_run
 from lory_jax.evaluation.tables import MEASURES
 from lory_jax.run.directory import RunDirectory
@@ -101,6 +102,22 @@ def test_evaluation_is_what_the_logits_say(evaluated, name):
     for measure in expected:
         ones, threes = result[measure].values()
         assert result["geometric_mean"][measure] == pytest.approx((ones * threes) ** 0.5)
+
+
+def test_losses_of_instances_make_up_the_perplexity(evaluated):
+    result = json.loads((evaluated / "lory" / "evaluation.json").read_text())
+    losses, origins = read_instances(evaluated / "lory" / "evaluation_instances.npz")
+    assert list(losses) == list(result["perplexity"]) == ["ones", "threes"]
+    for domain, loss_N in losses.items():
+        assert loss_N.dtype == np.float32 and loss_N.shape == (3,)
+        assert np.exp(loss_N.mean()) == pytest.approx(result["perplexity"][domain], rel=1e-6)
+        # These data do not say where they come from: every instance is on its own.
+        assert len(set(origins[domain])) == 3
+
+
+def test_a_split_that_was_not_prepared_is_named(evaluated):
+    done = verb("evaluate", f"--workdir={evaluated / 'lory'}", "--split=confirmation")
+    assert_one_line_error(done, 1, "confirmation", "confirmation_fraction")
 
 
 def test_fewer_experts_are_what_their_logits_say(evaluated):
@@ -438,7 +455,7 @@ def test_generation_line_by_line(evaluated, capsys):
 
 
 def test_what_is_missing_is_named(evaluated, tmp_path):
-    with pytest.raises(InputError, match="a dense model, which routes nothing"):
+    with pytest.raises(InputError, match="a dense model, which has no routing"):
         analyze.main([f"--workdir={evaluated / 'dense'}"])
     with pytest.raises(InputError, match=r"config\.json"):
         evaluate.main([f"--workdir={tmp_path}", f"--out={tmp_path / 'x.json'}"])

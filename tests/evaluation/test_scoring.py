@@ -54,14 +54,20 @@ def test_a_beginning_is_read_once(made):
     assert len(make_rows(made, True, limit=1000)) == len(beginnings)
 
 
-@pytest.mark.parametrize("kind", ["dense", "causal", "top2", "expert_choice_segment"])
+@pytest.mark.parametrize(
+    "kind", ["dense", "causal", "top2", "expert_choice_segment", "dropless_top2", "documents"]
+)
 def test_scores_do_not_depend_on_what_shares_a_row(kind):
-    fields = {"num_experts": 0} if kind == "dense" else {"num_experts": 4, "routing": kind}
+    fields, largest = {"num_experts": 4, "routing": kind}, 37
+    if kind == "dense":
+        fields = {"num_experts": 0}
+    elif kind == "documents":  # which begin in the context and in answers
+        fields, largest = {"document_mask": True, "bos_id": 5}, 8
     config = tiny_config(**fields, segment_length=4, sequence_length=32)
     params = params_of(config)
     draw = np.random.default_rng(0)
-    context = tuple(draw.integers(0, config.vocab_size, 9).tolist())
-    answers = [tuple(draw.integers(0, config.vocab_size, n).tolist()) for n in (1, 3, 6, 2, 6)]
+    context = tuple(draw.integers(0, largest, 9).tolist())
+    answers = [tuple(draw.integers(0, largest, n).tolist()) for n in (1, 3, 6, 2, 6)]
     made = [Continuation((*context, *answer), len(context), len(answer)) for answer in answers]
 
     def scores(made, batch_size):

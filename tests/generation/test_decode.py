@@ -10,7 +10,7 @@ from lory_jax.generation.loop import decode
 from lory_jax.generation.programs import make_decoder
 from lory_jax.model.routing import Routing
 from lory_jax.model.transformer import assemble, build, init_params
-from tests.support.models import tiny_config
+from tests.support.models import params_of, tiny_config
 
 T = 8
 CONFIG = tiny_config(
@@ -74,11 +74,56 @@ def test_decoding_equals_the_forward_pass(params, routing):
 
 @pytest.mark.parametrize(
     ("model", "routing"),
-    [("expert_choice_segment", "prompt"), ("expert_choice_segment", "segment"), ("top2", "prompt")],
+    [
+        ("expert_choice_segment", "prompt"),
+        ("expert_choice_segment", "segment"),
+        ("top2", "prompt"),
+        ("dropless_top1", "segment"),
+    ],
 )
 def test_decoding_a_sparse_baseline_equals_the_forward_pass(params, model, routing):
     config = dataclasses.replace(CONFIG, routing=model)
     assert_decoding_equals_forward(config, params, routing, tolerance=5e-5)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"routing": "dropless_top2", "balancing": "loss_free"},
+        {"routing": "remoe"},
+        {"routing": "expert_threshold"},
+    ],
+    ids=str,
+)
+def test_decoding_with_an_adapted_router_equals_the_forward_pass(fields):
+    config = dataclasses.replace(CONFIG, **fields)
+    params = params_of(config)
+    assert_decoding_equals_forward(config, params, "prompt", tolerance=5e-5)
+    if config.adapted_parameter == "l1_weight":  # of the loss alone
+        return
+    ffn = params["layers"]["ffn"]
+    zeros = np.zeros_like(ffn[config.adapted_parameter])
+    without = {**params["layers"], "ffn": {**ffn, config.adapted_parameter: zeros}}
+    one, other = (
+        full_logits(config, p, random_tokens(1), "prompt", [5])
+        for p in (params, {**params, "layers": without})
+    )
+    assert np.abs(one - other).max() > 1e-2
+
+
+@pytest.mark.parametrize("routing", ["prompt", "segment"])
+@pytest.mark.parametrize("fields", [{"document_mask": True, "bos_id": 7}, {"routing": "uniform"}])
+def test_decoding_with_fields_of_the_controls_equals_the_forward_pass(params, fields, routing):
+    config = dataclasses.replace(CONFIG, **fields)
+    tokens = random_tokens(len(LENGTHS))
+    tokens[:, ::11] = 7  # documents begin in prompts and after them
+    lengths = jnp.asarray(LENGTHS)
+    full = full_logits(config, params, tokens, routing, LENGTHS)
+    found = decoded_logits(config, params, tokens, routing, LENGTHS)
+    for row, length in enumerate(LENGTHS):
+        expected = full[row, length - 1 : length - 1 + found.shape[1]]
+        np.testing.assert_allclose(found[row], expected, atol=1e-5, rtol=0)
+    assert np.abs(full - full_logits(CONFIG, params, tokens, routing, lengths)).max() > 1e-2
 
 
 @pytest.mark.parametrize("routing", ["prompt", "segment"])

@@ -11,6 +11,7 @@ from lory_jax.errors import ConfigError
 from lory_jax.model.attention import (
     blocked_attention,
     causal_attention,
+    document_starts,
     resolve_attention,
     splash_attention,
 )
@@ -69,6 +70,60 @@ def test_splash_equals_blocks_in_values_and_gradients(K, heads, kv_heads):
     expected = values_and_gradients(blocked_attention, query, key, value, cotangent)
     for a, e in zip(got, expected, strict=True):
         assert_close(a, e, 1e-5)
+
+
+DOCUMENTS = [0, 100, 128, 200, 201]  # where they begin in a row of 256
+
+
+def starts_of(length):
+    starts = np.array([max(s for s in DOCUMENTS if s <= i) for i in range(length)], np.int32)
+    return jnp.stack([starts, np.zeros_like(starts)])  # a row of one document too
+
+
+def test_starts_are_those_of_the_tokens():
+    tokens = np.ones((2, 256), np.int32)
+    tokens[0, DOCUMENTS] = 7
+    np.testing.assert_array_equal(document_starts(jnp.asarray(tokens), 7), starts_of(256))
+
+
+def test_a_branch_is_in_the_document_of_the_prefix_or_in_its_own():
+    tokens = jnp.array([[7, 1, 7, 1, 1, 7, 1, 1, 1]])
+    branch = jnp.array([[0, 0, 0, 0, 1, 1, 1, 2, 2]])
+    expected = [[0, 0, 2, 2, 2, 5, 5, 2, 2]]
+    np.testing.assert_array_equal(document_starts(tokens, 7, branch), expected)
+
+
+def test_blocks_and_splash_stay_inside_documents():
+    query, key, value, cotangent = arrays(2, 256, 2, 64)
+    starts = starts_of(256)
+    i = np.arange(256)
+    mask = (i[None] <= i[:, None]) & (i[None, None] >= np.asarray(starts)[:, :, None])
+
+    def whole(query, key, value):
+        scores = jnp.einsum("blhk,bmhk->bhlm", query, key) / np.sqrt(64)
+        scores = jnp.where(mask[:, None], scores, -jnp.inf)
+        return jnp.einsum("bhlm,bmhk->blhk", jax.nn.softmax(scores), value)
+
+    expected = values_and_gradients(whole, query, key, value, cotangent)
+    blocks = functools.partial(blocked_attention, starts_BxL=starts)
+    splash = functools.partial(
+        splash_attention,
+        batch_axis="batch",
+        heads_axis="heads",
+        starts_BxL=starts,
+        interpret=True,
+    )
+    for function in (blocks, splash):
+        got = values_and_gradients(function, query, key, value, cotangent)
+        for a, e in zip(got, expected, strict=True):
+            assert_close(a, e, 1e-5)
+
+
+def test_cudnn_is_never_chosen_for_documents():
+    assert resolve_attention("auto", "gpu", "bfloat16", document_mask=True) == "xla"
+    assert resolve_attention("auto", "tpu", "bfloat16", document_mask=True) == "splash"
+    with pytest.raises(ConfigError, match=r"config\.model\.attention: got cudnn"):
+        resolve_attention("cudnn", "gpu", "bfloat16", document_mask=True)
 
 
 def test_cudnn_does_not_fall_back_where_there_is_none():

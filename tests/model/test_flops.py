@@ -86,8 +86,19 @@ def test_sparse_flops_equal_a_count_of_every_matrix_product():
         ("expert_choice_token", 1.5, True),
         ("top1", 1, True),
         ("top2", 2, True),
+        ("dropless_top1", 1, True),
+        ("dropless_top2", 2, True),
+        ("remoe", 3, True),
+        ("expert_threshold", 3, True),
     ):
-        config = tiny_config(sequence_length=L, routing=routing, capacity_factor=1.5)
+        balancing = "loss_free" if routing == "dropless_top2" else "auxiliary"
+        config = tiny_config(
+            sequence_length=L,
+            routing=routing,
+            capacity_factor=1.5,
+            experts_per_token=3,
+            balancing=balancing,
+        )
         per_token = Y * (4 * D * D + 2 * D * L + 3 * D * F * experts_per_token) + D * V
         per_token += Y * D * E * routes_tokens
         assert flops_per_token(config) == pytest.approx(6 * per_token)
@@ -99,9 +110,14 @@ def test_sparse_flops_equal_a_count_of_every_matrix_product():
 
 def test_what_a_recipe_is_compared_with():
     found = baselines(tiny_config())
-    assert list(found) == ["dense", "Lory", "prefix", *SPARSE]
+    assert list(found) == ["dense", "dense_total", "Lory", "prefix", "uniform", *SPARSE]
     assert found["dense"].num_experts == 0 and found["Lory"].routing == "causal"
-    assert all(found[name].routing == name for name in ("prefix", *SPARSE))
+    assert all(found[name].routing == name for name in ("prefix", "uniform", *SPARSE))
+    assert flops_per_token(found["uniform"]) == flops_per_token(found["dense"])
+    # The experts of all layers, without their routers.
+    routers = 2 * 16 * 4
+    lory = parameter_counts(found["Lory"])["total"]
+    assert parameter_counts(found["dense_total"])["total"] == lory - routers
     assert flops_per_token(found["Lory"]) > flops_per_token(found["dense"])
     assert parameter_counts(found["top2"])["active"] > parameter_counts(found["Lory"])["active"]
 

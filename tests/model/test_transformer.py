@@ -45,6 +45,42 @@ def test_lory_logits_and_weights_equal_loops(kind, prompts):
     assert_close(weights, expected[1], VALUES, "weights")
 
 
+def tokens_of_documents(batch, length, seed=0):
+    """Random tokens with a BOS in every row, between other documents and their neighbours."""
+    tokens = 1 + random_tokens(batch, length, seed) % 36
+    for b in range(batch):
+        tokens[b, [3 + b, 9]] = 0
+    return tokens
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_attention_inside_documents_equals_loops(experts):
+    # With equal weights in segment 1, nothing of a later document reaches its first tokens.
+    fields = {"num_experts": experts, "first_segment_routing": "uniform"}
+    config = tiny_config(document_mask=True, **fields)
+    params, tokens = params_of(config), tokens_of_documents(3, L)
+    logits, _ = forward(config)(params, tokens)
+    expected, _ = reference.transformer(float64(params), tokens, config)
+    assert_close(logits, expected, VALUES)
+    across, _ = forward(tiny_config(**fields))(params, tokens)
+    assert np.abs(across - logits)[:, 9:].max() > 1e-2
+    np.testing.assert_allclose(across[:, :3], logits[:, :3], atol=1e-5)
+
+
+def test_attention_never_leaves_a_document():
+    """In the dense model nothing else joins positions: later documents do not move by a bit."""
+    config = tiny_config(num_experts=0, document_mask=True)
+    run, params, tokens = forward(config), params_of(config), tokens_of_documents(1, L)
+    before = np.asarray(run(params, tokens)[0])[0]
+    starts = reference.document_starts(tokens[0], 0)
+    for j in (j for j in range(L) if tokens[0, j]):
+        changed = tokens.copy()
+        changed[0, j] = 1 + (changed[0, j] + 6) % 36
+        moved = np.any(np.asarray(run(params, changed)[0])[0] != before, axis=-1)
+        expected = [starts[i] == starts[j] and i >= j for i in range(L)]
+        np.testing.assert_array_equal(moved, expected)
+
+
 LLAMAS = {"num_heads": 4, "num_kv_heads": 2, "tie_embeddings": True}  # what other LLaMAs have
 
 
@@ -280,7 +316,7 @@ def test_causal_attention_equals_loops():
 def test_masked_keys_have_no_weight_at_all():
     query, key = (jax.random.normal(jax.random.key(i), (1, 1, 4, 4)) for i in range(2))
     value = jnp.ones((1, 1, 4, 4)).at[..., 2:, :].set(1e30)
-    mask = jnp.arange(4) < jnp.array([[1], [2], [2], [2]])
+    mask = jnp.arange(4)[None] < jnp.array([[1], [2], [2], [2]])
     np.testing.assert_allclose(attend(query, key, value, mask), 1.0, rtol=1e-6)
 
 
@@ -333,3 +369,15 @@ def test_initialisation_has_the_stated_deviations_and_no_two_draws_are_alike():
     for i, a in enumerate(rows):
         for b in rows[:i]:
             assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize(("field", "experts"), [("ffn_init_scale", 0), ("expert_init_scale", 4)])
+def test_init_scales_multiply_the_ffn_and_nothing_else(field, experts):
+    key = jax.random.key(3)
+    usual = init_params(tiny_config(num_experts=experts), key)
+    scaled = init_params(tiny_config(num_experts=experts, **{field: 0.5}), key)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(scaled), jax.tree.leaves(usual), strict=True
+    ):
+        factor = 0.5 if path[-1].key in ("gate", "up", "down") else 1.0
+        np.testing.assert_allclose(a, factor * np.asarray(b), rtol=1e-6)

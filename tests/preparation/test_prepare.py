@@ -115,6 +115,23 @@ def test_the_counts_are_those_of_the_files(prepared):
     assert documents == 3 * 60
 
 
+def test_held_out_instances_have_the_origins_of_their_documents(prepared, corpus):
+    data = PreparedData.open(prepared)
+    origin_of = {}
+    for line in corpus.read_text().splitlines():
+        fields = json.loads(line)
+        origin_of[fields["text"]] = fields["source"]
+    for split in ("validation", "test"):
+        origins = data.held_out_origins(split)
+        for domain, rows in data.held_out(split).items():
+            stream = np.append(rows[:, :-1].ravel(), rows[-1, -1])
+            texts = documents_of(stream, data.tokenizer)
+            assert len(origins[domain]) == len(rows)
+            assert set(origins[domain]) <= set(origin_of.values())
+            # A document that is cut off at the end may fill the last instances.
+            assert origins[domain][0] in {origin_of[text] for text in texts if text in origin_of}
+
+
 def read_train(directory):
     data = PreparedData.open(directory)
     count = data.manifest.counts["train"]["instances"]

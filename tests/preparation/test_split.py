@@ -116,3 +116,21 @@ def test_origins_used_up_by_other_domains_are_named():
     documents += [Document(f"c {i}", "c", f"c{i}") for i in "abc"]
     with pytest.raises(InputError, match="'c': shares its origins with other domains"):
         split(documents)
+
+
+def test_confirmation_takes_its_origins_from_training_alone():
+    documents = corpus(100)
+    before, after = split(documents), split(documents, confirmation_fraction=0.08)
+    assert "confirmation" not in before
+    assert [before[side] == after[side] for side in ("validation", "test")] == [True, True]
+    assert Counter(before["train"]) == Counter(after["train"] + after["confirmation"])
+    assert not {d.origin for d in after["train"]} & {d.origin for d in after["confirmation"]}
+    for domain in "ab":
+        share = sum(d.domain == domain for d in after["confirmation"]) / 200
+        assert 0.08 <= share < 0.12
+
+
+def test_confirmation_requires_one_origin_more():
+    documents = [Document("text " * size, "a", f"o{size}") for size in (10, 20, 70)]
+    with pytest.raises(InputError, match=r"'a': has 3 origins, .* 4 "):
+        split(documents, confirmation_fraction=0.01)

@@ -1,8 +1,10 @@
+import json
 import os
 import shutil
 
 import pytest
 
+from lory_jax.config import section_defaults
 from lory_jax.errors import InputError
 from lory_jax.preparation.staging import is_prepared, staging_directory
 from tests.support.tiny import write_prepared
@@ -50,6 +52,17 @@ def test_two_processes_do_not_write_one_directory(tmp_path):
         with pytest.raises(InputError, match=r"^out: "), staging_directory(out):
             pass
         assert (staging / "file").exists()
+
+
+def test_fields_younger_than_a_directory_count_at_their_default(tmp_path):
+    out, defaults = write_prepared(tmp_path / "data"), section_defaults("data")
+    manifest = json.loads((out / "manifest.json").read_text())
+    younger = {n: value for n, value in defaults.items() if n != "confirmation_fraction"}
+    manifest["settings"]["data"] = younger
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert is_prepared(out, SETTINGS | {"data": defaults})
+    with pytest.raises(InputError, match="confirmation_fraction"):
+        is_prepared(out, SETTINGS | {"data": defaults | {"confirmation_fraction": 0.1}})
 
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path):

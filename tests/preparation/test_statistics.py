@@ -11,9 +11,9 @@ from lory_jax.preparation.documents import Document
 from lory_jax.preparation.statistics import (
     corpus_table,
     order_similarity,
+    preparation_summary,
     same_domain_rate,
     split_counts,
-    summary,
 )
 from tests.support.packed import DOCUMENTS, as_tokenized
 
@@ -117,7 +117,7 @@ def test_the_summary_has_every_domain_and_order():
         "validation": {"instances": 1, "domains": {"x": domain | {"instances": 1}}},
     }
     similarity = {"method": "none", "random": {"mean_cosine": 0.25, "same_domain_rate": None}}
-    lines = summary(Manifest({}, 50, 300, counts, similarity, {})).splitlines()
+    lines = preparation_summary(Manifest({}, 50, 300, counts, similarity, {})).splitlines()
     assert [line.split()[0] for line in lines] == [
         *("tokens", "x", "y", "instances", "train:", "random")
     ]

@@ -138,6 +138,18 @@ def test_a_directory_that_is_no_run_is_named_when_it_is_read(tmp_path):
     assert run.lock_holder() is None and not list(tmp_path.iterdir())
 
 
+def test_a_config_without_a_size_is_damaged_and_one_without_a_younger_field_is_not(tmp_path, data):
+    config = load_config(f"{write_recipe(tmp_path)}:experts=4", []).to_dict()
+    run = opened(tmp_path / "run", data, config)
+    del config["model"]["rope_theta"]
+    run.config_file.write_text(json.dumps(config))
+    assert RunDirectory(run.path).model_config.rope_theta == 10_000.0
+    del config["model"]["embed_dim"]
+    run.config_file.write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"config\.json: .*embed_dim"):
+        _ = RunDirectory(run.path).model_config
+
+
 def test_metrics_without_the_line_that_a_killed_run_left_unfinished(tmp_path):
     run = RunDirectory(tmp_path)
     run.metrics_file.write_text('{"step": 1}\n{"step": 2}\n{"st')

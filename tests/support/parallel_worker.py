@@ -29,7 +29,16 @@ from tests.support.models import constant_rate, params_of, tiny_config  # noqa: 
 
 STEPS, BATCH = 3, 8
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
-SPARSE_GROUPS = [("expert_choice_segment", 0), ("expert_choice_token", 2), ("top1", 0), ("top2", 2)]
+SPARSE = {
+    "expert_choice_segment": {},
+    "expert_choice_token": {"routing_group": 2},
+    "top1": {},
+    "top2": {"routing_group": 2},
+    "dropless_top1": {},
+    "dropless_top2": {"balancing": "loss_free", "balancing_rate": 0.1},
+    "remoe": {},
+    "expert_threshold": {"routing_group": 2},
+}
 HEADS_MESHES = [(2, 2, 2), (1, 2, 4)]  # more devices than sequences per microbatch
 # Every sharded axis divides by 8. A large epsilon keeps Adam from amplifying rounding.
 CONFIG = functools.partial(tiny_config, vocab_size=40, sequence_length=10)
@@ -155,25 +164,28 @@ def main() -> None:
         "4": compare(heads(), single, [(1, 2, 4)], microbatches=4)["(1, 2, 4)"],
     }
     # Sequences that compete for slots share a device, or lie on several.
-    for routing, group in SPARSE_GROUPS:
-        sparse = CONFIG(routing=routing, routing_group=group)
+    for routing, fields in SPARSE.items():
+        sparse = CONFIG(routing=routing, **fields)
         report[routing] = compare(sparse, single, [(2, 2, 2)])
     tied = CONFIG(num_heads=4, num_kv_heads=2, tie_embeddings=True)
     report["lory, grouped and tied"] = compare(tied, single, [(2, 2, 2)])
     grouped = CONFIG(num_heads=8, num_kv_heads=4, attention_sharding="heads")
     report["lory, grouped heads"] = compare(grouped, single, [(1, 2, 4)])
+    report["lory, documents"] = compare(CONFIG(document_mask=True), single, [(2, 2, 2)])
+    report["uniform"] = compare(CONFIG(routing="uniform"), single, [(2, 2, 2)])
     wide = functools.partial(CONFIG, embed_dim=32, mlp_dim=64)
     report["bytes_over_tensor"] = [bytes_over_tensor(wide(num_experts=E), mesh) for E in (8, 16)]
 
     one, many = (init_state(lory, OPTIMIZER, m, seed=3) for m in (single, mesh))
     report["init_is_independent_of_the_mesh"] = error(many, one) == 0.0
 
-    def upcycled(mesh):
+    def upcycled(mesh, redraw=0.0):
         state = new_state(dense, OPTIMIZER, params_of(dense))
         state = jax.device_put(state, state_shardings(dense, OPTIMIZER, mesh))
-        return jax.device_get(make_upcycle(lory, OPTIMIZER, mesh, seed=3)(state))
+        return jax.device_get(make_upcycle(lory, OPTIMIZER, mesh, 3, redraw)(state))
 
     report["upcycle_is_independent_of_the_mesh"] = error(upcycled(mesh), upcycled(single)) == 0.0
+    report["redrawn_upcycle"] = error(upcycled(mesh, 0.5), upcycled(single, 0.5))
     json.dump(report, sys.stdout)
 
 

@@ -102,16 +102,26 @@ def rotate(x_K, position, theta):
     return out
 
 
-def causal_attention(query_LxK, key_LxK, value_LxK):
-    """One head: every query looks at the keys up to its own position."""
+def causal_attention(query_LxK, key_LxK, value_LxK, starts=None):
+    """One head: every query looks at the keys of its document up to its own position."""
     rows = []
     for i, q in enumerate(query_LxK):
-        weights = softmax(np.array([q @ k for k in key_LxK[: i + 1]]) / np.sqrt(len(q)))
-        rows.append(weights @ value_LxK[: i + 1])
+        seen = slice(0 if starts is None else starts[i], i + 1)
+        weights = softmax(np.array([q @ k for k in key_LxK[seen]]) / np.sqrt(len(q)))
+        rows.append(weights @ value_LxK[seen])
     return np.array(rows)
 
 
-def attention(h_LxD, params, theta):
+def document_starts(tokens, bos_id):
+    """Where the document of every token begins."""
+    starts, start = [], 0
+    for i, token in enumerate(tokens):
+        start = i if token == bos_id else start
+        starts.append(start)
+    return starts
+
+
+def attention(h_LxD, params, theta, starts=None):
     """Attention with rotary embeddings; weights are [D, H, K] (keys: [D, G, K]) and [H, K, D].
 
     Each of the G heads of keys and values serves as many neighbouring query heads.
@@ -124,7 +134,7 @@ def attention(h_LxD, params, theta):
             np.array([rotate(x @ params[name][:, h], p, theta) for p, x in enumerate(h_LxD)])
             for name, h in (("query", head), ("key", group))
         )
-        mixed = causal_attention(query, key, h_LxD @ params["value"][:, group])
+        mixed = causal_attention(query, key, h_LxD @ params["value"][:, group], starts)
         out += mixed @ params["output"][head]
     return out
 
@@ -140,6 +150,9 @@ def transformer(params, tokens_BxL, config, kind=None, prompts=None, frozen=None
     """
     x_BxLxD = np.array([[params["embedding"][t] for t in row] for row in tokens_BxL])
     layers, all_weights = params["layers"], []
+    starts = [None] * len(tokens_BxL)
+    if config.document_mask:
+        starts = [document_starts(row, config.bos_id) for row in tokens_BxL]
 
     def norm(x_BxLxD, scale):
         return np.array([[rms_norm(x, scale, config.norm_epsilon) for x in r] for r in x_BxLxD])
@@ -149,7 +162,10 @@ def transformer(params, tokens_BxL, config, kind=None, prompts=None, frozen=None
         ffn_y = {name: w[y] for name, w in layers["ffn"].items()}
         h_BxLxD = norm(x_BxLxD, layers["attention_norm"][y])
         x_BxLxD = x_BxLxD + np.array(
-            [attention(h, attention_y, config.rope_theta) for h in h_BxLxD]
+            [
+                attention(h, attention_y, config.rope_theta, s)
+                for h, s in zip(h_BxLxD, starts, strict=True)
+            ]
         )
         h_BxLxD = norm(x_BxLxD, layers["ffn_norm"][y])
         if config.num_experts:

@@ -12,6 +12,7 @@ import numpy as np
 from tests.support.reference import routing_weights, segments, silu, softmax
 
 CHOICES = {"top1": 1, "top2": 2, "expert_choice_token": 1, "expert_choice_segment": 1}
+CHOICES |= {"dropless_top1": 1, "dropless_top2": 2}
 
 
 @dataclass
@@ -44,6 +45,11 @@ def expert_output(h_D, params, e):
     return (silu(h_D @ gate) * (h_D @ up)) @ down
 
 
+def chosen(unit, params, choices):
+    """The experts of a unit, best first: by probability, and by the bias where there is one."""
+    return np.argsort(-(unit.p + params.get("choice_bias", 0.0)))[:choices]
+
+
 def train(h_BxLxD, params, routing, T, factor, group=0, frozen=None, decided_by=None):
     """Output [B, L, D], load-balancing loss, share of units that no expert takes.
 
@@ -72,10 +78,10 @@ def train(h_BxLxD, params, routing, T, factor, group=0, frozen=None, decided_by=
                 for unit in by_weight[:slots]:
                     add(unit, e, unit.p[e])
             continue
-        left = [slots] * num_experts
+        left = [len(mine) if routing.startswith("dropless") else slots] * num_experts
         for choice in range(CHOICES[routing]):
             for unit in mine:
-                best = np.argsort(-unit.p)[: CHOICES[routing]]
+                best = chosen(unit, params, CHOICES[routing])
                 e = best[choice]
                 weight = unit.p[e] / (sum(unit.p[best]) if len(best) > 1 else 1.0)
                 if left[e]:
@@ -89,13 +95,35 @@ def train(h_BxLxD, params, routing, T, factor, group=0, frozen=None, decided_by=
     return out, np.mean(balances) if balances else None, 1 - len(taken) / len(units)
 
 
+def gates(h_D, params, routing):
+    """The gates of a token: of ReMoE, or by thresholds."""
+    if routing == "remoe":
+        return np.maximum(h_D @ params["router"], 0.0)
+    p = softmax(h_D @ params["router"])
+    return np.array([v if v > t else 0.0 for v, t in zip(p, params["threshold"], strict=True)])
+
+
+def gated(h_BxLxD, params, routing, experts_per_token):
+    """Output [B, L, D], ReMoE's L1 loss, share of tokens without experts, load per expert."""
+    out, E = np.zeros_like(h_BxLxD), params["router"].shape[1]
+    g = np.array([[gates(h, params, routing) for h in h_LxD] for h_LxD in h_BxLxD])
+    for b, i, e in np.ndindex(g.shape):
+        if g[b, i, e]:
+            out[b, i] += g[b, i, e] * expert_output(h_BxLxD[b, i], params, e)
+    tokens = g.reshape(-1, E)
+    load = [np.mean([gate[e] > 0 for gate in tokens]) for e in range(E)]
+    l1 = np.mean([sum(E / experts_per_token * load[e] * t[e] for e in range(E)) for t in tokens])
+    dropped = np.mean([not any(gate > 0) for gate in tokens])
+    return out, l1 if routing == "remoe" else None, dropped, load
+
+
 def evaluate(h_BxLxD, params, routing, T, choices, prompts):
     """Every unit through its own `choices` experts: output [B, L, D]."""
     out = np.zeros_like(h_BxLxD)
     for unit in units_of(h_BxLxD, params["router"], routing, T, prompts):
-        best = np.argsort(-unit.p)[:choices]
+        best = chosen(unit, params, choices)
         for e in best:
-            weight = unit.p[e] / (sum(unit.p[best]) if routing == "top2" else 1.0)
+            weight = unit.p[e] / (sum(unit.p[best]) if routing.endswith("top2") else 1.0)
             for i in range(unit.start, unit.end):
                 out[unit.b, i] += weight * expert_output(h_BxLxD[unit.b, i], params, e)
     return out

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lory_jax.data.manifest import Manifest, describe_files, write_manifest
-from lory_jax.preparation.packing import write_shards
+from lory_jax.preparation.packing import write_instance_domains, write_shards
 from lory_jax.preparation.tokenizer_training import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -50,8 +50,13 @@ def write_recipe(directory: Path) -> Path:
     return path
 
 
-def write_prepared(directory: Path, instances: int = 64, seed: int = 0) -> Path:
-    """A prepared directory of learnable noise: each domain counts in steps of its own."""
+def write_prepared(
+    directory: Path, instances: int = 64, seed: int = 0, with_domains: bool = False
+) -> Path:
+    """A prepared directory of learnable noise: each domain counts in steps of its own.
+
+    `with_domains` adds the domain of each training instance, for mixtures.
+    """
     directory.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     tokenizer = train_tokenizer(["counting by steps, in words and in numbers"] * 3, VOCAB_SIZE)
@@ -76,6 +81,8 @@ def write_prepared(directory: Path, instances: int = 64, seed: int = 0) -> Path:
                 write_shards(directory / split / domain, rows[domain], 8192)
         if split == "train":
             write_shards(directory / split, np.concatenate(list(rows.values())), 8192)
+            if with_domains:
+                write_instance_domains(directory, np.repeat([0, 1], size // 2))
     manifest = Manifest(
         settings={"seed": seed},
         sequence_length=SEQUENCE_LENGTH,

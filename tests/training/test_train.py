@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lory_jax.model.routing_rules import SPARSE, TOKEN_CHOICE
+from lory_jax.model.routing_rules import DROPLESS, GATED, SPARSE, TOKEN_CHOICE
 from tests.support.tiny import (
     assert_one_line_error,
     verb,
@@ -88,8 +88,8 @@ def test_finished_run_says_so(site):
 
 
 KILLS = [(2, "causal"), (4, "causal"), (10, "causal")]  # in the dense phase, just upcycled, late
-KILLS += [(6, "top2")]
-KILLS += [pytest.param(6, routing, marks=pytest.mark.slow) for routing in SPARSE[:-1]]
+KILLS += [(6, "top2"), (6, "dropless_top2")]
+KILLS += [pytest.param(6, r, marks=pytest.mark.slow) for r in SPARSE if (6, r) not in KILLS]
 
 
 @pytest.mark.parametrize(("kill_after", "routing"), KILLS)
@@ -97,6 +97,8 @@ def test_killed_and_resumed_equals_never_stopped(site, kill_after, routing):
     directory, _ = site
     workdir, whole = directory / f"killed-{kill_after}-{routing}", directory / "whole"
     more = (f"--config.model.routing={routing}",)
+    if routing in DROPLESS:
+        more += ("--config.model.balancing=loss_free",)
     if routing != "causal":
         whole = directory / routing
         assert verb("train", *arguments(directory, routing, *more)).returncode == 0
@@ -114,8 +116,9 @@ def test_killed_and_resumed_equals_never_stopped(site, kill_after, routing):
     assert_same_run(whole, workdir)
     if routing in SPARSE:
         last = metrics(workdir)[-1]
-        assert 0 <= last["dropped_tokens"] < 1
-        assert ("load_balancing_loss" in last) == (routing in TOKEN_CHOICE)
+        assert ("dropped_tokens" in last) == (routing not in DROPLESS)
+        assert ("load_balancing_loss" in last) == (routing in ("top1", "top2", "remoe"))
+        assert ("load_violation" in last) == (routing in (*TOKEN_CHOICE, *GATED))
 
 
 def test_interrupt_saves_and_resumes(site):

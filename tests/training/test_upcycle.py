@@ -151,3 +151,72 @@ def test_the_router_is_drawn_from_the_seed_and_shares_no_draw_with_the_dense_mod
         draws = np.ravel(leaf)[: first.size]
         if np.std(draws) and draws.size == first.size:  # not a norm
             assert abs(np.corrcoef(first.ravel(), draws)[0, 1]) < 0.5
+
+
+def test_nothing_redrawn_is_the_same_upcycling_bit_for_bit(runs):
+    dense, lory, _, _ = runs
+    got = make_upcycle(LORY, adamw(RATE, 1e-12), make_mesh(1, 1, 1), seed=0, redraw=0.0)(dense)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(got), lory)
+
+
+def test_redrawn_entries_have_their_share_their_distribution_and_no_moments(runs):
+    dense, lory, _, _ = runs
+    share = 0.3
+    got = make_upcycle(LORY, adamw(RATE, 1e-12), make_mesh(1, 1, 1), seed=0, redraw=share)(dense)
+    got = jax.device_get(got)
+    adam, kept_adam = got["opt_state"][0], lory["opt_state"][0]
+    for a, b in zip(
+        jax.tree.leaves(without_ffn(got["params"])),
+        jax.tree.leaves(without_ffn(lory["params"])),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(ffn(got["params"])["router"], ffn(lory["params"])["router"])
+    for name in FFN_MATRICES:
+        new, copied = ffn(got["params"])[name], ffn(lory["params"])[name]
+        is_new = new != copied
+        for expert in range(E):  # of 768 entries: five standard deviations
+            assert abs(is_new[:, expert].mean() - share) < 0.085
+        # Experts are redrawn at different places.
+        assert 0.5 < np.mean(is_new[:, 0] != is_new[:, 1]) / (2 * share * (1 - share)) < 1.5
+        for layer in range(2):
+            drawn, matrix = new[layer][is_new[layer]], ffn(dense["params"])[name][layer]
+            np.testing.assert_allclose(drawn.std(), matrix.std(), rtol=0.2)
+            assert abs(drawn.mean() - matrix.mean()) < 0.2 * matrix.std()
+        for moment in ("mu", "nu"):
+            value = ffn(getattr(adam, moment))[name]
+            assert not np.any(value[is_new])
+            carried = ffn(getattr(kept_adam, moment))[name]
+            np.testing.assert_array_equal(value[~is_new], carried[~is_new])
+
+
+def test_redrawing_follows_the_seed(runs):
+    dense = runs[0]
+    first, second, other = (
+        make_upcycle(LORY, adamw(RATE, 1e-12), make_mesh(1, 1, 1), seed, redraw=0.5)(dense)
+        for seed in (1, 1, 2)
+    )
+    gate = [np.asarray(ffn(state["params"])["gate"]) for state in (first, second, other)]
+    np.testing.assert_array_equal(gate[0], gate[1])
+    assert not np.array_equal(gate[0], gate[2])
+
+
+@pytest.mark.parametrize(
+    ("routing", "experts"), [("uniform", E), ("uniform", 1), ("causal", 1), ("prefix", 1)]
+)
+def test_experts_that_are_not_routed_train_as_the_dense_model(routing, experts):
+    """Step after step: with equal weights, or a single expert, the merge is the dense FFN."""
+    config = tiny_config(num_experts=experts, routing=routing)
+    mesh, optimizer = make_mesh(1, 1, 1), adamw(RATE, 1e-12)
+    dense_step, step = (make_train_step(c, optimizer, mesh) for c in (DENSE, config))
+    dense = new_state(DENSE, optimizer, params_of(DENSE))
+    dense, _ = dense_step(dense, random_tokens(2, 15))
+    state = make_upcycle(config, optimizer, mesh, seed=0)(dense)
+    losses, expected = [], []
+    for i in range(1, 8):
+        tokens = random_tokens(2, 15, seed=i)
+        (dense, of_dense), (state, metrics) = dense_step(dense, tokens), step(state, tokens)
+        losses.append(float(metrics["loss"]))
+        expected.append(float(of_dense["loss"]))
+    np.testing.assert_allclose(losses, expected, rtol=2e-5)
+    assert np.ptp(expected) > 0.1

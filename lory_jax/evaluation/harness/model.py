@@ -51,7 +51,7 @@ class Generation:
 
     @classmethod
     def parse(cls, settings: Mapping[str, Any]) -> "Generation":
-        """Raises `InputError` for a setting that is unknown or out of its range."""
+        """Reads the settings; raises `InputError` for one that is unknown or out of its range."""
         known = [field.name for field in fields(cls)]
         unknown = sorted(settings.keys() - set(known))
         if unknown:
@@ -63,7 +63,7 @@ class Generation:
         return generation
 
     def settings(self, max_new_tokens: int, routing: str) -> Settings:
-        """The same for the generation loop."""
+        """The same settings in the form that the generation loop reads."""
         temperature = self.temperature if self.do_sample else 0.0
         return Settings(
             max_new_tokens, temperature, self.top_k, self.top_p, routing, stop=self.until
@@ -72,7 +72,7 @@ class Generation:
 
 @register_model("lory")
 class LoryLM(LM):
-    """A Lory, or its dense baseline, behind the harness's interface of a language model."""
+    """A Lory model, or its dense baseline, as a language model of the harness."""
 
     def __init__(self, model: Model, routing: str = "prompt", batch_size: int = DEFAULT_BATCH_SIZE):
         """Wraps a model.
@@ -98,7 +98,7 @@ class LoryLM(LM):
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> "LoryLM":
-        """From the harness's `--model_args workdir=W,routing=segment` and its own flags."""
+        """From the harness's `--model_args workdir=RUN_DIR,routing=segment` and its own flags."""
         for name in arg_dict:
             if name not in MODEL_ARGUMENTS:
                 raise ConfigError(f"model_args: got {name}, must be {', '.join(MODEL_ARGUMENTS)}")

@@ -21,7 +21,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from lory_jax.api import Model
 from lory_jax.errors import ConfigError, InputError
 from lory_jax.evaluation.harness.model import DEFAULT_BATCH_SIZE, LoryLM
-from lory_jax.evaluation.harness.tasks.data import GROUP, SHIPPED, fetch, group, members
+from lory_jax.evaluation.harness.tasks.data import GROUP, SHIPPED, fetch_task_data, group, members
 
 TASK_FILES = Path(__file__).parent / "tasks"
 # The metric reported for a task is the first of these that it has; acc_norm is LLaMA's accuracy,
@@ -92,11 +92,11 @@ def fetch_tasks(directory: Path, tasks: str) -> None:
     known = members()
     for name in _names(tasks):
         if name not in known:
-            raise ConfigError(f"tasks: got {name!r}, must be {GROUP} or among {', '.join(known)}")
-    fetch(directory, {name: known[name] for name in _names(tasks)})
+            raise ConfigError(f"tasks: got {name!r}, must be {GROUP} or one of {', '.join(known)}")
+    fetch_task_data(directory, {name: known[name] for name in _names(tasks)})
 
 
-def summary(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def task_summary(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """For each task: the harness's metrics, `shots`, `documents`, and the `metric` to report."""
     tasks = {}
     for name, found in results["results"].items():
@@ -109,7 +109,7 @@ def summary(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return tasks
 
 
-def table(title: str, tasks: Mapping[str, Mapping[str, Any]]) -> str:
+def task_table(title: str, tasks: Mapping[str, Mapping[str, Any]]) -> str:
     """What `summary` returns as an aligned table, with the mean of the reported metrics."""
     width = max(len(name) for name in [*tasks, title])
     lines = [f"{title:{width}}  shots  documents  metric         value  standard error"]
@@ -193,7 +193,7 @@ def _check_known(name: str, manager: TaskManager) -> None:
             raise InputError(f"tasks: {name}: no such file")
     elif name not in manager.all_tasks:
         near = difflib.get_close_matches(name, [GROUP, *manager.all_tasks], n=1, cutoff=NEAR_ENOUGH)
-        hint = f"did you mean {near[0]}?" if near else "`lm-eval ls tasks` lists the harness's"
+        hint = f"did you mean {near[0]}?" if near else "`lm-eval ls tasks` lists them"
         raise ConfigError(
             f"tasks: got {name!r}, must be {GROUP}, a task in it, another task of the harness or a "
             f"task file (.yaml); {hint}"

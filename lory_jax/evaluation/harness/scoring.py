@@ -23,7 +23,7 @@ from lory_jax.model.transformer import Params, assemble, build
 from lory_jax.parallel import make_mesh, place_batch, replicated
 
 TPU_MULTIPLE = 128  # TPU attention requires row lengths that are multiples of it
-POSITIONS_AT_ONCE = 64  # the logits of so many positions are in memory together
+POSITIONS_AT_ONCE = 64  # how many positions' logits are in memory together
 
 
 class Continuation(NamedTuple):
@@ -95,7 +95,7 @@ def make_rows(continuations: Sequence[Continuation], share: bool, limit: int) ->
     Args:
       continuations: in any order.
       share: whether continuations may share the prefix before their scored tokens; if not, only
-        those that differ in nothing but their last token, which is not read, share a row.
+        those that differ only in their last token, which is not read, share a row.
       limit: the most tokens in a row, unless a single continuation has more.
     """
     rows: dict[tuple[tuple[int, ...], int, int], Row] = {}
@@ -198,7 +198,7 @@ def _table(lists: Sequence[Sequence[int]], width: int, filling: int = 0) -> np.n
 
 
 def _padded_length(length: int) -> int:
-    """Rounds up by at most an eighth, to few shapes; on TPUs to a multiple of 128."""
+    """Rounds up by at most an eighth (to a multiple of 128 on TPUs): few shapes are compiled."""
     multiple = max(32, 2 ** (length - 1).bit_length() // 8)
     if jax.default_backend() == "tpu":
         multiple = max(multiple, TPU_MULTIPLE)

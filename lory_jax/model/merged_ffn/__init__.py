@@ -38,7 +38,7 @@ __all__ = [
 
 IMPLEMENTATIONS = ("auto", "einsum", "whole", "blocks", "kernel")
 
-SMALLEST_VMEM, LARGEST_VMEM = 64 * 2**20, 128 * 2**20  # of TPUs: v5p's; v5e's and v6e's
+SMALLEST_VMEM, LARGEST_VMEM = 64 * 2**20, 128 * 2**20  # bytes: of a v5p; of a v5e or v6e
 
 
 def merged_ffn(
@@ -115,7 +115,7 @@ def resolve_merged_ffn(choice: str, platform: str, T: int, D: int, E: int, items
 
 
 def kernel_obstacle(T: int, D: int, E: int, itemsize: int, capacity: int) -> str:
-    """Why kernels cannot run these shapes on a TPU with so much on-chip memory; "" if they can."""
+    """Why kernels cannot run these shapes with this much on-chip memory; "" if they can."""
     from lory_jax.model.merged_ffn import tiling
 
     if D % tiling.LANES:

@@ -1,6 +1,6 @@
 """The products of the merged FFN in plain JAX: block of F by block of F, or in one block.
 
-A block of merged weights is used at once and dropped. One block is fastest on CPUs, where several
+A block of merged weights is used at once and discarded. One block is fastest on CPUs, where several
 are strided slices; several bound the memory that merged weights take.
 
 Letters: S segments, T tokens per segment, D model, F FFN, E experts, b one block of F.
@@ -17,8 +17,8 @@ from jax import Array
 from lory_jax.model.merged_ffn.reference import merge
 from lory_jax.model.merged_ffn.vjp import Combine, Products
 
-MERGED_BYTES = 256 * 2**20  # of one merged matrix held at once, per device
-CACHED_BYTES = 2**21  # of merged weights' gradients at a time, on CPUs
+MERGED_BYTES = 256 * 2**20  # the part of a merged matrix held at once, per device
+CACHED_BYTES = 2**21  # gradients of merged weights processed at a time, on CPUs
 BLOCK_MULTIPLE = 128  # lanes of a TPU register
 
 D_AXIS = {"gate": 1, "up": 1, "down": 2}
@@ -108,7 +108,7 @@ def _gradients(
             dr_SxE += jax.lax.platform_dependent(
                 dm_SxMxN, block, cpu=_inner_products_by_rows, default=_inner_products
             )
-            # In float32 on both sides: the sum over segments is a gradient's.
+            # Both sides are float32, because gradients are summed over segments.
             dw_ExMxN = jnp.einsum("se,smn->emn", r_SxE, dm_SxMxN.astype(jnp.float32))
             dw = jax.lax.dynamic_update_slice_in_dim(dw, dw_ExMxN, start, axis=F_AXIS[name])
         return dw, dr_SxE
@@ -153,7 +153,7 @@ def _over_blocks(
     like_SxTxN: Array,
     name: str,
 ) -> Any:
-    """Adds up all blocks of F: a loop over the whole ones, and what remains."""
+    """Adds up all blocks of F: a loop over the full blocks, and then the rest."""
     axis = F_AXIS[name]
     F, S = w.shape[axis], like_SxTxN.shape[0]
     columns = min(F, size(S, w.shape[D_AXIS[name]], F, like_SxTxN.dtype.itemsize))

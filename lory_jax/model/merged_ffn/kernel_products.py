@@ -47,7 +47,7 @@ class _Call:
 
     tiling: Tiling
     problem: Problem
-    a_SPxPE: Array  # `spread`'s
+    a_SPxPE: Array  # the result of `spread`
     weights: list[Array]
     interpret: bool
 
@@ -103,7 +103,8 @@ class _Call:
             name=problem.kernel + suffix,
             interpret=self.interpret,
         )
-        # JAX never drops a kernel of which nothing is used, as under remat, but such a function.
+        # Under remat, JAX would keep a kernel whose results are unused; it drops an unused jitted
+        # function.
         return jax.jit(call)(*arguments)
 
     def _semantics(self) -> Sequence[Literal["parallel", "arbitrary"]]:
@@ -137,7 +138,7 @@ def _pad_experts(w_DExF: Array, E: int, tiling: Tiling) -> Array:
 
 
 def pad(x: Array, multiples: tuple[int, ...]) -> Array:
-    """Zeros at the end of every axis, up to these multiples; x itself if there are none to add."""
+    """Pads the end of every axis with zeros up to these multiples; returns x itself if it fits."""
     widths = [(0, -size % multiple) for size, multiple in zip(x.shape, multiples, strict=True)]
     return jnp.pad(x, widths) if any(width for _, width in widths) else x
 
@@ -259,7 +260,7 @@ def _gradients(
 
 
 def _lay_out(w: Array, name: str) -> Array:
-    """`[D * E, F]`, D outermost, F padded: once here rather than in every call."""
+    """`[D * E, F]`, D outermost, F padded. This is done once, rather than in every call."""
     w_DxExF = w.transpose((2, 0, 1) if name == "down" else (1, 0, 2))
     return pad(w_DxExF.reshape(-1, w_DxExF.shape[2]), (1, LANES))
 

@@ -1,16 +1,16 @@
 """The merged FFN's Pallas kernels for TPUs: merged weights never leave the chip.
 
-A matrix unit wants its contracted dimension full, and merging contracts over experts, of which
-there are few; and it gives what it merged row of D by row of D for all segments, where the product
-that follows needs segment by segment. Both are mended by one block-diagonal matrix: with P rows of
-D at a time, and experts laid out with D outermost,
+A matrix unit is efficient only if the contracted dimension fills it, but merging contracts over
+experts, of which there are few. Plain merging also returns rows of D in turn, each for all
+segments, whereas the product that follows needs segment after segment. One block-diagonal matrix
+solves both problems: with P rows of D at a time, and experts laid out with D outermost,
 
     A[(s, p), (q, e)] = r[s, e] where p = q, else 0          [S * P, P * E]
     A @ w[(q, e), F] = merged[(s, p), F]
 
-which is an ordinary product with P * E contracted, and whose result lies segment by segment in
-whole tiles of P rows. Its transpose takes gradients of merged weights dM back to experts, A^T @ dM,
-and the gradient of r[s, e] is the sum of (dM @ w^T)[(s, p), (p, e)] over p.
+which is an ordinary product with P * E contracted, and whose result is ordered segment by segment
+in whole tiles of P rows. Its transpose takes gradients of merged weights dM back to experts, A^T @
+dM, and the gradient of r[s, e] is the sum of (dM @ w^T)[(s, p), (p, e)] over p.
 
 Letters: S segments, G of them at a time, T tokens per segment, D model, F FFN, b columns of F at a
 time, E experts, P rows of D in one product.
@@ -27,7 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lory_jax.model.merged_ffn.tiling import LANES, ROWS, SUBLANES, Tiling
 
-UNROLL = 4  # steps of a loop, so that one's products run while the other's results are taken
+UNROLL = 4  # loop steps per iteration, so that products overlap with reading earlier results
 
 
 def spread(r_SxE: Array, tiling: Tiling, dtype: Any) -> Array:
@@ -53,8 +53,8 @@ def gather_spread(da_SPxPE: Array, tiling: Tiling) -> Array:
 def _join_rows(parts: list[Array], G: int, P: int) -> Array:
     """`[G, 8, b]` of products `[G * P, b]` of the 8 / P parts of 8 rows of D, in float32.
 
-    With P = 8 a register holds 8 rows of one segment as it comes. With P = 4 it holds 4 rows of
-    segment j and the same 4 of segment j + G/2: halves of registers change places.
+    With P = 8 each register already holds 8 rows of one segment. With P = 4 it holds 4 rows of
+    segment j and the same 4 of segment j + G/2: halves of registers are swapped.
     """
     if P == SUBLANES:
         return parts[0].reshape(G, P, -1)
@@ -115,7 +115,7 @@ def _merge(a_ref: Any, w_ref: Any, m_ref: Any, P: int) -> None:
 
 
 def _add(is_first: Any, sums: Array, value: Array) -> Array:
-    """The sum with one more; before the first, memory holds anything."""
+    """Adds one more term to the sum; the first replaces what memory happens to hold."""
     return jnp.where(is_first, 0.0, sums) + value
 
 
@@ -132,7 +132,7 @@ def to_hidden_kernel(
     given: int,
     combine: Callable[..., tuple[Array, ...]],
 ) -> None:
-    """Products of x with matrices, and what `combine` makes of them and of `given` activations.
+    """Products of x with matrices, passed with the `given` activations through `combine`.
 
     The grid: groups of segments, blocks of F, parts of D. `refs`: the matrices, what is given, what
     comes out, and as scratch a block of merged weights and the sums over parts.

@@ -1,4 +1,4 @@
-"""How the TPU kernels cut their work: what fits the chip, and which of it moves least.
+"""How the TPU kernels cut their work: what fits on the chip, and which of that is fastest.
 
 Letters: S segments, G of them at a time, T tokens per segment, D model, F FFN, b columns of F at a
 time, E experts, P rows of D in one product.
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import jax
 from jax.experimental.pallas import tpu as pltpu
 
-SUBLANES, LANES = 8, 128  # of a register of 32 bits
-ROWS = 2 * SUBLANES  # of D in a tile of bfloat16
+SUBLANES, LANES = 8, 128  # shape of a register of 32-bit numbers
+ROWS = 2 * SUBLANES  # rows of D in a tile of bfloat16
 
 MIB = 2**20
-LOAD_ROWS = 40  # read off the bundles of merging with groups of 16 and of 32
+LOAD_ROWS = 40  # measured from the bundles of merging, with groups of 16 and of 32
 MAX_GROUP = 32
 MAX_PARTS = 8
 
@@ -37,7 +37,7 @@ class Problem:
 
     Attributes:
       kernel: TO_HIDDEN, FROM_HIDDEN or GRADIENTS.
-      weights: how many matrices of the experts it takes.
+      weights: how many matrices of the experts it reads.
       hidden: how many activations `[S, T, F]` go in and out.
       itemsize: bytes of the compute type.
     """
@@ -58,11 +58,11 @@ class Tiling:
     """How a kernel cuts its work; sizes are padded to multiples of these.
 
     Attributes:
-      group: segments at a time, G.
-      rows: of D in one product, P: 8 or 4.
+      group: G, the segments processed at a time.
+      rows: P, the rows of D in one product: 8 or 4.
       experts: E is padded to a multiple of it, so that P * E is whole tiles.
-      columns: of F at a time, b.
-      parts: of D, one at a time.
+      columns: b, the columns of F processed at a time.
+      parts: how many parts D is cut into; one is processed at a time.
       tokens: T is padded to a multiple of it.
     """
 
@@ -75,7 +75,7 @@ class Tiling:
 
 
 def smallest_tiling(E: int, side: int = 128) -> Tiling:
-    """As few segments as whole tiles of `spread`'s matrix allow.
+    """The fewest segments that fill whole tiles of `spread`'s matrix.
 
     P * E are contracted at once: they should fill the matrix unit, of `side` rows, not exceed it.
     """
@@ -85,13 +85,13 @@ def smallest_tiling(E: int, side: int = 128) -> Tiling:
 
 @dataclass(frozen=True)
 class Chip:
-    """What of a TPU decides tilings.
+    """The properties of a TPU that decide the tiling.
 
     Attributes:
-      vmem: bytes of on-chip memory, of one core.
-      cores: that share a kernel's work.
-      side: of the matrix unit, which takes one row of so many numbers at a time.
-      flops_per_byte: work of the matrix unit while HBM moves one byte.
+      vmem: bytes of on-chip memory of one core.
+      cores: how many cores share a kernel's work.
+      side: width of the matrix unit, which reads one row of this many numbers at a time.
+      flops_per_byte: FLOPs of the matrix unit in the time that HBM moves one byte.
     """
 
     vmem: int = 128 * MIB
@@ -115,23 +115,23 @@ def traced_chip() -> Chip:
 
 
 def vmem_budget(capacity: int) -> int:
-    """What blocks may take."""
+    """Bytes of on-chip memory that a kernel's blocks may use."""
     return min(capacity * 7 // 8, 96 * MIB)
 
 
 def vmem_limit(capacity: int) -> int:
-    """What the compiler may take, with what it adds to the blocks."""
+    """Bytes of on-chip memory that the compiler may use for the blocks and all it adds to them."""
     return min(capacity - 2 * MIB, 112 * MIB)
 
 
 def tile(problem: Problem, chip: Chip) -> Tiling:
-    """Of the tilings that fit the chip, the fastest.
+    """Returns the fastest of the tilings that fit on the chip.
 
-    That is the one whose longer resource, matrix unit or DMA, takes least. There is work for every
-    core, and padding adds no more than a quarter to S.
+    That is the one with the smallest maximum of matrix-unit time and DMA time. There is work for
+    every core, and padding adds no more than a quarter to S.
 
     Raises:
-      ValueError: none fits.
+      ValueError: no tiling fits on the chip.
     """
     budget = vmem_budget(chip.vmem)
     fitting = [t for t in _tilings(problem, chip.side) if vmem_bytes(problem, t) <= budget]
@@ -182,7 +182,7 @@ def _tilings(problem: Problem, side: int) -> list[Tiling]:
 
 
 def vmem_bytes(problem: Problem, tiling: Tiling) -> int:
-    """What a kernel's blocks take; those in transit count twice."""
+    """Bytes of on-chip memory that a kernel's blocks use; those in transit count twice."""
     size, T, D = problem.itemsize, problem.T, problem.D
     G, b = tiling.group, tiling.columns
     part = -(-D // tiling.parts)
@@ -202,7 +202,7 @@ def vmem_bytes(problem: Problem, tiling: Tiling) -> int:
 
 
 def moved_bytes(problem: Problem, tiling: Tiling) -> int:
-    """What a kernel's blocks make the DMA move to and from HBM."""
+    """Bytes that the DMA moves to and from HBM for a kernel's blocks."""
     S, T, D, F, size = problem.S, problem.T, problem.D, problem.F, problem.itemsize
     groups, blocks = math.ceil(S / tiling.group), math.ceil(F / tiling.columns)
     experts = problem.weights * D * problem.E * F
@@ -217,13 +217,13 @@ def moved_bytes(problem: Problem, tiling: Tiling) -> int:
 
 
 def flops(problem: Problem, tiling: Tiling, side: int, load_rows: int = 0) -> int:
-    """Of the matrix unit, rows that it works off half empty counted whole.
+    """FLOPs that the matrix unit spends; rows that are only partly filled count in full.
 
     Args:
       problem: the call.
       tiling: how it is cut.
-      side: of the matrix unit.
-      load_rows: what it costs to load a square of numbers into it, in rows.
+      side: width of the matrix unit.
+      load_rows: what it costs to load one square of numbers into the unit, in rows.
     """
 
     def rows(count: int, contracted: int, columns: int, loads: int = 0) -> int:

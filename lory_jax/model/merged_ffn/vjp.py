@@ -7,13 +7,13 @@ matrix merged for segment s:
     from_hidden   [S, T, F] to [S, T, D]: down forward, gate and up backward
     gradients     of its experts and of the routing weights, from both sides' activations
 
-What is done to single elements of `[S, T, F]` is handed to `to_hidden`, so that a kernel can do it
-where its products are.
+Elementwise work on `[S, T, F]` is passed to `to_hidden`, so that a kernel can do it next to its
+products.
 
 `Products` holds one implementation of them. No product hands merged weights or their gradients out,
-so each is free in how much of them it holds. What the backward pass keeps is x, the experts, the
-routing weights, and the two hidden activations: what a dense FFN keeps. Under rematerialisation
-the two are computed again, as a dense FFN's are.
+so each implementation decides how much of them to hold. The backward pass keeps x, the experts, the
+routing weights, and the two hidden activations, as that of a dense FFN does. Under
+rematerialisation the two are computed again, as a dense FFN's are.
 
 Under a mesh all this runs inside `shard_map` with explicit collectives: experts are gathered over
 `fsdp`, one matrix at a time; activations travel over `tensor`; expert parameters and their
@@ -50,7 +50,7 @@ class Products:
     Attributes:
       lay_out: `(w [E, D, F] or [E, F, D], name)` to the layout of the products below, in which F
         may be padded with zeros; a linear map.
-      take_back: its inverse, given the shape that it shall have.
+      take_back: its inverse, given the shape to return.
       d_axis: `name` to the axis of D in that layout.
       to_hidden: `(x [S, T, D], weights, r [S, E], combine, *given [S, T, F])` to what `combine`
         makes of the products and of `given`, in x's type.
@@ -68,9 +68,9 @@ class Products:
     gradients: Callable[[Array, Array, Array, Array, str], tuple[Array, Array]]
 
 
-Combine = Callable[..., tuple[Array, ...]]  # of arrays in float32, element by element
+Combine = Callable[..., tuple[Array, ...]]  # elementwise, on float32 arrays
 
-SAVED_HIDDEN = "expert_ffn_hidden"  # gate and up: what remat keeps where it keeps dense products
+SAVED_HIDDEN = "expert_ffn_hidden"  # gate and up; remat policies that keep products keep these
 
 Saved = tuple[Array, Experts, Array, Array, Array]
 
@@ -109,7 +109,7 @@ products_ffn.defvjp(_fwd, _bwd)
 def forward(
     products: Products, x_SxTxD: Array, experts: Experts, r_SxE: Array
 ) -> tuple[Array, Array, Array]:
-    """The output, and gate and up before the activation function."""
+    """Returns the output and, before the activation function, gate and up."""
     whole = functools.partial(_whole, products, experts, x_SxTxD)
     with jax.named_scope("expert_ffn"):
         inwards = {name: whole(name) for name in ("gate", "up")}
@@ -126,7 +126,7 @@ def _activate(gate: Array, up: Array) -> tuple[Array, Array, Array]:
 
 
 def _activate_backward(dhidden: Array, gate: Array, up: Array) -> tuple[Array, Array, Array]:
-    """Gradients of gate and up, and the hidden activation again."""
+    """Returns the gradients of gate and up, and the recomputed hidden activation."""
     sigmoid = jax.nn.sigmoid(gate)
     act = gate * sigmoid
     dgate = dhidden * up * (sigmoid + act * (1 - sigmoid))
@@ -173,7 +173,7 @@ def backward(
 
 
 def _whole(products: Products, experts: Experts, like: Array, name: str) -> Array:
-    """A matrix of every expert, in the compute type and the products' layout, whole in D.
+    """A matrix of every expert, in the compute type and the products' layout, complete along D.
 
     It is laid out before it is gathered: what moves is in the compute type, and what is copied is
     this device's part.

@@ -4,15 +4,17 @@
     expert_choice_token    experts choose tokens (Zhou et al. 2022, arXiv 2202.09368)
     top1                   tokens choose one expert (Switch: Fedus et al., arXiv 2101.03961)
     top2                   tokens choose two experts (GShard: Lepikhin et al., arXiv 2006.16668)
+    dropless_top1, _top2   the same without slots: no token is dropped
 
-In training, what is routed (a *unit*: a token, or a segment of T tokens) competes within a group of
-sequences for the experts' *slots*. There are as many slots per expert as its capacity, so all
-shapes are static: tokens are gathered into the slots, one batched matrix product serves all
-experts, and the results are added to where the tokens came from. A unit without a slot gets 0, and
-passes through the residual alone.
+In training with slots, what is routed (a *unit*: a token, or a segment of T tokens) competes
+within a group of sequences for the experts' *slots*. There are as many slots per expert as its
+capacity, so all shapes are static: tokens are gathered into the slots, one batched matrix product
+serves all experts, and the results are added to where the tokens came from. A unit without a slot
+gets 0, and passes through the residual alone.
 
-At evaluation and inference every unit uses its own k most likely experts, whatever else is in the
-batch: nothing is dropped and no unit depends on another (`chosen_ffn`, by `jax.lax.ragged_dot`).
+At evaluation and inference, and in training without slots, every unit uses its own k most likely
+experts, whatever else is in the batch: nothing is dropped and no unit depends on another
+(`chosen_ffn`, by `jax.lax.ragged_dot`).
 
 Letters: B batch, L sequence, G groups, n units of a group, T tokens per unit, C slots per expert,
 k experts per unit, M tokens, D model, F FFN, E experts.
@@ -50,7 +52,7 @@ class Slots(NamedTuple):
 
 
 def assign(
-    p_BxUxE: Array, routing: str, factor: float, group: int
+    p_BxUxE: Array, routing: str, factor: float, group: int, bias_E: Array | None = None
 ) -> tuple[Slots, Array | None, Array]:
     """Fills the slots in training.
 
@@ -59,6 +61,7 @@ def assign(
       routing: one of `SPARSE`.
       factor: the capacity factor.
       group: sequences that compete for slots; 0 is all of them.
+      bias_E: what `choose_experts` adds to choose; only tokens choose with one.
 
     Returns:
       the slots, the load-balancing loss (None for expert choice), and the share of units that got
@@ -77,7 +80,7 @@ def assign(
         slots, balance = expert_choice(p_GxnxE, capacity(factor, 1, n, E)), None
     else:
         choices = TOKEN_CHOICE[routing]
-        slots = token_choice(p_GxnxE, choices, capacity(factor, choices, n, E))
+        slots = token_choice(p_GxnxE, choices, capacity(factor, choices, n, E), bias_E)
         balance = load_balancing_loss(p_GxnxE)
     return slots, balance, dropped_share(slots, n)
 
@@ -99,12 +102,14 @@ def expert_choice(p_GxnxE: Array, slots: int) -> Slots:
     return Slots(units_GxExC, weights_GxExC)
 
 
-def token_choice(p_GxnxE: Array, choices: int, slots: int) -> Slots:
+def token_choice(p_GxnxE: Array, choices: int, slots: int, bias_E: Array | None = None) -> Slots:
     """Every unit asks for its `choices` best experts; what comes after the last slot is dropped.
 
     First choices are served before second ones, and within each, units in their order.
     """
-    weights_Gxnxk, experts_Gxnxk = choose_experts(p_GxnxE, choices, is_shared=choices > 1)
+    weights_Gxnxk, experts_Gxnxk = choose_experts(
+        p_GxnxE, choices, is_shared=choices > 1, bias_E=bias_E
+    )
     E = p_GxnxE.shape[-1]
 
     def of_group(weights_nxk: Array, experts_nxk: Array) -> Slots:
@@ -123,13 +128,20 @@ def token_choice(p_GxnxE: Array, choices: int, slots: int) -> Slots:
     return jax.vmap(of_group)(weights_Gxnxk, experts_Gxnxk)
 
 
-def choose_experts(p_xE: Array, choices: int, *, is_shared: bool) -> tuple[Array, Array]:
-    """The most likely experts of every unit and their weights, both `[..., k]`.
+def choose_experts(
+    p_xE: Array, choices: int, *, is_shared: bool, bias_E: Array | None = None
+) -> tuple[Array, Array]:
+    """The weights of every unit's most likely experts and those experts, both `[..., k]`.
 
     The weights are probabilities, as in Switch and Expert Choice; where they are shared, they are
-    scaled to a sum of 1, as in GShard.
+    scaled to a sum of 1, as in GShard. A bias decides with the probabilities which experts are
+    chosen; it changes no weight.
     """
-    weights_xk, experts_xk = jax.lax.top_k(p_xE, choices)
+    if bias_E is None:
+        weights_xk, experts_xk = jax.lax.top_k(p_xE, choices)
+    else:
+        _, experts_xk = jax.lax.top_k(p_xE + jnp.broadcast_to(bias_E, p_xE.shape), choices)
+        weights_xk = jnp.take_along_axis(p_xE, experts_xk, axis=-1)
     if is_shared:
         weights_xk = weights_xk / jnp.sum(weights_xk, axis=-1, keepdims=True)
     return weights_xk, experts_xk
@@ -144,6 +156,13 @@ def load_balancing_loss(p_GxnxE: Array) -> Array:
     E = p_GxnxE.shape[-1]
     share_GxE = jnp.mean(jax.nn.one_hot(jnp.argmax(p_GxnxE, axis=-1), E), axis=1)
     return E * jnp.mean(jnp.sum(share_GxE * jnp.mean(p_GxnxE, axis=1), axis=-1))
+
+
+def load(experts_xk: Array, num_experts: int) -> Array:
+    """The share of units that chose each expert: float32 `[E]`, whose sum is k."""
+    is_chosen_xkE = jax.nn.one_hot(experts_xk, num_experts, dtype=jnp.int32)
+    count_E = jnp.sum(is_chosen_xkE, axis=tuple(range(experts_xk.ndim)))
+    return count_E.astype(jnp.float32) / (experts_xk.size // experts_xk.shape[-1])
 
 
 def dropped_share(slots: Slots, units: int) -> Array:
@@ -194,7 +213,7 @@ def slots_ffn(x_BxLxD: Array, slots: Slots, experts: Experts, unit_length: int =
     return summed_GxnxTxD.astype(x_BxLxD.dtype).reshape(B, L + padding, D)[:, :L]
 
 
-# ---------------------------------------------------------------- evaluation and inference
+# ---------------------------------------------------------------- without slots
 
 
 def chosen_ffn(
@@ -203,7 +222,8 @@ def chosen_ffn(
     """Sends every token through its own k experts; returns the weighted sum `[B, L, D]`.
 
     The tokens are sorted by expert, and `jax.lax.ragged_dot` multiplies each run of them with the
-    matrices of its expert. Under a mesh every device does so with its own tokens and slice of F.
+    matrices of its expert. On a mesh, every device multiplies its own tokens with its own slice of
+    F.
 
     Args:
       x_BxLxD: hidden states, in the compute type.

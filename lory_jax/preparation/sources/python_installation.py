@@ -23,7 +23,7 @@ UNIT_BYTES = 320  # neighbouring pieces are joined up to about this size
 LONGEST_UNIT_BYTES = 2000
 LONG_DOCSTRING_BYTES = 200  # from this size on, a docstring is prose and not part of its code
 BIG_PACKAGE_BYTES = 200_000
-LARGEST_ORIGIN_SHARE = 0.04  # of a domain, so that no single package or program fills it
+LARGEST_ORIGIN_SHARE = 0.04  # share of a domain: no package or program fills it alone
 
 SKIPPED_DIRECTORIES = {"test", "tests", "testing", "__pycache__", "site-packages", "idlelib"}
 VENDOR_DIRECTORIES = {"_vendor", "vendor", "vendored", "_vendored", "extern", "third_party"}
@@ -39,10 +39,10 @@ class File:
     """A file to read.
 
     Attributes:
-      path: where it lies.
+      path: where it is.
       name: its path in the installation, the same on every machine.
       origin: the origin of its documents.
-      read: what reads it.
+      read: the function that reads it.
     """
 
     path: Path
@@ -53,11 +53,24 @@ class File:
 
 def read_python_installation(max_domain_bytes: int, seed: int) -> list[Document]:
     """Returns the documents of the running interpreter's installation and of its system."""
+    return read_files(installation_files(), max_domain_bytes, seed)
+
+
+def version() -> str:
+    """Returns a hash of the names and sizes of the files, which changes with what is installed."""
+    digest = hashlib.sha256()
+    for file in sorted(installation_files(), key=lambda file: file.name):
+        if file.path.is_file():
+            digest.update(f"{file.name}\n{file.path.stat().st_size}\n".encode())
+    return digest.hexdigest()
+
+
+def installation_files() -> list[File]:
+    """Returns the files of the running interpreter's installation and of its system."""
     paths = sysconfig.get_paths()
     packages = [Path(paths[name]) for name in ("stdlib", "purelib", "platlib")]
     files = package_files(dict.fromkeys(packages)) + header_files(Path(paths["include"]))
-    files += manual_files(Path("/usr/share/man"), Path("/usr/share/doc"))
-    return read_files(files, max_domain_bytes, seed)
+    return files + manual_files(Path("/usr/share/man"), Path("/usr/share/doc"))
 
 
 def read_files(files: Sequence[File], max_domain_bytes: int, seed: int) -> list[Document]:

@@ -19,7 +19,7 @@ from lory_jax.storage import write_atomically
 
 
 class LogFiles:
-    """Appends lines. What cannot be written now is kept and tried again with the next line.
+    """Appends lines. Lines that cannot be written are kept and tried again with the next line.
 
     A problem is reported once, and so is its end. TensorBoard misses the steps in between.
     """
@@ -35,7 +35,7 @@ class LogFiles:
         self._events = Events(directory / "tensorboard", first_step)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Appends a line to both; never raises for what the disk does."""
+        """Appends a line to both; never raises for a disk error."""
         self._waiting.append(json.dumps(line) + "\n")
         try:
             self._append_waiting()
@@ -62,7 +62,7 @@ class LogFiles:
 
     def _append_waiting(self) -> None:
         # Opened again for every line: a file opened before its directory vanished would accept
-        # writes silently. From a known size on: a full disk may accept half a line.
+        # writes silently. Appends from a known size, because a full disk may accept half a line.
         data = "".join(self._waiting).encode()
         with open(self._path, "r+b", buffering=0) as file:
             file.seek(self._size)

@@ -14,9 +14,9 @@ import numpy as np
 from lory_jax.errors import Diverged
 from lory_jax.storage import write_atomically
 
-WINDOW = 50  # steps that a loss is compared with
-FEWEST = 20  # of them, for a comparison to mean something
-SPIKE = 6.0  # standard deviations above their mean
+WINDOW = 50  # a loss is compared with those of this many previous steps
+FEWEST = 20  # no comparison with fewer previous steps
+SPIKE = 6.0  # a spike is this many standard deviations above their mean
 
 
 class LossWatch:
@@ -25,7 +25,7 @@ class LossWatch:
     Attributes:
       recent: the losses of the last good steps.
       skipped: steps skipped since the run began.
-      in_a_row: of them, the last ones without a good step in between.
+      in_a_row: how many of the latest steps were skipped without a good step in between.
     """
 
     def __init__(self, losses: Iterable[float], counts: Mapping[str, int] | None = None):
@@ -38,7 +38,7 @@ class LossWatch:
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def saw(self, loss: float, was_skipped: bool) -> dict[str, Any]:
-        """Takes the next step's loss; returns what its line of metrics gains."""
+        """Reads the next step's loss; returns what to add to its line of metrics."""
         if was_skipped:
             self.skipped += 1
             self.in_a_row += 1
@@ -60,8 +60,8 @@ def diverged(
     Args:
       path: where to write.
       step: the last step skipped.
-      watch: says how many.
-      norms: of parameters and gradients, leaf by leaf, layer by layer (`step.make_norms`).
+      watch: knows how many steps were skipped.
+      norms: those of parameters and gradients, leaf by leaf, layer by layer (`step.make_norms`).
       record_ids: the instances of its batch.
     """
     params, gradients = ({name: leaf.tolist() for name, leaf in _named(tree)} for tree in norms)
@@ -77,7 +77,7 @@ def diverged(
         write_atomically(path, json.dumps(contents, indent=1) + "\n")
     return Diverged(
         f"step {step}: the loss or gradient was NaN or infinite {watch.in_a_row} times in a row; "
-        f"norms and record ids are in {path}. Resuming would end here again: lower "
+        f"norms and record ids are in {path}. Resuming would fail again at this step: lower "
         "config.train.learning_rate in a new run, which may start from this one's parameters"
     )
 

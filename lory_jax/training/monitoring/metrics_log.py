@@ -16,14 +16,20 @@ from lory_jax.storage import Staging, Uploads, is_remote
 from lory_jax.training.monitoring.log_files import LogFiles
 from lory_jax.training.monitoring.loss_watch import LossWatch
 
-SPARSE_METRICS = ("dropped_tokens", "load_balancing_loss")  # only sparse baselines have them
+# Only sparse baselines have them, each some.
+SPARSE_METRICS = (
+    "dropped_tokens",
+    "load_balancing_loss",
+    "load_violation",
+    "experts_per_token",
+)
 
 
 class MetricsLog:
     """Reads the metrics of a step while the next one runs, and writes them down.
 
-    Call `dispatched` after every step; it reads the step before. `settle` ends the time of the
-    step under way, before anything else (validation, a save) makes it look slow.
+    Call `dispatched` after every step; it reads the step before. `settle` stops the clock of the
+    current step, before anything else (validation, a save) makes it look slow.
 
     Object stores cannot append: with a remote work directory the files grow in the cache and are
     uploaded once a minute, after every validation and save, and at the end. What a killed process
@@ -31,7 +37,7 @@ class MetricsLog:
 
     Attributes:
       watch: counts skipped steps; the same in all processes.
-      repeated_seconds: how long an earlier process took for steps that this one repeats.
+      repeated_seconds: how long an earlier process spent on steps that this one repeats.
     """
 
     def __init__(
@@ -76,12 +82,12 @@ class MetricsLog:
         self._clock = time.perf_counter()
 
     def dispatched(self, step: int, metrics: dict[str, Any]) -> None:
-        """Takes the metrics of a step that has been dispatched, still on the device."""
+        """Receives the metrics of a dispatched step; they are still on the device."""
         self.write()
         self._pending = (step, metrics)
 
     def settle(self) -> None:
-        """Waits for the step under way and stops its clock."""
+        """Waits for the current step and stops its clock."""
         if self._pending is None or self._seconds is not None:
             return
         step, metrics = self._pending

@@ -27,14 +27,14 @@ class StopRequest:
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
         print(
-            "stopping after this step; signal again to stop immediately",
+            "stopping after this step; send the signal again to stop immediately",
             file=sys.stderr,
             flush=True,
         )
 
 
 class SaveTimer:
-    """Asks for a save every so many minutes; only process 0's clock counts."""
+    """Requests a save every `minutes` minutes; only process 0's clock counts."""
 
     def __init__(self, minutes: float):
         self._seconds = minutes * 60 if jax.process_index() == 0 else 0.0
@@ -56,10 +56,11 @@ class Wishes(NamedTuple):
 
 
 class Agreement:
-    """The wishes of all processes, the same in all of them at the same step.
+    """Combines the requests of all processes, so that all act on them at the same step.
 
-    A single process gets its own wishes at once. Several processes get the maximum of each wish one
-    step later: the devices reduce them after the step, like its metrics, so that no host waits.
+    A single process gets its own requests at once. Several processes get the maximum of each
+    request one step later: the devices reduce them after the step, like its metrics, so that no
+    host waits.
     """
 
     def __init__(self, mesh: Mesh):
@@ -76,7 +77,7 @@ class Agreement:
         return Wishes() if before is None else Wishes(*jax.device_get(before).tolist())
 
     def now(self, mine: Wishes) -> Wishes:
-        """The same at once: waits for all processes."""
+        """As `after_step`, but without the delay: waits for all processes."""
         if jax.process_count() == 1:
             return mine
         return Wishes(*jax.device_get(self._reduce(mine)).tolist())

@@ -37,7 +37,7 @@ class Trace:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._is_on:  # the run ended before the last step asked for
+        if self._is_on:  # the run ended before the last requested step
             self._stop()
 
     def _stop(self) -> None:

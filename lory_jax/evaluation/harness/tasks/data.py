@@ -44,7 +44,7 @@ def members() -> dict[str, dict[str, Any]]:
     return {item["task"]: item for item in group(resolve=False)["task"]}
 
 
-def load(
+def load_task(
     task: str,
     path: str,
     splits: Iterable[str],
@@ -95,7 +95,7 @@ def read_split(directory: Path, task: str, split: str) -> Dataset:
     return dataset
 
 
-def fetch(directory: Path, tasks: Mapping[str, Mapping[str, Any]]) -> None:
+def fetch_task_data(directory: Path, tasks: Mapping[str, Mapping[str, Any]]) -> None:
     """Writes the splits of these `members` into a local directory, from the hub.
 
     Raises:
@@ -103,7 +103,7 @@ def fetch(directory: Path, tasks: Mapping[str, Mapping[str, Any]]) -> None:
     """
     for task, item in tasks.items():
         arguments = item["dataset_kwargs"]
-        for split, dataset in load(**arguments).items():
+        for split, dataset in load_task(**arguments).items():
             path = directory / task / f"{split}.parquet"
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f"{path.name}.tmp")

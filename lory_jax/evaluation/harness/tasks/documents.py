@@ -5,13 +5,13 @@ from typing import Any
 
 from datasets import Dataset
 
-MOST_DOCUMENTS = 2000  # of a split, as in MetaICL; the test set of amazon has 400,000
-MOST_CHARACTERS = 1000  # of a text, about the 256 tokens that MetaICL leaves a demonstration
+MOST_DOCUMENTS = 2000  # per split, as in MetaICL; the test set of amazon has 400,000
+MOST_CHARACTERS = 1000  # per text; about the 256 tokens that MetaICL allows per demonstration
 
 BLANK = "  _  ."
 
 
-def sample(dataset: Dataset) -> Dataset:
+def sampled(dataset: Dataset) -> Dataset:
     """At most 2,000 documents, always the same ones; long texts are cut at their end."""
     if len(dataset) > MOST_DOCUMENTS:
         chosen = random.Random(0).sample(range(len(dataset)), MOST_DOCUMENTS)

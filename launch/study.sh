@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Runs the study of docs/study.md: every claim about Lory, with seeds, intervals and a verdict.
+#
+#   bash launch/study.sh [--stage=A|B|C] [--hours=H] [--cores=N]
+#
+# It resumes from the finished runs in docs/study/runs, trains the next ones on one core each (--cores,
+# default 1) and writes docs/study.json, docs/study.md and docs/study.html. Ctrl-C and the end of the
+# hours save the run under way; run the same command again to resume. $PYTHON and $VENV name the Python
+# interpreter to start from (default python3) and the virtual environment (default .venv).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/setup.sh
+
+case ${1-} in
+  -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0" && exit 0 ;;
+esac
+setup requirements.txt
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+export PYTHONUNBUFFERED=1
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # as in local.sh
+exec "$PY" -m tools.study "$@"

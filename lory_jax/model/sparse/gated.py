@@ -1,0 +1,79 @@
+"""The sparse baselines in which every token has a gate per expert, most of which are 0.
+
+    remoe             the gates are relu(x R), and an L1 loss makes them sparse (ReMoE: Wang et al.
+                      2024, arXiv 2412.14711)
+    expert_threshold  an expert takes the tokens whose probability exceeds its threshold, a running
+                      mean of the cut-off by which it would choose its share of a batch (Expert
+                      Threshold: Sun et al. 2026, arXiv 2603.11535)
+
+No token depends on another: in training, only the values that are adjusted after a step do
+(adaptation.py). How many experts a token has varies, so `gated_ffn` computes all experts for all
+tokens and multiplies most of their outputs by 0: it costs as much as E dense FFNs.
+
+Letters: B batch, L sequence, n tokens of a group, C slots per expert, D model, E experts.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lory_jax.model.experts import MATRICES, Experts
+from lory_jax.model.merged_ffn import swiglu
+from lory_jax.model.sparse.capacity import capacity
+
+
+def relu_gates(h_BxLxD: Array, router_DxE: Array) -> Array:
+    """ReMoE's gates, float32 `[B, L, E]`."""
+    logits_BxLxE = jnp.matmul(
+        h_BxLxD.astype(jnp.float32),
+        router_DxE.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return jax.nn.relu(logits_BxLxE)
+
+
+def l1_loss(gates_BxLxE: Array, experts_per_token: int) -> Array:
+    """The L1 norm of a token's gates, by which ReMoE balances the load: the mean over the tokens.
+
+    A gate counts as much as its expert is used, 1 where that is by its share of the tokens. That
+    factor has no gradient.
+    """
+    E = gates_BxLxE.shape[-1]
+    use_1x1xE = jnp.mean(gates_BxLxE > 0, axis=(0, 1), keepdims=True) * (E / experts_per_token)
+    return jnp.mean(jnp.sum(use_1x1xE * gates_BxLxE, axis=-1))
+
+
+def cutoffs(p_BxLxE: Array, experts_per_token: int, group: int) -> Array:
+    """Where expert choice would cut every expert off: float32 `[E]`, the mean over the groups.
+
+    It is the largest probability of an expert among the tokens that it does not choose, 0 where it
+    chooses all of them.
+    """
+    B, L, E = p_BxLxE.shape
+    n = (group or B) * L
+    C = capacity(experts_per_token, 1, n, E)
+    if n == C:
+        return jnp.zeros(E, jnp.float32)
+    p_GxExn = p_BxLxE.reshape(-1, n, E).swapaxes(1, 2)
+    largest_GxExC1, _ = jax.lax.top_k(jax.lax.stop_gradient(p_GxExn), C + 1)
+    return jnp.mean(largest_GxExC1[..., -1], axis=0)
+
+
+def threshold_gates(p_BxLxE: Array, threshold_E: Array) -> Array:
+    """The probabilities above the thresholds, 0 in place of the others."""
+    is_taken_BxLxE = p_BxLxE > jnp.broadcast_to(threshold_E, p_BxLxE.shape)
+    return jnp.where(is_taken_BxLxE, p_BxLxE, 0.0)
+
+
+def gated_ffn(x_BxLxD: Array, gates_BxLxE: Array, experts: Experts) -> Array:
+    """The sum of all experts' outputs, each multiplied by its gate: `[B, L, D]` in x's type."""
+
+    def add(sum_BxLxD: Array, expert: tuple[Array, dict[str, Array]]) -> tuple[Array, None]:
+        gate_BxL, matrices = expert
+        with jax.named_scope("expert_ffn"):
+            y_BxLxD = swiglu(x_BxLxD, *(matrices[m].astype(x_BxLxD.dtype) for m in MATRICES))
+        return sum_BxLxD + y_BxLxD.astype(jnp.float32) * gate_BxL[..., None], None
+
+    by_expert = jnp.moveaxis(gates_BxLxE, -1, 0), {name: experts[name] for name in MATRICES}
+    zeros_BxLxD = jnp.zeros(x_BxLxD.shape, jnp.float32)
+    return jax.lax.scan(add, zeros_BxLxD, by_expert)[0].astype(x_BxLxD.dtype)

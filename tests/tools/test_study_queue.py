@@ -1,0 +1,196 @@
+"""The queue of the study: its order, what it resumes, and what a kill loses."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from lory_jax.data.prepared import PreparedData
+from lory_jax.errors import InputError
+from tests.support.tiny import ROOT, write_prepared, write_recipe
+from tools.study.__main__ import work_off
+from tools.study.arms import Arm, Family
+from tools.study.queue import Queue, make_jobs
+from tools.study.results import Results
+from tools.study.run import MODULES, Runner, Stopped
+
+STAND_IN = dict.fromkeys(("train", "evaluate", "measure"), "tests.support.study_worker")
+RATE = "train.learning_rate"
+FAMILIES = [
+    Family("plain", {}, {RATE: (0.5, 0.2, 2.0)}, group=0, steps=5),
+    Family("other", {}, {RATE: (0.4, 0.3)}, group=1, steps=5),
+]
+ARMS = [
+    Arm("other", "other", seeds=2, group=1, steps=6),
+    Arm("plain", "plain", seeds=3, group=0, steps=9),
+    Arm("small", "plain", seeds=3, group=0, steps=6),
+    Arm("twice", "plain", factors={RATE: 2.0}, stage="B", seeds=1, steps=6),
+]
+
+
+def runner_of(directory, **changes):
+    fields = {
+        "recipe": "local",
+        "data": {"similar": directory / "data"},
+        "work": directory / "work",
+        "results": Results(directory / "runs"),
+        "splits": ("validation", "test"),
+        "stop": threading.Event(),
+        "modules": STAND_IN,
+    }
+    return Runner(**{**fields, **changes})
+
+
+def core():
+    return min(os.sched_getaffinity(0))
+
+
+def test_the_order_is_tuning_first_then_seeds_in_rounds_then_cheap_before_dear():
+    ids = [job.id for job in make_jobs(FAMILIES, ARMS, "AB")]
+    tuning = ["plain-t00", "plain-t01", "plain-t02"]
+    first_round = ["small-s0", "plain-s0", "small-s1", "plain-s1"]
+    others = ["other-t00", "other-t01", "other-s0", "other-s1"]
+    assert ids == [*tuning, *first_round, *others, "small-s2", "plain-s2", "twice-s0"]
+
+
+def test_a_stage_alone_tunes_what_it_needs():
+    ids = [job.id for job in make_jobs(FAMILIES, ARMS, "B")]
+    assert ids == ["plain-t00", "plain-t01", "plain-t02", "twice-s0"]
+
+
+def test_arms_start_from_the_best_trial_of_their_family(tmp_path):
+    runner = runner_of(tmp_path)
+    queue = Queue(make_jobs(FAMILIES, ARMS, "AB"), runner.results)
+    work_off(queue, runner, [core(), core()])
+    assert not queue.remaining() and queue.next() is None
+    records = {record["id"]: record for record in runner.results.records()}
+    assert set(records) == {job.id for job in queue.jobs}
+    assert records["plain-t02"]["status"] == "diverged"
+    assert [records[name]["settings"][RATE] for name in ("plain-s0", "other-s1", "twice-s0")] == [
+        0.2,
+        0.3,
+        0.4,
+    ]
+    assert records["plain-s2"]["losses"]["test"]["ones"] == pytest.approx(0.22)
+    assert list(records["plain-t00"]["losses"]) == ["validation"]
+    instances = runner.results.instances("plain-s2", "test")
+    np.testing.assert_allclose(instances["threes"], 0.22, atol=1e-3)
+    assert not runner.results.instances("plain-t00", "test")
+    # Run directories are gone; nothing was trained twice.
+    assert sorted(path.name for path in runner.work.iterdir()) == ["logs", "steps.txt"]
+    steps = (runner.work / "steps.txt").read_text().splitlines()
+    assert len(steps) == len(set(steps)) == 2 * 5 + 2 * 5 + 2 * 6 + 3 * 9 + 3 * 6 + 6
+
+
+def test_a_stopped_run_resumes_where_it_was_saved(tmp_path):
+    arms = [Arm("long", "plain", seeds=1, steps=400)]
+    families = [Family("plain", {}, {RATE: (0.1,)}, group=0, steps=1)]
+    runner = runner_of(tmp_path)
+    queue = Queue(make_jobs(families, arms, "A"), runner.results)
+    thread = threading.Thread(target=work_off, args=(queue, runner, [core()]))
+    thread.start()
+    log = runner.work / "steps.txt"
+    wait_for(lambda: log.exists() and "long-s0 20" in log.read_text())
+    runner.stop.set()
+    thread.join(30)
+    assert not thread.is_alive() and [job.id for job in queue.remaining()] == ["long-s0"]
+    reached = log.read_text().count("long-s0")
+    assert 20 <= reached < 400
+
+    again = runner_of(tmp_path)
+    queue = Queue(make_jobs(families, arms, "A"), again.results)
+    work_off(queue, again, [core()])
+    steps = [line for line in log.read_text().splitlines() if line.startswith("long")]
+    assert not queue.remaining() and len(steps) == len(set(steps)) == 400
+
+
+def test_a_stop_between_processes_keeps_the_run(tmp_path):
+    runner = runner_of(tmp_path)
+    job = make_jobs(FAMILIES, ARMS, "A")[0]
+    runner.stop.set()
+    with pytest.raises(Stopped):
+        runner.run(job, {RATE: 0.1, "train.steps": 1, "train.seed": 0}, core())
+    assert runner.results.read(job.id) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells children of a death")
+def test_a_killed_queue_leaves_no_trainer_behind(tmp_path):
+    script = f"""
+        import threading
+        from tests.tools.test_study_queue import *
+        from pathlib import Path
+        runner = runner_of(Path({str(tmp_path)!r}))
+        families = [Family("plain", {{}}, {{RATE: (0.1,)}}, group=0, steps=4000)]
+        jobs = make_jobs(families, [Arm("a", "plain")], "A")
+        work_off(Queue(jobs, runner.results), runner, [core()])
+    """
+    queue = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT)
+    log = tmp_path / "work" / "steps.txt"
+    wait_for(lambda: log.exists() and "plain-t00 20" in log.read_text())
+    queue.send_signal(signal.SIGKILL)
+    queue.wait()
+    saved = tmp_path / "work" / "plain-t00" / "step"
+    wait_for(saved.exists)
+    assert 20 <= int(saved.read_text()) < 4000
+
+
+def test_a_result_with_other_settings_is_not_mixed_in(tmp_path):
+    results = Results(tmp_path)
+    queue = Queue(make_jobs(FAMILIES, ARMS, "A"), results)
+    job, settings = queue.next()
+    results.write({"id": job.id, "settings": {**settings, RATE: 9.0}, "status": "finished"}, {})
+    queue.finished(job)
+    with pytest.raises(InputError, match="plain-t00"):
+        queue.next()
+
+
+def test_a_failed_process_ends_the_study_with_its_log(tmp_path):
+    runner = runner_of(tmp_path, modules=STAND_IN | {"train": "tests.support.no_such_module"})
+    queue = Queue(make_jobs(FAMILIES, ARMS, "A"), runner.results)
+    with pytest.raises(InputError, match="plain-t00: train failed"):
+        work_off(queue, runner, [core()])
+
+
+def test_results_are_tied_to_their_held_out_sets(tmp_path):
+    data = PreparedData.open(write_prepared(tmp_path / "data"))
+    Results(tmp_path / "runs").bind(data)
+    Results(tmp_path / "runs").bind(data)
+    other = PreparedData.open(write_prepared(tmp_path / "other", seed=1))
+    with pytest.raises(InputError, match="other held-out documents"):
+        Results(tmp_path / "runs").bind(other)
+    origins = Results(tmp_path / "runs").held_out["origins"]
+    assert origins["test"] == {"ones": [0, 1, 2], "threes": [0, 1, 2]}
+
+
+def test_a_real_run_from_training_to_its_result(tmp_path):
+    runner = runner_of(tmp_path, recipe=str(write_recipe(tmp_path)), modules=MODULES)
+    write_prepared(tmp_path / "data")
+    arm = Arm("lory", "f", steps=12, seeds=1, measures=("routing", "prompt"))
+    job = make_jobs([], [arm], "A")[0]
+    settings = {"train.steps": 12, "train.seed": 3, "train.upcycle_redraw": 0.5}
+    runner.run(job, settings, core())
+    record = runner.results.read("lory-s0")
+    assert record["status"] == "finished" and record["settings"] == settings
+    assert record["steps"] == 12 and record["tokens"] == 12 * 4 * 24
+    assert [step for step, _ in record["curve"]] == [6, 12]
+    assert set(record["losses"]) == {"validation", "test", "test_prompt"}
+    assert record["flops_per_token"] > 0 and record["seconds"] > 0
+    assert -1 < record["expert_cosine"] < 0.99 and 0 <= record["experts_used"] <= 1
+    assert len(record["routing_distance"]) == 2
+    for split, losses in record["losses"].items():
+        for domain, loss_N in runner.results.instances("lory-s0", split).items():
+            assert loss_N.mean() == pytest.approx(losses[domain], abs=2e-3)
+    assert not (runner.work / "lory-s0").exists()
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)

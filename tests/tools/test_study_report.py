@@ -1,0 +1,226 @@
+"""The report of the study: from runs that were made up, and from none."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tools.study import arms, fair_start, ladder
+from tools.study.__main__ import unavailable
+from tools.study.claims import read_claims
+from tools.study.report import CLAIMS, write_report
+from tools.study.results import HELD_OUT, Results
+
+DOMAINS = {"a": 60, "b": 90}
+SEEDS = 4
+# Effects on the loss: what the verdicts must find again.
+LOSSES = {"dense": 3.5, "lory": 3.42, "lory:prompt": 3.421, "lory_scratch": 3.421, "prefix": 3.3}
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """Results of made-up arms: dense is 0.08 above lory in domain a and in b."""
+    out = tmp_path_factory.mktemp("docs") / "study"
+    results = Results(out / "runs")
+    (out / "runs").mkdir(parents=True)
+    origins = {domain: [i // 3 for i in range(size)] for domain, size in DOMAINS.items()}
+    held_out = {"digest": "d", "origins": {"test": origins}}
+    (out / "runs" / HELD_OUT).write_text(json.dumps(held_out))
+    rng = np.random.default_rng(0)
+    of_instance = {domain: rng.normal(0, 0.5, size) for domain, size in DOMAINS.items()}
+    for arm, loss in LOSSES.items():
+        if ":" in arm:
+            continue
+        for seed in range(SEEDS):
+            noise = rng.normal(0, 0.002)
+            splits = {"test": loss}
+            if arm == "lory":
+                splits["test_prompt"] = LOSSES["lory:prompt"]
+            instances = {
+                split: {d: level + noise + of_instance[d] for d in DOMAINS}
+                for split, level in splits.items()
+            }
+            write(results, f"{arm}-s{seed}", arm, seed, instances)
+    trial = {"id": "dense-t00", "kind": "trial", "arm": "dense", "family": "dense"}
+    trial |= {"settings": {arms.RATE: 0.01, arms.START: 0.1, "train.steps": 600}}
+    results.write(trial | {"status": "finished", "losses": {"validation": {"a": 3.0}}}, {})
+    diverged = trial | {"id": "dense-t01", "status": "diverged"}
+    results.write(diverged, {})
+    overlap = {"test": {d: [0.9] * 10 + [0.1] * (n - 10) for d, n in DOMAINS.items()}}
+    audit = {"digest": "d", "high": 0.5, "overlap": overlap}
+    (out / "audit.json").write_text(json.dumps(audit))
+    write_report(out)
+    return out
+
+
+def write(results, run_id, arm, seed, instances):
+    losses = {s: {d: float(x.mean()) for d, x in found.items()} for s, found in instances.items()}
+    losses["validation"] = losses["test"]
+    record = {"id": run_id, "kind": "run", "arm": arm, "family": arm, "seed": seed}
+    record |= {"status": "finished", "losses": losses, "settings": {}, "step_seconds": 0.3}
+    record |= {"curve": [[250, 4.0], [500, 3.5]], "flops_per_token": 1e6}
+    if arm == "lory":
+        distance = [{"between": 0.3 + 0.01 * seed, "within": 0.05}]
+        record |= {"routing_distance": distance, "expert_cosine": 0.7, "experts_used": 0.9}
+    results.write(record, instances)
+
+
+def test_verdicts_are_those_of_the_made_up_effects(out):
+    claims = json.loads(out.with_suffix(".json").read_text())["claims"]
+    assert set(claims) == {claim.id for claim in read_claims(CLAIMS)[0]}
+    expected = {
+        "gain": ("supported", -0.08),
+        "warmup": ("equivalent", -0.001),
+        "causal_over_prefix": ("contradicted", 0.12),
+        "prompt_routing": ("supported", 0.001),
+        "specialisation": ("supported", 0.265),
+    }
+    for name, (verdict, effect) in expected.items():
+        got = claims[name]
+        assert set(got) == {"verdict", "effect", "interval", "seeds", "corpora"}
+        assert got["verdict"] == verdict, name
+        assert got["effect"] == pytest.approx(effect, abs=0.01)
+        assert got["interval"][0] <= got["effect"] <= got["interval"][1]
+        assert got["seeds"] == SEEDS and got["corpora"] == 1
+    for name in ("over_remoe", "size", "downstream", "equal_seconds"):
+        assert claims[name]["verdict"] == "not testable here" and claims[name]["effect"] is None
+
+
+def test_tuning_lists_every_trial_with_what_was_varied(out):
+    contents = json.loads(out.with_suffix(".json").read_text())
+    settings = {arms.RATE: 0.01, arms.START: 0.1}
+    assert contents["tuning"] == {
+        "dense": [
+            {"settings": settings, "validation_loss": 3.0},
+            {"settings": settings, "validation_loss": None},
+        ]
+    }
+    assert contents["ladder"] is None
+
+
+def test_pages_show_claims_parts_and_pictures(out):
+    text, page = (out.with_suffix(end).read_text() for end in (".md", ".html"))
+    for claim in read_claims(CLAIMS)[0]:
+        assert claim.claim in text
+    assert "without near-duplicates" in text and "which dominates" in text
+    assert page.count("data:image/svg+xml") == 2 and "<script" not in page
+
+
+def test_without_runs_nothing_is_testable(tmp_path):
+    write_report(tmp_path / "study")
+    contents = json.loads((tmp_path / "study.json").read_text())
+    assert {claim["verdict"] for claim in contents["claims"].values()} == {"not testable here"}
+    assert contents["tuning"] == {} and contents["ladder"] is None
+
+
+def test_a_claim_about_every_domain_fails_in_one(tmp_path):
+    results = Results(tmp_path / "study" / "runs")
+    (tmp_path / "study" / "runs").mkdir(parents=True)
+    origins = {d: list(range(n)) for d, n in DOMAINS.items()}
+    held_out = {"digest": "d", "origins": {"test": origins}}
+    (results.directory / HELD_OUT).write_text(json.dumps(held_out))
+    rng = np.random.default_rng(1)
+    for arm, of_domain in (("dense", (3.5, 3.5)), ("lory", (3.2, 3.52))):
+        for seed in range(SEEDS):
+            found = {
+                d: level + rng.normal(0, 0.005, n)
+                for (d, n), level in zip(DOMAINS.items(), of_domain, strict=True)
+            }
+            write(results, f"{arm}-s{seed}", arm, seed, {"test": found})
+    write_report(tmp_path / "study")
+    claim = json.loads((tmp_path / "study.json").read_text())["claims"]["gain"]
+    assert claim["effect"] == pytest.approx(-0.14, abs=0.01)
+    assert claim["verdict"] == "inconclusive"
+
+
+def test_the_baseline_is_checked_against_its_neighbours(tmp_path, capsys, monkeypatch):
+    results = Results(tmp_path / "runs")
+    monkeypatch.setattr("sys.argv", ["fair_start", f"--out={tmp_path}"])
+
+    def finish(name, loss):
+        record = {"id": f"{name}-s0", "kind": "run", "arm": name, "status": "finished"}
+        results.write(record | {"losses": {"validation": {"a": loss, "b": loss}}}, {})
+
+    finish("dense", 3.5)
+    for name in fair_start.NEIGHBOURS[1:]:
+        finish(name, 3.495)
+    with pytest.raises(SystemExit) as missing:
+        fair_start.main()
+    finish(fair_start.NEIGHBOURS[0], 3.6)
+    fair_start.main()
+    finish(fair_start.NEIGHBOURS[0], 3.48)
+    with pytest.raises(SystemExit) as better:
+        fair_start.main()
+    assert missing.value.code and better.value.code
+    assert "-0.0200 nats" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- claims and arms
+
+
+def test_claims_name_arms_that_exist_with_seeds_for_an_interval():
+    by_name = {arm.name: arm for arm in arms.ARMS}
+    assert len(by_name) == len(arms.ARMS)
+    claims, margin = read_claims(CLAIMS)
+    assert margin == 0.01
+    for claim in claims:
+        assert claim.direction in (-1, 0, 1)
+        for name in claim.contrast:
+            arm, _, routed = name.partition(":")
+            assert by_name[arm].seeds >= 3, name
+            assert not routed or routed in by_name[arm].measures
+        if claim.statistic in ("mean", "every_domain"):
+            assert sum(claim.contrast.values()) == pytest.approx(0)
+
+
+def test_every_family_has_the_same_number_of_trials():
+    names = [family.name for family in arms.FAMILIES]
+    assert len(set(names)) == len(names)
+    for family in arms.FAMILIES:
+        assert len(family.trials()) == arms.TRIALS
+        assert len(family.grid[arms.RATE]) == 4
+    assert {arm.family for arm in arms.ARMS} <= set(names)
+    assert set(fair_start.NEIGHBOURS) <= {arm.name for arm in arms.ARMS}
+
+
+def test_every_arm_of_this_version_can_be_trained():
+    assert not unavailable([*arms.FAMILIES, *arms.ARMS])
+
+
+# ---------------------------------------------------------------- the ladder
+
+
+def made_up(law, noise):
+    rng = np.random.default_rng(0)
+    points = []
+    for width in (16, 32, 64, 96):
+        for experts in (0, 2, 8, 32):
+            for tokens in (3.0, 9.0):
+                active = 12.0 * width**2 * 4
+                loss = ladder.predict(law, np.array([active]), np.array([experts]), tokens)[0]
+                points.append(
+                    ladder.Point(width, experts, active, tokens, loss + rng.normal(0, noise))
+                )
+    return points
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.03])
+def test_the_ladder_finds_the_multiplier_of_the_law_again(gamma):
+    law = np.array([1.6, 0.9, 0.25, gamma, 0.06, 0.2, 0.3])
+    found = ladder.summarize(made_up(law, noise=0.002))
+    for row in found["multipliers"]:
+        active = 12.0 * row["width"] ** 2 * 4
+        true = ladder.multiplier(law, active, row["experts"])
+        # The definition: the dense model of so many times the parameters has the same loss.
+        dense, lory = (
+            ladder.predict(law, np.array([N]), np.array([E]), np.array([5.0]))[0]
+            for N, E in ((active * true, 0), (active, row["experts"]))
+        )
+        assert dense == pytest.approx(lory, abs=1e-9)
+        assert row["multiplier"] == pytest.approx(true, rel=0.15)
+        low, high = row["interval"]
+        assert low - 0.02 <= row["multiplier"] <= high + 0.02
+
+
+def test_a_ladder_with_few_runs_says_nothing():
+    assert ladder.summarize(made_up(ladder.START, 0.0)[:5]) is None

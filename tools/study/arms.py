@@ -1,0 +1,240 @@
+"""What the study trains: families of trials, and the arms that use what the trials found.
+
+A *family* is tuned: every one has the same number of trials, each a point of a grid, judged on
+validation. An *arm* is trained with several seeds at the best point of its family, changed by the
+arm's own settings. Settings are config fields without the `config.` before them; all else is
+configs/local.py.
+"""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Settings = Mapping[str, Any]
+
+TRIALS = 12  # of every family
+TRIAL_STEPS, STEPS = 500, 1500
+COMMON = {"train.validate_every_steps": 250, "checkpoint.every_steps": 250, "checkpoint.keep": 1}
+
+RATE, START, EXPERT_START = "train.learning_rate", "model.ffn_init_scale", "model.expert_init_scale"
+REDRAW, WARMUP = "train.upcycle_redraw", "train.dense_warmup_fraction"
+ROUTING, EXPERTS = "model.routing", "model.num_experts"
+
+RATES = (8e-3, 1.6e-2, 2.4e-2, 3.2e-2)
+# Independent experts under uniform weights merge to 1/sqrt(8) of a dense FFN: 0.354 is that.
+STARTS = (1.0, 0.354, 0.1)
+EXPERT_STARTS = (2.828, 1.0, 0.354)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Trials of one kind of model.
+
+    Attributes:
+      settings: what all its trials share.
+      grid: the values of every field that is tuned; their product has `TRIALS` points.
+      group: the place in the order of runs; lower comes first.
+      cost: a guess of a step's seconds, as a multiple of the dense model's.
+    """
+
+    name: str
+    settings: Settings
+    grid: Mapping[str, tuple[float, ...]]
+    group: int
+    cost: float = 1.0
+    steps: int = TRIAL_STEPS
+
+    def trials(self) -> list[dict[str, Any]]:
+        """The settings of every trial."""
+        points = itertools.product(*self.grid.values())
+        return [{**self.settings, **dict(zip(self.grid, point, strict=True))} for point in points]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of the study's tables.
+
+    Attributes:
+      family: whose best trial it starts from.
+      settings: what it changes.
+      factors: tuned values that it multiplies, by field.
+      seeds: how many seeds, from 0.
+      group: the place in the order of runs; lower comes first.
+      cost: a guess of a step's seconds, as a multiple of the dense model's.
+      data: "similar" or "random", the order of the training documents.
+      measures: what is measured beside losses: "routing" (of domains), "prompt" (routing by it).
+    """
+
+    name: str
+    family: str
+    settings: Settings = field(default_factory=dict)
+    factors: Mapping[str, float] = field(default_factory=dict)
+    stage: str = "A"
+    seeds: int = 4
+    steps: int = STEPS
+    group: int = 1
+    cost: float = 1.0
+    data: str = "similar"
+    measures: tuple[str, ...] = ()
+
+
+def expert_cost(experts: int) -> float:
+    """How a step grows with merged experts: a guess, for the order of runs and the time left."""
+    return 1.0 + experts / 60
+
+
+SCRATCH = {WARMUP: 0.0}
+FROM_SCRATCH = {RATE: RATES, EXPERT_START: EXPERT_STARTS}
+FAMILIES = [
+    Family("dense", {EXPERTS: 0}, {RATE: RATES, START: STARTS}, group=0),
+    Family("lory", {EXPERTS: 8}, {RATE: RATES, START: STARTS}, group=0, cost=1.15),
+    Family(
+        "lory_redrawn",
+        {EXPERTS: 8, START: 0.354},
+        {RATE: RATES, REDRAW: (0.25, 0.5, 0.75)},
+        group=0,
+        cost=1.15,
+    ),
+    Family("lory_scratch", {EXPERTS: 8, **SCRATCH}, FROM_SCRATCH, group=1, cost=1.15),
+]
+FAMILIES += [
+    Family(name, {EXPERTS: 8, **SCRATCH, ROUTING: name}, FROM_SCRATCH, group=2, cost=cost)
+    for name, cost in (("expert_choice_segment", 1.2), ("expert_choice_token", 1.2))
+]
+FAMILIES += [
+    Family(
+        name,
+        {EXPERTS: 8, **SCRATCH, ROUTING: routing, **more},
+        FROM_SCRATCH,
+        group=3,
+        cost=2.0,
+    )
+    for name, routing, more in (
+        ("dropless_top1", "dropless_top1", {"model.balancing": "loss_free"}),
+        ("dropless_top2", "dropless_top2", {"model.balancing": "loss_free"}),
+        ("remoe", "remoe", {}),
+        ("expert_threshold", "expert_threshold", {}),
+    )
+]
+FAMILIES += [
+    Family("uniform", {EXPERTS: 8, **SCRATCH, ROUTING: "uniform"}, FROM_SCRATCH, 3, cost=1.1),
+    Family(
+        "dense_total", {EXPERTS: 0, "model.mlp_dim": 704}, {RATE: RATES, START: STARTS}, 4, cost=2.5
+    ),
+]
+
+ARMS = [
+    Arm("dense", "dense", seeds=10, group=0),
+    Arm("lory", "lory", seeds=10, group=0, cost=1.15, measures=("routing", "prompt")),
+    Arm("lory_redrawn", "lory_redrawn", seeds=10, group=0, cost=1.15, measures=("routing",)),
+    # The fair start, checked at full length: none of these may be better than dense by the margin.
+    *(
+        Arm(f"dense_{what}_{word}", "dense", factors={name: factor}, seeds=1, group=1)
+        for what, name in (("rate", RATE), ("start", START))
+        for word, factor in (("halved", 0.5), ("doubled", 2.0))
+    ),
+    Arm("lory_scratch", "lory_scratch", cost=1.15, measures=("routing",)),
+    Arm("dense_random", "dense", data="random"),
+    Arm("lory_random", "lory", data="random", cost=1.15),
+    Arm("lory_half", "lory", steps=STEPS // 2, cost=1.15),
+    Arm("lory_three_quarters", "lory", steps=3 * STEPS // 4, cost=1.15),
+    *(
+        Arm(f"lory_e{E}", "lory", {EXPERTS: E}, group=2, cost=expert_cost(E))
+        for E in (2, 4, 16, 32)
+    ),
+    Arm("prefix", "lory", {ROUTING: "prefix"}, group=2),
+    Arm("expert_choice_segment", "expert_choice_segment", group=2, cost=1.2),
+    Arm("expert_choice_token", "expert_choice_token", group=2, cost=1.2),
+    Arm("dropless_top1", "dropless_top1", group=3, cost=2.0),
+    Arm("dropless_top2", "dropless_top2", group=3, cost=2.0),
+    Arm("dropless_top1_upcycled", "dropless_top1", {WARMUP: 0.05, START: 0.354}, group=3, cost=2.0),
+    Arm("dropless_top2_upcycled", "dropless_top2", {WARMUP: 0.05, START: 0.354}, group=3, cost=2.0),
+    Arm("remoe", "remoe", group=3, cost=2.0),
+    Arm("expert_threshold", "expert_threshold", group=3, cost=2.0),
+    Arm("uniform", "uniform", group=3),
+    Arm("dense_total", "dense_total", group=4, cost=2.5),
+    Arm("dense_masked", "dense", {"model.document_mask": True}, group=4),
+    Arm("lory_masked", "lory", {"model.document_mask": True}, group=4, cost=1.15),
+    Arm("lory_warmup_1_percent", "lory", {WARMUP: 0.01}, group=4, cost=1.15),
+    *(
+        Arm(f"lory_t{T}", "lory", {"model.segment_length": T}, group=4, seeds=3, cost=32 / T + 0.8)
+        for T in (16, 64, 128, 256)
+    ),
+    *(
+        Arm(
+            f"prefix_t{T}",
+            "lory",
+            {ROUTING: "prefix", "model.segment_length": T},
+            group=4,
+            seeds=3,
+        )
+        for T in (16, 256)
+    ),
+]
+
+# Stage B: dense warm-up, router and learning rate, two values each.
+ARMS += [
+    Arm(
+        f"b_warmup{warmup:g}_router{router:g}_rate{rate:g}",
+        "lory",
+        {WARMUP: warmup, "model.router_init_scale": router, RATE: rate},
+        stage="B",
+        seeds=3,
+        cost=1.15,
+    )
+    for warmup, router, rate in itertools.product((0.05, 0.01), (1.0, 0.23), (1.6e-2, 8e-3))
+]
+
+# Stage C: the ladder. Learning rate and start are tuned per width on the dense model.
+LADDER_EXPERTS = (0, 2, 8, 32)
+LADDER_STEPS = (750, 1500)
+LADDER_COST = {16: 0.7, 32: 1.0, 64: 1.7, 96: 2.8}
+LADDER_RATES = {
+    16: (1.6e-2, 2.4e-2, 3.2e-2, 4.8e-2),
+    64: (4e-3, 8e-3, 1.2e-2, 1.6e-2),
+    96: (4e-3, 8e-3, 1.2e-2, 1.6e-2),
+}
+
+
+def ladder_shape(width: int) -> dict[str, Any]:
+    """Settings of the local recipe's shape at another width: heads of 16, F = 2.75 D."""
+    shape = {"embed_dim": width, "num_heads": width // 16, "mlp_dim": 11 * width // 4}
+    return {f"model.{name}": value for name, value in shape.items()}
+
+
+FAMILIES += [
+    Family(
+        f"dense_d{D}",
+        {EXPERTS: 0, **ladder_shape(D)},
+        {RATE: rates, START: STARTS},
+        group=1,
+        cost=LADDER_COST[D],
+        steps=400,
+    )
+    for D, rates in LADDER_RATES.items()
+]
+
+
+def ladder_name(width: int, experts: int, steps: int) -> str:
+    return f"c_d{width}_e{experts}_{steps}"
+
+
+def _ladder_arm(width: int, experts: int, steps: int) -> Arm:
+    # The ends of the ladder carry the claim about size: they have seeds enough for an interval.
+    is_end = width in (16, 96) and experts in (0, 8) and steps == LADDER_STEPS[0]
+    return Arm(
+        ladder_name(width, experts, steps),
+        "dense" if width == 32 else f"dense_d{width}",
+        {EXPERTS: experts, **ladder_shape(width)},
+        stage="C",
+        seeds=3 if is_end else 1,
+        steps=steps,
+        group=LADDER_STEPS.index(steps) + 2,
+        cost=LADDER_COST[width] * expert_cost(experts),
+    )
+
+
+ARMS += [
+    _ladder_arm(*point) for point in itertools.product(LADDER_COST, LADDER_EXPERTS, LADDER_STEPS)
+]

@@ -1,0 +1,213 @@
+"""The claims of docs/claims.json, tested on finished runs."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from tools.study.results import Losses, Record, Results
+from tools.study.statistics import LEVEL, Domain, Effect, holm, paired_effect, verdict
+
+STATISTICS = ("mean", "every_domain", "specialisation", "none")
+Keep = Callable[[str, np.ndarray], np.ndarray]  # (domain, instances) -> which instances count
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim, as it was declared before the runs.
+
+    Attributes:
+      contrast: the weight of every arm; "ARM:prompt" is the arm routed by the prompt.
+      direction: the sign of the contrast if the claim is true; 0: it lies within the margin.
+      statistic: "mean" over the domains; "every_domain", where the domain with the weakest
+        evidence decides; "specialisation"; "none" where nothing here can test it.
+      reason: why nothing here can test it.
+    """
+
+    id: str
+    claim: str
+    source: str
+    statistic: str
+    contrast: Mapping[str, float]
+    direction: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the runs say about a claim.
+
+    Attributes:
+      p: of the claim alone, as it enters Holm's adjustment.
+      reason: why it could not be tested, or what is missing.
+    """
+
+    claim: Claim
+    effect: Effect | None
+    p: float
+    verdict: str
+    adjusted_p: float = math.nan
+    reason: str = ""
+
+
+def read_claims(path: Path) -> tuple[list[Claim], float]:
+    """The claims and the margin of equivalence in nats; `ValueError` for a malformed one."""
+    contents = json.loads(path.read_text("utf-8"))
+    claims = []
+    for name, entry in contents["claims"].items():
+        if entry["statistic"] not in STATISTICS:
+            raise ValueError(f"{path}: {name}: statistic {entry['statistic']!r} is unknown")
+        if (entry["statistic"] == "none") != ("reason" in entry):
+            raise ValueError(f"{path}: {name}: requires a reason if and only if nothing tests it")
+        defaults = {"contrast": {}, "direction": 0, "reason": ""}
+        claims.append(Claim(name, **{**defaults, **entry}))
+    return claims, contents["margin"]
+
+
+def judge_claims(
+    claims: list[Claim], margin: float, results: Results, split: str, keep: Keep | None = None
+) -> list[Finding]:
+    """Tests all claims on a split; with `keep`, on a part of its instances."""
+    by_arm: dict[str, list[Record]] = {}
+    for record in results.records():
+        if record["kind"] == "run":
+            by_arm.setdefault(record["arm"], []).append(record)
+    found = [_test(claim, by_arm, results, split, keep) for claim in claims]
+    adjusted = holm({finding.claim.id: finding.p for finding in found})
+    judged = []
+    for finding in found:
+        adjusted_p = adjusted[finding.claim.id]
+        said = verdict(finding.effect, adjusted_p, finding.claim.direction, margin)
+        judged.append(replace(finding, adjusted_p=adjusted_p, verdict=said))
+    return judged
+
+
+def _test(
+    claim: Claim,
+    by_arm: Mapping[str, list[Record]],
+    results: Results,
+    split: str,
+    keep: Keep | None,
+) -> Finding:
+    if claim.statistic == "none":
+        return Finding(claim, None, math.nan, "", reason=claim.reason)
+    missing = sorted({arm_of(name) for name in claim.contrast} - by_arm.keys())
+    if missing:
+        return Finding(claim, None, math.nan, "", reason=f"no runs of {', '.join(missing)} yet")
+    diverged = [
+        record["id"]
+        for name in claim.contrast
+        for record in by_arm[arm_of(name)]
+        if record["status"] == "diverged"
+    ]
+    if diverged:
+        return Finding(claim, None, math.nan, "", reason=f"diverged: {', '.join(diverged)}")
+    if claim.statistic == "specialisation":
+        return _specialisation(claim, by_arm)
+    domains = contrast(claim.contrast, by_arm, results, split, keep)
+    if not domains:
+        return Finding(
+            claim, None, math.nan, "", reason=f"its arms have no seed in common on {split}"
+        )
+    effect = paired_effect(domains)
+    p = effect.p
+    if claim.statistic == "every_domain":
+        p = _weakest([paired_effect({name: domains[name]}) for name in domains], claim.direction)
+    return Finding(claim, effect, p, "")
+
+
+def arm_of(name: str) -> str:
+    """The arm of a contrast's term, which may say how it is routed."""
+    return name.partition(":")[0]
+
+
+def contrast(
+    weights: Mapping[str, float],
+    by_arm: Mapping[str, list[Record]],
+    results: Results,
+    split: str,
+    keep: Keep | None = None,
+) -> dict[str, Domain]:
+    """The weighted sum of the arms' losses per seed and instance, over the seeds that all have."""
+    losses: dict[str, dict[int, Losses]] = {}
+    for name in weights:
+        where = f"{split}_{name.partition(':')[2]}" if ":" in name else split
+        losses[name] = {
+            record["seed"]: found
+            for record in by_arm[arm_of(name)]
+            if (found := results.instances(record["id"], where))
+        }
+    seeds = sorted(set.intersection(*(set(of_seed) for of_seed in losses.values())))
+    domains = {}
+    for domain, origins in results.held_out["origins"][split].items() if seeds else ():
+        if not origins:  # a domain too small for an instance
+            continue
+        origin_I = np.array(origins)
+        kept_I = np.ones(len(origin_I), bool) if keep is None else keep(domain, origin_I)
+        if not kept_I.any():
+            continue
+        difference_SxI = np.stack(
+            [sum(w * losses[name][seed][domain] for name, w in weights.items()) for seed in seeds]
+        )
+        domains[domain] = Domain(difference_SxI[:, kept_I], origin_I[kept_I])
+    return domains
+
+
+def _weakest(effects: list[Effect], direction: int) -> float:
+    """The p-value of "in every domain": that of the domain with the weakest evidence for it.
+
+    A domain whose effect has the wrong sign counts 1.
+    """
+    return max(e.p if e.mean * direction > 0 or math.isnan(e.p) else 1.0 for e in effects)
+
+
+def _specialisation(claim: Claim, by_arm: Mapping[str, list[Record]]) -> Finding:
+    """Largest distance between domains minus that within one, over the seeds."""
+    (arm,) = claim.contrast
+    values = [
+        float(np.mean([row["between"] - row["within"] for row in record["routing_distance"]]))
+        for record in by_arm[arm]
+        if "routing_distance" in record
+    ]
+    if not values:
+        return Finding(claim, None, math.nan, "", reason=f"routing of {arm} was not measured")
+    effect = over_seeds(values)
+    return Finding(claim, effect, effect.p, "")
+
+
+def over_seeds(values: list[float]) -> Effect:
+    """The mean of one number per seed, with Student's interval."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return Effect(mean, math.nan, math.nan, math.nan, len(values), {})
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    degrees = len(values) - 1
+    reach = error * float(stats.t.ppf(0.5 + LEVEL / 2, degrees))
+    p = 2 * float(stats.t.sf(abs(mean) / error, degrees)) if error else float(mean == 0.0)
+    return Effect(mean, mean - reach, mean + reach, p, len(values), {})
+
+
+def without_domain(domain: str) -> Keep:
+    """All instances but those of a domain."""
+    return lambda name, origin_I: np.full(len(origin_I), name != domain)
+
+
+def numbers(finding: Finding, corpora: int) -> dict[str, Any]:
+    """A claim's entry in docs/study.json."""
+    effect = finding.effect
+    return {
+        "verdict": finding.verdict,
+        "effect": effect and _rounded(effect.mean),
+        "interval": effect and [_rounded(effect.low), _rounded(effect.high)],
+        "seeds": effect.seeds if effect else 0,
+        "corpora": corpora if effect else 0,
+    }
+
+
+def _rounded(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 5)

@@ -1,0 +1,86 @@
+"""Measures a finished run beside its losses, and writes one JSON object.
+
+python -m tools.study.measure --workdir=RUN_DIR --data=DIR --out=FILE.json [--routing]
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lory_jax.analysis.routing import instance_weights, routing_distances, segment_weights
+from lory_jax.api import load
+from lory_jax.model.experts import MATRICES
+from lory_jax.model.flops import flops_per_token, parameter_counts
+from lory_jax.run.directory import RunDirectory
+from lory_jax.storage import write_atomically
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("--workdir", "--data", "--out"):
+        parser.add_argument(name, type=Path, required=True)
+    parser.add_argument("--routing", action="store_true", help="compare routing between domains")
+    args = parser.parse_args()
+    run = RunDirectory(args.workdir)
+    found = measure(run) | (routing(run, args.data) if args.routing else {})
+    write_atomically(args.out, json.dumps(found) + "\n")
+
+
+def measure(run: RunDirectory) -> dict[str, Any]:
+    """Curve, seconds, FLOPs, parameters and, of a model with experts, how they differ."""
+    model = load(run.path)
+    lines = run.read_metrics()
+    found: dict[str, Any] = {
+        "steps": lines[-1]["step"],
+        "tokens": lines[-1]["tokens"],
+        "curve": [
+            [line["step"], round(line["validation_loss"], 5)]
+            for line in lines
+            if "validation_loss" in line
+        ],
+        "seconds": math.fsum(line["step_seconds"] for line in lines),
+        "step_seconds": float(np.median([line["step_seconds"] for line in lines])),
+        "flops_per_token": flops_per_token(model.config),
+        "parameters": parameter_counts(model.config),
+    }
+    if model.config.num_experts:
+        pairs = model.config.num_layers * model.config.num_experts
+        if lines[-1]["experts_active"] is not None:
+            found["experts_used"] = lines[-1]["experts_active"] / pairs
+        found["expert_cosine"] = expert_cosine(model.params["layers"]["ffn"])
+    return found
+
+
+def expert_cosine(ffn: Any) -> float:
+    """The mean cosine between two experts of a layer, over pairs and layers; 1 for copies."""
+    matrices = [np.asarray(ffn[name], np.float64) for name in MATRICES]
+    w_YxExP = np.concatenate([m.reshape(*m.shape[:2], -1) for m in matrices], axis=-1)
+    w_YxExP /= np.linalg.norm(w_YxExP, axis=-1, keepdims=True)
+    E = w_YxExP.shape[1]
+    if E == 1:
+        return 1.0
+    sums_Y = np.sum(w_YxExP.sum(axis=1) ** 2, axis=-1)
+    return float(np.mean((sums_Y - E) / (E * (E - 1))))
+
+
+def routing(run: RunDirectory, data: Path) -> dict[str, Any]:
+    """How far routing differs between domains and within one, per layer (validation set)."""
+    model = load(run.path)
+    sets = run.open_data(data).held_out_with_instances("validation")
+    weights = instance_weights(
+        segment_weights(model, sets, run.config["train"]["global_batch_size"])
+    )
+    rows = routing_distances(weights, seed=0)
+    return {
+        "routing_distance": [
+            {name: round(row[name], 5) for name in ("between", "within")} for row in rows
+        ]
+    }
+
+
+if __name__ == "__main__":
+    main()

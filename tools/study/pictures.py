@@ -1,0 +1,76 @@
+"""The pictures of the study's page, in the style of lory_jax/report/plots.py."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+
+from lory_jax.report.plots import COLOURS, INK, MARKERS, STYLE, WIDTH
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def forest(rows: Sequence[tuple[str, float, float, float]], margin: float) -> "Figure":
+    """Effects with their intervals, `(label, effect, low, high)`; the margin is shaded."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(WIDTH, 0.8 + 0.3 * len(rows)), layout="constrained")
+        axes.axvspan(-margin, margin, color="#eef1f4", zorder=0)
+        axes.axvline(0, color=COLOURS[0], linewidth=1)
+        for y, (_, effect, low, high) in enumerate(rows):
+            axes.hlines(y, low, high, color=COLOURS[1], linewidth=2.2, alpha=0.6)
+            axes.plot(effect, y, "o", color=COLOURS[1], markersize=6)
+        axes.set_yticks(range(len(rows)), [label for label, *_ in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel("effect in nats, with 95 % interval; shaded: the margin of equivalence")
+        return figure
+
+
+def curves(of_arms: Mapping[str, Sequence[Sequence[Sequence[float]]]]) -> "Figure":
+    """Validation loss over the steps: one thin line per seed, arms told apart by colour."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(WIDTH, 3.6), layout="constrained")
+        for number, (name, seeds) in enumerate(of_arms.items()):
+            look = {
+                "color": COLOURS[number % len(COLOURS)],
+                "marker": MARKERS[number % len(MARKERS)],
+            }
+            for seed, curve in enumerate(seeds):
+                label = name if seed == 0 else None
+                steps, losses = zip(*curve, strict=True)
+                axes.plot(steps, losses, linewidth=1, markersize=3, label=label, **look)
+        axes.set_xlabel("step")
+        axes.set_ylabel("validation loss (nats)")
+        axes.legend(ncols=2)
+        return figure
+
+
+def multipliers(rows: Sequence[Mapping[str, Any]]) -> "Figure":
+    """The dense-equivalent parameter multiplier over the model's width, by number of experts."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(WIDTH, 3.2), layout="constrained")
+        axes.axhline(1, color=INK, linewidth=1)
+        for number, experts in enumerate(sorted({row["experts"] for row in rows})):
+            mine = [row for row in rows if row["experts"] == experts]
+            widths = [row["width"] * (1 + 0.02 * number) for row in mine]
+            values = [row["multiplier"] for row in mine]
+            below = [row["multiplier"] - row["interval"][0] for row in mine]
+            above = [row["interval"][1] - row["multiplier"] for row in mine]
+            errors = [[max(x, 0.0) for x in side] for side in (below, above)]
+            axes.errorbar(
+                widths,
+                values,
+                yerr=errors,
+                color=COLOURS[number + 1],
+                marker=MARKERS[number],
+                capsize=3,
+                label=f"{experts} experts",
+            )
+        axes.set_xlabel("width D of the model")
+        axes.set_ylabel("dense-equivalent size, times")
+        axes.legend()
+        return figure

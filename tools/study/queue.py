@@ -1,0 +1,165 @@
+"""The order of the runs: the cheapest information first, and no arm before its family is tuned."""
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lory_jax.errors import InputError
+from tools.study.arms import COMMON, Arm, Family
+from tools.study.results import Results, mean_loss
+
+# Seeds are trained in rounds, so that every arm has two before any has more.
+ROUNDS = (2, 4)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run.
+
+    Attributes:
+      id: names its files.
+      source: the family of a trial, or the arm.
+      trial: the number of the trial; None for a run of an arm.
+    """
+
+    id: str
+    source: Family | Arm
+    seed: int = 0
+    trial: int | None = None
+
+    @property
+    def family(self) -> str:
+        return self.source.family if isinstance(self.source, Arm) else self.source.name
+
+    @property
+    def data(self) -> str:
+        return self.source.data if isinstance(self.source, Arm) else "similar"
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        return self.source.measures if isinstance(self.source, Arm) else ()
+
+    @property
+    def work(self) -> float:
+        """Steps times the cost of one."""
+        return self.source.steps * self.source.cost
+
+    @property
+    def order(self) -> tuple[Any, ...]:
+        """Jobs are run in this order."""
+        round_number = sum(self.seed >= first for first in ROUNDS)
+        is_final = self.trial is None
+        return round_number, self.source.group, is_final, self.seed, self.work, self.id
+
+
+def make_jobs(families: Sequence[Family], arms: Sequence[Arm], stages: str) -> list[Job]:
+    """The runs of the stages, stage by stage; a family is tuned in the first that needs it."""
+    jobs: list[Job] = []
+    tuned: set[str] = set()
+    for stage in stages:
+        finals = [arm for arm in arms if arm.stage == stage]
+        needed = {arm.family for arm in finals} - tuned
+        tuned |= needed
+        found = [
+            Job(f"{family.name}-t{trial:02d}", family, trial=trial)
+            for family in families
+            if family.name in needed
+            for trial in range(len(family.trials()))
+        ]
+        found += [
+            Job(f"{arm.name}-s{seed}", arm, seed) for arm in finals for seed in range(arm.seeds)
+        ]
+        jobs += sorted(found, key=lambda job: job.order)
+    return jobs
+
+
+class Queue:
+    """Hands the next run to whoever asks; safe to ask from several threads."""
+
+    def __init__(self, jobs: Sequence[Job], results: Results):
+        self.jobs, self.results = list(jobs), results
+        self._running: set[str] = set()
+        self._changed = threading.Condition()
+        self._is_closed = False
+
+    def next(self) -> tuple[Job, dict[str, Any]] | None:
+        """The first run that can start, and its settings; waits for one, None if none is left.
+
+        Raises:
+          InputError: a run of this name is finished, but had other settings.
+        """
+        with self._changed:
+            while not self._is_closed:
+                waiting = 0
+                for job in self.jobs:
+                    settings = self.settings(job)
+                    if job.id in self._running or (settings and self.is_done(job, settings)):
+                        continue
+                    if settings is not None:
+                        self._running.add(job.id)
+                        return job, settings
+                    waiting += 1
+                if not waiting or not self._running:
+                    return None
+                self._changed.wait()
+            return None
+
+    def finished(self, job: Job) -> None:
+        """Tells that a run has ended, whether or not it left a result."""
+        with self._changed:
+            self._running.discard(job.id)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """From now on, no run starts."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+    def remaining(self) -> list[Job]:
+        """The runs without a result."""
+        return [job for job in self.jobs if self.results.read(job.id) is None]
+
+    def is_done(self, job: Job, settings: Mapping[str, Any]) -> bool:
+        """Whether a run has a result; `InputError` if that has other settings."""
+        record = self.results.read(job.id)
+        if record is None:
+            return False
+        if record["settings"] != dict(settings):
+            raise InputError(
+                f"{self.results.directory / job.id}.json: was made with other settings than this "
+                "version of the study has; remove it to run it again"
+            )
+        return True
+
+    def settings(self, job: Job) -> dict[str, Any] | None:
+        """The settings of a run; None as long as its family is not tuned."""
+        own: dict[str, Any]
+        if isinstance(job.source, Family):
+            assert job.trial is not None
+            own = job.source.trials()[job.trial]
+        else:
+            best = self.best(job.family)
+            if best is None:
+                return None
+            own = {**best, **job.source.settings}
+            own |= {name: factor * own[name] for name, factor in job.source.factors.items()}
+        return {**COMMON, "train.steps": job.source.steps, "train.seed": job.seed, **own}
+
+    def best(self, family: str) -> dict[str, Any] | None:
+        """What the best trial of a family set, by validation loss; None if trials are missing.
+
+        Raises:
+          InputError: all its trials diverged.
+        """
+        trials = [job for job in self.jobs if job.family == family and job.trial is not None]
+        records = [(job, self.results.read(job.id)) for job in trials]
+        done = [(mean_loss(record), job) for job, record in records if record is not None]
+        if len(done) < len(trials) or not trials:
+            return None
+        loss, job = min(done, key=lambda pair: (pair[0], pair[1].id))
+        if loss == float("inf"):
+            raise InputError(f"{family}: all trials diverged; the grid must be lower")
+        assert isinstance(job.source, Family) and job.trial is not None
+        return job.source.trials()[job.trial]

@@ -1,0 +1,188 @@
+"""Writes the verdict on every claim from the finished runs: docs/study.json, .md and .html.
+
+    python -m tools.study.report [--out=docs/study] [--final]
+
+It works with whatever runs exist. The table is made on the test set; --final makes it on the
+confirmation set, which nothing else reads.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lory_jax.report import html, plots
+from lory_jax.storage import write_atomically
+from tools.study import fair_start, ladder
+from tools.study.audit import AUDIT, read_audit
+from tools.study.claims import (
+    Finding,
+    Keep,
+    judge_claims,
+    numbers,
+    read_claims,
+    without_domain,
+)
+from tools.study.results import Results
+from tools.study.statistics import Effect
+from tools.study.tables import (
+    HEADLINES,
+    Report,
+    Table,
+    arms_table,
+    audit_table,
+    claims_table,
+    domains_table,
+    fair_start_table,
+    ladder_table,
+    tuning,
+    tuning_table,
+    variants_table,
+)
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CLAIMS = ROOT / "docs" / "claims.json"
+NOTE = (
+    "Effects are in nats per token over positions from T on, the mean of the domains; a negative "
+    "effect favours what the claim names first. Intervals (95 %) hold the noise between seeds and "
+    "the choice of held-out documents; p-values are adjusted over all claims."
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "study")
+    parser.add_argument("--final", action="store_true", help="read the confirmation set")
+    args = parser.parse_args()
+    write_report(args.out, "confirmation" if args.final else "test")
+
+
+def write_report(out: Path, split: str = "test", claims_file: Path = CLAIMS) -> None:
+    """Writes OUT.json, OUT.md and OUT.html from the runs in OUT/runs."""
+    report = make_report(out, split, claims_file)
+    contents = {
+        "claims": {f.claim.id: numbers(f, corpora=1) for f in report.findings},
+        "tuning": tuning(report.records),
+        "ladder": report.ladder,
+    }
+    write_atomically(out.with_suffix(".json"), json.dumps(contents, indent=1) + "\n")
+    write_atomically(out.with_suffix(".md"), markdown_page(report))
+    write_atomically(out.with_suffix(".html"), html_page(report))
+    print(f"wrote {out}.json, .md and .html from {len(report.records)} runs")
+
+
+def make_report(out: Path, split: str, claims_file: Path) -> Report:
+    """Tests all claims, and the headline also on parts of the held-out instances."""
+    results = Results(out / "runs")
+    claims, margin = read_claims(claims_file)
+    findings = judge_claims(claims, margin, results, split)
+    audit = read_audit(out / AUDIT, results)
+    variants: dict[str, dict[str, Finding]] = {}
+    for finding in findings:
+        if finding.claim.id in HEADLINES and finding.effect is not None:
+            variants[finding.claim.id] = {
+                name: judge_claims([finding.claim], margin, results, split, keep)[0]
+                for name, keep in _parts(finding.effect, audit, split).items()
+            }
+    return Report(
+        split,
+        findings,
+        variants,
+        results.records(),
+        fair_start.differences(results),
+        ladder.summarize(ladder.read_points(results, split)),
+        audit,
+        margin,
+    )
+
+
+def _parts(effect: Effect, audit: dict[str, Any] | None, split: str) -> dict[str, Keep]:
+    """The parts of the instances on which a headline is tested again, by name."""
+    dominating = max(effect.by_domain, key=lambda domain: abs(effect.by_domain[domain]))
+    parts = {f"without {dominating}, which dominates": without_domain(dominating)}
+    if audit is not None:
+        overlap, high = audit["overlap"][split], audit["high"]
+        parts["without near-duplicates of training text"] = lambda domain, _: (
+            np.array(overlap[domain]) < high
+        )
+    return parts
+
+
+# ---------------------------------------------------------------- pages
+
+
+def _sections(report: Report) -> list[tuple[str, Table]]:
+    found = [
+        ("Claims", claims_table(report.findings)),
+        ("The headline by domain", domains_table(report)),
+        ("The headline on parts of the instances", variants_table(report)),
+        ("Near-duplicates", audit_table(report)),
+        ("Arms", arms_table(report)),
+        ("Tuning, on validation", tuning_table(report)),
+        ("The dense baseline's start", fair_start_table(report)),
+        ("The ladder: Lory's dense-equivalent parameter multiplier", ladder_table(report)),
+    ]
+    return [(title, table) for title, table in found if table[1]]
+
+
+def _intro(report: Report) -> str:
+    runs = len(report.records)
+    return f"{runs} finished runs, judged on the {report.split} set. {NOTE}"
+
+
+def markdown_page(report: Report) -> str:
+    parts = [
+        "# The study",
+        "What is true of Lory's claims at a scale that one machine can train, with seeds and "
+        "intervals. The claims were written down before the runs ([claims.json](claims.json)); "
+        "`bash launch/study.sh` makes the runs and this page. The same tables with plots are in "
+        "[study.html](study.html).",
+        _intro(report),
+    ]
+    for title, (header, rows) in _sections(report):
+        lines = [header, ["---"] * len(header), *rows]
+        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        parts += [f"## {title}", table]
+    return "\n\n".join(parts) + "\n"
+
+
+def html_page(report: Report) -> str:
+    pieces = [html.paragraph(_intro(report), "lead")]
+    for title, (header, rows) in _sections(report):
+        pieces += [html.heading(title), html.table(header, rows, is_text=title == "Claims")]
+        pieces += _pictures(title, report)
+    return html.page("The study: what is true of Lory's claims", pieces)
+
+
+def _pictures(title: str, report: Report) -> list[str]:
+    # Imported here, because matplotlib is slow to import.
+    from tools.study import pictures
+
+    if title == "Claims":
+        effects = [
+            (f.claim.id, f.effect.mean, f.effect.low, f.effect.high)
+            for f in report.findings
+            if f.effect is not None and not np.isnan(f.effect.low)
+        ]
+        if effects:
+            svg = plots.to_svg(pictures.forest(effects, report.margin))
+            return [html.figure(svg, "The effect of every claim that was tested.")]
+    if title == "Arms":
+        shown = {
+            name: [r["curve"] for r in report.records if r["arm"] == name and r.get("curve")]
+            for name in ("dense", "lory", "lory_redrawn", "lory_scratch")
+        }
+        shown = {name: curves for name, curves in shown.items() if curves}
+        if shown:
+            svg = plots.to_svg(pictures.curves(shown))
+            return [html.figure(svg, "Validation loss of the main arms, one line per seed.")]
+    if title.startswith("The ladder") and report.ladder:
+        svg = plots.to_svg(pictures.multipliers(report.ladder["multipliers"]))
+        return [html.figure(svg, "How many times as large an equally good dense model is.")]
+    return []
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""The results of finished runs: one small JSON file each, and the losses of its instances.
+
+RUNS/ID.json         settings, seed, curve, losses by domain, seconds, FLOPs
+RUNS/ID.npz          the loss of every held-out instance, float16, as SPLIT/DOMAIN
+RUNS/held_out.json   the digest of the held-out sets, and the origin of every instance, as numbers
+"""
+
+import io
+import json
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lory_jax.data.prepared import PreparedData
+from lory_jax.errors import InputError
+from lory_jax.storage import write_atomically
+
+HELD_OUT = "held_out.json"
+SPLITS = ("validation", "test", "confirmation")
+
+Record = dict[str, Any]
+Losses = dict[str, np.ndarray]  # by domain
+
+
+class Results:
+    """The directory of finished runs."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    def read(self, run_id: str) -> Record | None:
+        """The record of a finished run, or None."""
+        path = self.directory / f"{run_id}.json"
+        return json.loads(path.read_text("utf-8")) if path.is_file() else None
+
+    def write(self, record: Record, instances: Mapping[str, Losses]) -> None:
+        """Writes a finished run. Its JSON file comes last, because it marks the run as finished."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        arrays = {
+            f"{split}/{domain}": loss_N.astype(np.float16)
+            for split, losses in instances.items()
+            for domain, loss_N in losses.items()
+        }
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)
+        path = self.directory / f"{record['id']}.json"
+        write_atomically(path.with_suffix(".npz"), buffer.getvalue())
+        write_atomically(path, json.dumps(record, indent=1) + "\n")
+
+    def records(self) -> list[Record]:
+        """All finished runs, by name."""
+        paths = sorted(self.directory.glob("*.json"))
+        return [json.loads(p.read_text("utf-8")) for p in paths if p.name != HELD_OUT]
+
+    def instances(self, run_id: str, split: str) -> Losses:
+        """The loss of every instance of a split, by domain; empty if it was not measured."""
+        with np.load(self.directory / f"{run_id}.npz", allow_pickle=False) as arrays:
+            names = [name for name in arrays.files if name.rpartition("/")[0] == split]
+            return {name.rpartition("/")[2]: arrays[name].astype(np.float64) for name in names}
+
+    @cached_property
+    def held_out(self) -> dict[str, Any]:
+        """The contents of `held_out.json`."""
+        path = self.directory / HELD_OUT
+        if not path.is_file():
+            raise InputError(f"{path}: missing; no run has been made yet")
+        return json.loads(path.read_text("utf-8"))
+
+    def bind(self, data: PreparedData) -> None:
+        """Ties the directory to the held-out sets of `data`, or checks that it is tied to them.
+
+        Raises:
+          InputError: the finished runs were measured on other documents, so no pair can be formed.
+        """
+        found = describe_held_out(data)
+        path = self.directory / HELD_OUT
+        if not path.is_file():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(found) + "\n")
+        elif self.held_out["digest"] != found["digest"]:
+            raise InputError(
+                f"out: the runs in {self.directory} were measured on other held-out documents than "
+                f"those of {data.directory}; give another directory"
+            )
+
+
+def describe_held_out(data: PreparedData) -> dict[str, Any]:
+    """What identifies the held-out sets of prepared data, and where their instances come from."""
+    digests, origins = {}, {}
+    for split in SPLITS:
+        if split not in data.manifest.counts:
+            continue
+        digests[split] = {
+            name: data.manifest.files[name]["sha256"] for name in data.manifest.names(f"{split}/")
+        }
+        origins[split] = {
+            domain: np.unique(names, return_inverse=True)[1].tolist() if names else []
+            for domain, names in data.held_out_origins(split).items()
+        }
+    return {"digest": _digest(digests), "origins": origins}
+
+
+def _digest(value: Any) -> str:
+    import hashlib
+
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def mean_loss(record: Record, split: str = "validation") -> float:
+    """The mean over the domains of a run's losses; infinite for a run that diverged."""
+    if record["status"] == "diverged":
+        return math.inf
+    losses = record["losses"][split]
+    return math.fsum(losses.values()) / len(losses)

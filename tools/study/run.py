@@ -1,0 +1,142 @@
+"""One run of the study: training, evaluation and measurement, each in a process on one core."""
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lory_jax.errors import InputError
+from lory_jax.evaluation.held_out import read_instances
+from tools.study.queue import Job
+from tools.study.results import Results
+
+DIVERGED = 3  # exit status of train
+POLL_SECONDS = 0.2
+MODULES = {
+    "train": "lory_jax.train",
+    "evaluate": "lory_jax.evaluate",
+    "measure": "tools.study.measure",
+}
+
+
+class Stopped(Exception):
+    """The run was asked to stop; it is saved and can be resumed."""
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Makes runs one at a time; several threads may each make their own.
+
+    Attributes:
+      recipe: what `--config` names.
+      data: the prepared data by the order of their documents.
+      work: run directories, which are removed when their result is written.
+      results: where results go.
+      splits: the held-out sets that the data have.
+      stop: when it is set, the run under way is saved and `Stopped` is raised.
+      modules: what is run to train, to evaluate and to measure.
+    """
+
+    recipe: str
+    data: Mapping[str, Path]
+    work: Path
+    results: Results
+    splits: tuple[str, ...]
+    stop: threading.Event
+    modules: Mapping[str, str] = field(default_factory=lambda: MODULES)
+
+    def run(self, job: Job, settings: Mapping[str, Any], core: int) -> None:
+        """Makes or resumes a run and writes its result.
+
+        Raises:
+          Stopped: `stop` was set.
+          InputError: a process failed.
+        """
+        workdir = self.work / job.id
+        fields = [f"--config.{name}={value}" for name, value in settings.items()]
+        flags = [f"--config={self.recipe}", *fields, f"--data={self.data[job.data]}"]
+        status = self._process("train", job, core, *flags, f"--workdir={workdir}")
+        if status == DIVERGED:
+            self.results.write(_describe(job, settings) | {"status": "diverged"}, {})
+        else:
+            self._measure(job, settings, core, workdir)
+        shutil.rmtree(workdir)
+
+    def _measure(self, job: Job, settings: Mapping[str, Any], core: int, workdir: Path) -> None:
+        losses, instances, seconds = {}, {}, {}
+        for name, flags in self._evaluations(job).items():
+            out = workdir / f"{name}.json"
+            if not out.is_file():
+                where = (f"--workdir={workdir}", f"--data={self.data[job.data]}", f"--out={out}")
+                self._process("evaluate", job, core, *where, *flags)
+            found = json.loads(out.read_text("utf-8"))
+            losses[name] = {d: math.log(x) for d, x in found["perplexity"].items()}
+            seconds[name] = found["seconds"]
+            instances[name], _ = read_instances(out.with_name(f"{out.stem}_instances.npz"))
+        measured = workdir / "measured.json"
+        if not measured.is_file():
+            wanted = [f"--{name}" for name in job.measures if name == "routing"]
+            where = (f"--workdir={workdir}", f"--data={self.data[job.data]}", f"--out={measured}")
+            self._process("measure", job, core, *where, *wanted)
+        record = _describe(job, settings) | {"status": "finished", "losses": losses}
+        record |= json.loads(measured.read_text("utf-8")) | {"evaluation_seconds": seconds}
+        self.results.write(record, instances)
+
+    def _evaluations(self, job: Job) -> dict[str, list[str]]:
+        """The flags of every evaluation: trials are judged on validation and see nothing else."""
+        splits = self.splits[:1] if job.trial is not None else self.splits
+        flags = {split: [f"--split={split}"] for split in splits}
+        if "prompt" in job.measures:
+            for split in splits[1:]:
+                flags[f"{split}_prompt"] = [f"--split={split}", "--routing=prompt"]
+        return flags
+
+    def _process(self, verb: str, job: Job, core: int, *flags: str) -> int:
+        """Runs a module to its end; returns 0 or, of a training run, `DIVERGED`."""
+        if self.stop.is_set():
+            raise Stopped
+        log = self.work / "logs" / f"{job.id}.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "tools.study.pinned", str(core), self.modules[verb]]
+        with log.open("a") as file:
+            # In a session of its own: Ctrl-C reaches this process alone, which then asks once.
+            process = subprocess.Popen(
+                [*command, *flags], stdout=file, stderr=file, start_new_session=True
+            )
+            status = self._wait(process)
+        if self.stop.is_set() and status != 0:
+            raise Stopped
+        if status != 0 and (verb != "train" or status != DIVERGED):
+            last = log.read_text("utf-8", "replace").strip().splitlines()[-1:]
+            raise InputError(f"{job.id}: {verb} failed with status {status}; {log}: {last}")
+        return status
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> int:
+        """Waits for the end; passes a stop on, once, and waits until the process has saved."""
+        while not self.stop.is_set():
+            try:
+                return process.wait(POLL_SECONDS)
+            except subprocess.TimeoutExpired:
+                continue
+        process.send_signal(signal.SIGTERM)
+        return process.wait()
+
+
+def _describe(job: Job, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result says about its run, before it is measured."""
+    return {
+        "id": job.id,
+        "kind": "run" if job.trial is None else "trial",
+        "arm": job.source.name,
+        "family": job.family,
+        "seed": job.seed,
+        "data": job.data,
+        "settings": dict(settings),
+    }

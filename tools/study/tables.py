@@ -1,0 +1,184 @@
+"""The tables of the study's pages, and what they are made from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tools.study import arms
+from tools.study.claims import Finding
+from tools.study.results import Record, mean_loss
+
+HEADLINES = ("gain", "gain_redrawn")  # the claims that are looked at from several sides
+Table = tuple[list[str], list[list[str]]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that the pages show.
+
+    Attributes:
+      neighbours: validation loss of the dense baseline's neighbours minus its own.
+      audit: what tools/study/audit.py found about these held-out sets, or None.
+      variants: for the headline claims, the finding on parts of the instances, by name.
+    """
+
+    split: str
+    findings: list[Finding]
+    variants: dict[str, dict[str, Finding]]
+    records: list[Record]
+    neighbours: dict[str, float]
+    ladder: dict[str, Any] | None
+    audit: dict[str, Any] | None
+    margin: float
+
+
+def tuning(records: Sequence[Record]) -> dict[str, list[dict[str, Any]]]:
+    """The trials of every family: what was varied, and the validation loss (None: diverged)."""
+    grids = {family.name: list(family.grid) for family in arms.FAMILIES}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        if record["kind"] == "trial":
+            names = grids.get(record["family"], list(record["settings"]))
+            is_finished = record["status"] == "finished"
+            found.setdefault(record["family"], []).append(
+                {
+                    "settings": {name: record["settings"][name] for name in names},
+                    "validation_loss": round(mean_loss(record), 5) if is_finished else None,
+                }
+            )
+    return found
+
+
+def claims_table(findings: Sequence[Finding]) -> Table:
+    header = ["claim", "source", "verdict", "effect", "95 % interval", "adjusted p", "seeds"]
+    return header, [[f.claim.claim, f.claim.source, _verdict(f), *_figures(f)] for f in findings]
+
+
+def variants_table(report: Report) -> Table:
+    header = ["headline", "on", "effect", "95 % interval", "p", "seeds"]
+    rows = []
+    by_id = {finding.claim.id: finding for finding in report.findings}
+    for name, variants in report.variants.items():
+        for part, finding in {"all instances": by_id[name], **variants}.items():
+            rows.append([name, part, *_figures(finding)])
+    return header, rows
+
+
+def domains_table(report: Report) -> Table:
+    """The effect of the headline claims domain by domain."""
+    headlines = [f for f in report.findings if f.claim.id in HEADLINES and f.effect is not None]
+    domains = sorted({domain for f in headlines if f.effect for domain in f.effect.by_domain})
+    rows = [
+        [f.claim.id, *(_signed(f.effect.by_domain[domain]) for domain in domains)]
+        for f in headlines
+        if f.effect is not None
+    ]
+    return ["headline", *domains], rows
+
+
+def arms_table(report: Report) -> Table:
+    """One row per arm: seeds, mean loss, costs, and how its experts differ."""
+    by_arm: dict[str, list[Record]] = {}
+    for record in report.records:
+        if record["kind"] == "run":
+            by_arm.setdefault(record["arm"], []).append(record)
+    rows = []
+    for arm in (arm.name for arm in arms.ARMS if arm.name in by_arm):
+        finished = [r for r in by_arm[arm] if r["status"] == "finished"]
+        losses = [mean_loss(r, report.split) for r in finished if report.split in r["losses"]]
+        rows.append(
+            [
+                arm,
+                str(len(by_arm[arm])),
+                f"{np.mean(losses):.4f}" if losses else "diverged",
+                f"{np.std(losses, ddof=1):.4f}" if len(losses) > 1 else "",
+                _mean(finished, "flops_per_token", "{:.3g}"),
+                _mean(finished, "step_seconds", "{:.3f}"),
+                _mean(finished, "experts_used", "{:.0%}"),
+                _mean(finished, "expert_cosine", "{:.3f}"),
+            ]
+        )
+    header = ["arm", "seeds", f"{report.split} loss", "s.d. of seeds", "FLOPs a token"]
+    return [*header, "seconds a step", "experts used", "expert cosine"], rows
+
+
+def tuning_table(report: Report) -> Table:
+    """The best trial of every family, and which of its values are the ends of what was tried."""
+    grids = {family.name: family.grid for family in arms.FAMILIES}
+    rows = []
+    for name, trials in tuning(report.records).items():
+        done = [trial for trial in trials if trial["validation_loss"] is not None]
+        if done:
+            best = min(done, key=lambda trial: trial["validation_loss"])
+            settings = ", ".join(f"{key}={value:g}" for key, value in best["settings"].items())
+            ends = [
+                key
+                for key, value in best["settings"].items()
+                if value in (min(grids[name][key]), max(grids[name][key]))
+            ]
+            loss = f"{best['validation_loss']:.4f}"
+            rows.append([name, str(len(trials)), settings, loss, ", ".join(ends)])
+    return ["family", "trials", "best settings", "validation loss", "at an end of its grid"], rows
+
+
+def fair_start_table(report: Report) -> Table:
+    """The neighbours of the dense baseline at full length."""
+    rows = [[name, _signed(value)] for name, value in report.neighbours.items()]
+    return ["dense, changed", "validation loss minus dense's"], rows
+
+
+def ladder_table(report: Report) -> Table:
+    rows = report.ladder["multipliers"] if report.ladder else []
+    return ["width", "experts", "worth a dense model times", "95 % interval"], [
+        [
+            str(row["width"]),
+            str(row["experts"]),
+            f"{row['multiplier']:.2f}",
+            f"{row['interval'][0]:.2f} to {row['interval'][1]:.2f}",
+        ]
+        for row in rows
+    ]
+
+
+def _verdict(finding: Finding) -> str:
+    return f"{finding.verdict} ({finding.reason})" if finding.reason else finding.verdict
+
+
+def _figures(finding: Finding) -> list[str]:
+    effect = finding.effect
+    if effect is None:
+        return ["", "", "", ""]
+    has_interval = not np.isnan(effect.low)
+    return [
+        _signed(effect.mean),
+        f"{_signed(effect.low)} to {_signed(effect.high)}" if has_interval else "",
+        f"{finding.adjusted_p:.2g}" if has_interval else "",
+        str(effect.seeds),
+    ]
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4f}".replace("-", "−")
+
+
+def _mean(records: Sequence[Record], name: str, text: str) -> str:
+    values = [record[name] for record in records if record.get(name) is not None]
+    return text.format(float(np.mean(values))) if values else ""
+
+
+def audit_table(report: Report) -> Table:
+    """How much of the held-out instances was seen in training, by split and domain."""
+    found = report.audit
+    rows = [
+        [
+            split,
+            domain,
+            f"{np.mean(shares):.1%}",
+            f"{np.mean(np.array(shares) >= found['high']):.1%}",
+        ]
+        for split, domains in (found["overlap"] if found else {}).items()
+        for domain, shares in domains.items()
+    ]
+    return ["held-out set", "domain", "13-grams seen in training", "instances with most seen"], rows
