@@ -6,8 +6,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lory_jax.model.attention import Rope, resolve_attention
+from lory_jax.model.attention import resolve_attention
 from lory_jax.model.merged_ffn import resolve_merged_ffn
+from lory_jax.model.rope import Rope
 from lory_jax.model.routing_rules import SPARSE, TOKEN_CHOICE
 
 GATED_PARAMETERS = {"remoe": "l1_weight", "expert_threshold": "threshold"}
