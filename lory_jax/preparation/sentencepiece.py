@@ -5,6 +5,7 @@ is then compared with it on texts on which conversions are known to go wrong, an
 them differs: a tokenizer that is almost right would spoil a run without a sign.
 """
 
+import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,10 +36,8 @@ def load_sentencepiece(path: str | Path) -> Tokenizer:
         neither BPE nor unigram, or the converted tokenizer gives some text other ids.
     """
     try:
-        from sentencepiece import (  # type: ignore[import-not-found]
-            SentencePieceProcessor,
-            sentencepiece_model_pb2,
-        )
+        sentencepiece = importlib.import_module("sentencepiece")
+        protocol = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     except ImportError:
         raise InputError(
             f"{path}: requires the package sentencepiece; pip install sentencepiece"
@@ -48,8 +47,8 @@ def load_sentencepiece(path: str | Path) -> Tokenizer:
     except OSError as error:
         raise InputError(f"{path}: cannot read the tokenizer ({error.strerror})") from None
     try:
-        proto = sentencepiece_model_pb2.ModelProto.FromString(contents)
-        original = SentencePieceProcessor(model_proto=contents)
+        proto = protocol.ModelProto.FromString(contents)
+        original = sentencepiece.SentencePieceProcessor(model_proto=contents)
     except Exception as error:  # the library raises nothing narrower
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not a SentencePiece model ({reason})") from None

@@ -34,6 +34,16 @@ def object_store(scheme: str, cache: Path) -> Iterator[str]:
             yield f"{scheme}://{BUCKET}"
         finally:
             server.stop()
+            forget_connections(scheme)
+
+
+def forget_connections(scheme: str) -> None:
+    """Makes the next store reachable: fsspec and epath keep what is connected to this one."""
+    import fsspec
+    from etils.epath import backend
+
+    fsspec.get_filesystem_class(scheme).clear_instance_cache()
+    backend.fsspec_backend._get_filesystem.cache_clear()
 
 
 def start_s3(port: int):

@@ -75,4 +75,5 @@ def file_system(address: str) -> Any:
     storage_path(address)  # says what must be installed, or that the scheme is unknown
     import fsspec
 
-    return fsspec.filesystem(address.partition("://")[0])
+    # Without its cache of listings, which would hide that an object changed.
+    return fsspec.filesystem(address.partition("://")[0], use_listings_cache=False)
