@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 
 from lory_jax import cli
-from lory_jax.storage import write_atomically
+from lory_jax.storage import local_path, write_atomically
 
 PAGE, TEXT_PAGE = "analysis.html", "text.html"
 
@@ -22,12 +22,22 @@ PAGE, TEXT_PAGE = "analysis.html", "text.html"
 def main(argv: list[str]) -> None:
     parser = cli.Parser("analyze", __doc__)
     add = parser.add_argument
-    add("--workdir", required=True, type=Path, metavar="RUN_DIR", help="the run to analyze")
+    add("--workdir", required=True, type=local_path, metavar="RUN_DIR", help="the run to analyze")
     parser.add_step_flag()
-    add("--out", type=Path, metavar="DIR", help="where to write (default: RUN_DIR/analysis)")
-    add("--data", type=Path, metavar="DIR", help="where the prepared data are, if they were moved")
+    add("--out", type=local_path, metavar="DIR", help="where to write (default: RUN_DIR/analysis)")
+    add(
+        "--data",
+        type=local_path,
+        metavar="DIR",
+        help="where the prepared data are, if they were moved",
+    )
     add("--seed", type=int, default=0, help="seed of the random halves of a domain (default: 0)")
-    add("--text", type=Path, metavar="FILE", help="show which experts each segment of FILE uses")
+    add(
+        "--text",
+        type=local_path,
+        metavar="FILE",
+        help="show which experts each segment of FILE uses",
+    )
     args = parser.parse(argv)
     out = args.out or args.workdir / "analysis"
     if args.text:

@@ -1,6 +1,7 @@
 """What every command shares at the command line: the `--config` flags and errors as one line."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -68,6 +69,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parses flags; `args.config` becomes the loaded and validated ConfigDict."""
+        for word in argv:
+            if any("\ud800" <= character <= "\udfff" for character in word):
+                self.error(f"got {word!r}, must be text in UTF-8")
         plain, overrides = _split_overrides(argv)
         _flags.update(self._option_string_actions)
         args = self.parse_args(plain)
@@ -114,7 +118,7 @@ def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, st
 def read_text(path: Path, flag: str) -> str:
     """A UTF-8 file that a flag names; `InputError` if it cannot be read."""
     try:
-        return path.read_text("utf-8")
+        return path.read_text("utf-8-sig")
     except OSError as error:
         raise InputError(f"{flag}: {path}: cannot read it ({error.strerror})") from None
     except UnicodeDecodeError:
@@ -133,6 +137,8 @@ def print_error(error: InputError) -> None:
 
 def run(main: Callable[[list[str]], None]) -> None:
     """Runs a command: `InputError`s become one line on standard error and their exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
     try:
         with interrupts.raised():
             main(sys.argv[1:])
@@ -145,3 +151,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     except BrokenPipeError:  # the reader of our output went away, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:  # a disk that is full, read-only or gone, a file that is not ours
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        sys.exit(InputError.status)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lory_jax import cli
 from lory_jax.errors import ConfigError
-from lory_jax.storage import write_atomically
+from lory_jax.storage import local_path, write_atomically
 
 
 def main(argv: list[str]) -> None:
@@ -29,11 +29,16 @@ def main(argv: list[str]) -> None:
     )
     add(
         "--out",
-        type=Path,
+        type=local_path,
         default=Path("comparison"),
         help="path without suffix; writes OUT.json and OUT.html (default: comparison)",
     )
-    add("--data", type=Path, metavar="DIR", help="where the prepared data are, if they were moved")
+    add(
+        "--data",
+        type=local_path,
+        metavar="DIR",
+        help="where the prepared data are, if they were moved",
+    )
     write_report(parser.parse(argv))
 
 

@@ -8,14 +8,20 @@ how the fields fit together. Every mistake raises a `ConfigError` with a one-lin
 import difflib
 import importlib.util
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections.config_dict import ConfigDict, RequiredValueError
 
+from lory_jax.config_checks import (
+    check_model,
+    check_phases,
+    check_segments,
+    check_sparse,
+    check_train,
+)
 from lory_jax.errors import ConfigError
-from lory_jax.model.routing_rules import EXPERT_CHOICE, GATED, SPARSE, TOKEN_CHOICE
 from lory_jax.schema import (
     SCHEMA,
     Field,
@@ -31,6 +37,7 @@ __all__ = [
     "SCHEMA",
     "Field",
     "base_config",
+    "check_model_fields",
     "describe_fields",
     "fields_where",
     "find_field",
@@ -201,9 +208,12 @@ def validate(config: ConfigDict) -> None:
                 value = None
             if not field.check(value):
                 raise ConfigError(_wrong(f"{section}.{name}", value, field.accepts))
-    _check_model(config.model)
-    _check_sparse(config.model, config.train)
-    _check_train(config.train)
+    check_model(config.model)
+    check_segments(config.model)
+    check_sparse(config.model, config.train)
+    check_train(config.train)
+    if config.model.num_experts:
+        check_phases(config.train)
     data = config.data
     held_out = data.validation_fraction + data.test_fraction + data.confirmation_fraction
     if held_out > 0.5:
@@ -211,6 +221,17 @@ def validate(config: ConfigDict) -> None:
             "config.data.validation_fraction + test_fraction + confirmation_fraction: got "
             f"{held_out}; must be at most 0.5"
         )
+
+
+def check_model_fields(fields: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` unless each field of `config.model` is usable, and all fit together.
+
+    For the config of a run, whose fields may be those of an earlier version.
+    """
+    for name, field in SCHEMA["model"].items():
+        if not field.check(fields[name]):
+            raise ConfigError(_wrong(f"model.{name}", fields[name], field.accepts))
+    check_model(ConfigDict({name: fields[name] for name in SCHEMA["model"]}))
 
 
 def _check_names(config: ConfigDict) -> None:
@@ -231,85 +252,3 @@ def _check_names(config: ConfigDict) -> None:
                 raise ConfigError(
                     f"config.{section}.{name}: missing; start the recipe from base_config()"
                 )
-
-
-def _check_model(model: ConfigDict) -> None:
-    if model.segment_length > model.sequence_length:
-        raise ConfigError(
-            f"config.model.segment_length: got {model.segment_length}; must be at most "
-            f"config.model.sequence_length ({model.sequence_length})"
-        )
-    if model.embed_dim % model.num_heads or (model.embed_dim // model.num_heads) % 2:
-        raise ConfigError(
-            f"config.model.num_heads: got {model.num_heads}; must be a divisor of "
-            f"config.model.embed_dim ({model.embed_dim}) that leaves an even head width"
-        )
-    if model.num_kv_heads and model.num_heads % model.num_kv_heads:
-        raise ConfigError(
-            f"config.model.num_kv_heads: got {model.num_kv_heads}; must be a divisor of "
-            f"config.model.num_heads ({model.num_heads}), or 0 for as many"
-        )
-    if model.document_mask and model.bos_id >= model.vocab_size:
-        raise ConfigError(
-            f"config.model.bos_id: got {model.bos_id}; must be below config.model.vocab_size "
-            f"({model.vocab_size})"
-        )
-    if model.rope_low_frequency_factor >= model.rope_high_frequency_factor:
-        raise ConfigError(
-            f"config.model.rope_low_frequency_factor: got {model.rope_low_frequency_factor}; must "
-            "be less than config.model.rope_high_frequency_factor "
-            f"({model.rope_high_frequency_factor})"
-        )
-
-
-def _check_train(train: ConfigDict) -> None:
-    if train.global_batch_size % train.microbatches:
-        raise ConfigError(
-            f"config.train.microbatches: got {train.microbatches}; must be a divisor of "
-            f"config.train.global_batch_size ({train.global_batch_size})"
-        )
-    if train.beta1 >= 1 or train.beta2 >= 1:
-        raise ConfigError(
-            f"config.train.beta1, beta2: got {train.beta1}, {train.beta2}; must be below 1"
-        )
-
-
-def _check_sparse(model: ConfigDict, train: ConfigDict) -> None:
-    """Checks what only the sparse baselines need; a dense model (no experts) ignores it."""
-    if not model.num_experts:
-        return
-    if model.balancing == "loss_free" and model.routing not in TOKEN_CHOICE:
-        raise ConfigError(
-            "config.model.balancing: got 'loss_free'; must be auxiliary with "
-            f"config.model.routing={model.routing}; loss_free requires one of "
-            f"{', '.join(TOKEN_CHOICE)}"
-        )
-    if model.routing not in SPARSE:
-        return
-    factor, experts = model.capacity_factor, model.num_experts
-    choices = TOKEN_CHOICE.get(model.routing, max(1, round(factor)))
-    if model.routing in GATED:
-        choices = model.experts_per_token
-    if choices > experts:
-        raise ConfigError(
-            f"config.model.num_experts: got {experts}; must be at least {choices}, the experts per "
-            f"token of config.model.routing={model.routing}"
-        )
-    if model.routing == "remoe" and not model.router_init_scale:
-        raise ConfigError(
-            "config.model.router_init_scale: got 0.0; must be above 0 with "
-            "config.model.routing=remoe, whose gates would stay 0"
-        )
-    if not factor:
-        raise ConfigError("config.model.capacity_factor: got 0.0; must be above 0")
-    if model.routing in EXPERT_CHOICE and model.first_segment_routing == "uniform":
-        raise ConfigError(
-            "config.model.first_segment_routing: got 'uniform'; must be self with "
-            f"config.model.routing={model.routing}: equal weights leave experts nothing to choose"
-        )
-    rows = train.global_batch_size // train.microbatches
-    if model.routing_group and rows % model.routing_group:
-        raise ConfigError(
-            f"config.model.routing_group: got {model.routing_group}; must be a divisor of {rows}, "
-            "the sequences of a microbatch, or 0"
-        )

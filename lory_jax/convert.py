@@ -6,9 +6,8 @@
 `to-hf --help` and `from-hf --help` explain their flags; docs/interchange.md has examples.
 """
 
-from pathlib import Path
-
 from lory_jax import cli
+from lory_jax.storage import local_path
 
 
 def main(argv: list[str]) -> None:
@@ -25,18 +24,18 @@ def to_hf(argv: list[str]) -> None:
         "by exactly one of --prompt, --text and --domain; a dense model needs none of them.",
     )
     add = parser.add_argument
-    add("--workdir", required=True, type=Path, help="the run directory of train")
+    add("--workdir", required=True, type=local_path, help="the run directory of train")
     parser.add_step_flag()
-    add("--out", required=True, type=Path, metavar="DIR", help="the directory to make")
+    add("--out", required=True, type=local_path, metavar="DIR", help="the directory to make")
     routed_by = parser.add_mutually_exclusive_group()
     routed_by.add_argument("--prompt", metavar="TEXT", help="merge as generation from it would")
     routed_by.add_argument(
-        "--text", type=Path, metavar="FILE", help="merge by a text file of any length"
+        "--text", type=local_path, metavar="FILE", help="merge by a text file of any length"
     )
     routed_by.add_argument(
         "--domain", metavar="NAME", help="merge by the mean routing of its validation documents"
     )
-    add("--data", type=Path, metavar="DIR", help="where the prepared data are now, if moved")
+    add("--data", type=local_path, metavar="DIR", help="where the prepared data are now, if moved")
     add(
         "--dtype",
         choices=("float32", "bfloat16"),
@@ -76,10 +75,12 @@ def from_hf(argv: list[str]) -> None:
         "--init_from=RUN_DIR continues training from it.",
     )
     add = parser.add_argument
-    add("--hf", required=True, type=Path, metavar="DIR", help="the LLaMA directory")
-    add("--workdir", required=True, type=Path, help="the run directory to make")
+    add("--hf", required=True, type=local_path, metavar="DIR", help="the LLaMA directory")
+    add("--workdir", required=True, type=local_path, help="the run directory to make")
     add("--experts", type=int, default=0, help="expert FFNs per layer; 0 (default) stays dense")
     add("--seed", type=int, default=0, help="seed of the router (default: 0)")
+    add("--bos_id", type=int, help="the token that begins a document (default: as its files say)")
+    add("--eos_id", type=int, help="the token that ends a document (default: as its files say)")
     args = parser.parse(argv)
     for flag, value in (("--experts", args.experts), ("--seed", args.seed)):
         if value < 0:
@@ -88,7 +89,7 @@ def from_hf(argv: list[str]) -> None:
     # Imported here, after the flags are checked, so that the command line answers fast.
     from lory_jax.conversion import runs
 
-    runs.import_llama(args.hf, args.workdir, args.experts, args.seed)
+    runs.import_llama(args.hf, args.workdir, args.experts, args.seed, args.bos_id, args.eos_id)
     print(f"wrote {args.workdir}")
 
 

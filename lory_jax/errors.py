@@ -3,11 +3,21 @@
 Raise them with a message that names the thing, what was found, and what is accepted.
 """
 
+LONGEST_MESSAGE = 1500  # characters
+
 
 class InputError(ValueError):
-    """An input cannot be used: a missing directory, an empty corpus, a damaged file."""
+    """An input cannot be used: a missing directory, an empty corpus, a damaged file.
+
+    Its message is one line, whatever it quotes.
+    """
 
     status = 1
+
+    def __init__(self, message: str):
+        line = " ".join(message.splitlines())
+        cut = len(line) > LONGEST_MESSAGE
+        super().__init__(line[: LONGEST_MESSAGE - 3] + "..." if cut else line)
 
 
 class ConfigError(InputError):

@@ -24,7 +24,7 @@ from typing import Any
 from lory_jax import cli
 from lory_jax.errors import InputError
 from lory_jax.evaluation.tables import report_text
-from lory_jax.storage import check_writable, storage_path, write_atomically
+from lory_jax.storage import check_writable, local_path, storage_path, write_atomically
 
 NO_SPLIT = "none"
 
@@ -161,7 +161,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     add("--batch_size", type=int, help="rows at a time (default: as in training; for tasks: 16)")
     add(
         "--perplexity_sets",
-        type=Path,
+        type=local_path,
         metavar="DIR",
         help="also measure perplexity on texts of your own: DIR/NAME.jsonl, or text files in "
         "DIR/NAME/",
@@ -192,17 +192,22 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         help="tasks to run, separated by commas: lory_paper, tasks of that group, others that "
         "lm-evaluation-harness knows, or files (task.yaml)",
     )
-    add("--include_path", type=Path, metavar="DIR", help="a directory of more task files (.yaml)")
+    add(
+        "--include_path",
+        type=local_path,
+        metavar="DIR",
+        help="a directory of more task files (.yaml)",
+    )
     add("--limit", type=int, metavar="N", help="use only the first N documents of each task")
     add(
         "--tasks_data",
-        type=Path,
+        type=local_path,
         metavar="DIR",
         help="documents of the tasks (default: from the Hugging Face hub)",
     )
     add(
         "--fetch_tasks",
-        type=Path,
+        type=local_path,
         metavar="DIR",
         help="write the documents of --tasks to DIR, and exit",
     )

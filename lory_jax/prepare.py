@@ -9,11 +9,10 @@ and ends. Interrupted or killed, the same command resumes.
 
 import argparse
 import os
-from pathlib import Path
 from typing import Any
 
 from lory_jax.cli import Parser, run
-from lory_jax.storage import is_remote, storage_path
+from lory_jax.storage import is_remote, local_path, storage_path
 
 
 def main(argv: list[str]) -> None:
@@ -40,13 +39,22 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument(
         "--tokenizer",
+        type=local_path,
         metavar="FILE",
         help="use this tokenizer.json, or SentencePiece .model, instead of training one",
     )
+    for name in ("bos", "eos"):
+        parser.add_argument(
+            f"--{name}_id",
+            type=int,
+            metavar="ID",
+            help=f"the special token of --tokenizer that {'begins' if name == 'bos' else 'ends'} a "
+            "document (default: as config.json beside it says, or by its usual name)",
+        )
     parser.add_argument(
         "--encoder",
         metavar="DIR",
-        type=Path,
+        type=local_path,
         help="embed documents with this BERT sentence encoder, such as Contriever (a directory "
         "with config.json, model.safetensors and tokenizer.json), not by latent semantic analysis",
     )
@@ -66,8 +74,10 @@ def main(argv: list[str]) -> None:
     from lory_jax.preparation.statistics import preparation_summary
 
     out = args.out if is_remote(args.out) else args.out.resolve()
-    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
-    sources = args.source or ["python"]
+    tokenizer = None
+    if args.tokenizer:
+        tokenizer = load_tokenizer(args.tokenizer, args.bos_id, args.eos_id)
+    sources = [os.path.expanduser(source) for source in args.source or ["python"]]
     settings = make_settings(
         args.config, sources, args.order, tokenizer, _reading(args), args.encoder
     )

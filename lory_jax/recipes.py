@@ -27,7 +27,10 @@ def resolve(spec: str) -> str:
     """
     name, colon, argument = spec.partition(":")
     is_name = "/" not in name and not name.endswith(".py")
-    path = directory() / f"{name}.py" if is_name else Path(name)
+    try:
+        path = directory() / f"{name}.py" if is_name else Path(name).expanduser()
+    except RuntimeError:  # the ~ of an unknown user
+        path = Path(name)
     if path.is_file():
         return f"{path}{colon}{argument}"
     near = difflib.get_close_matches(name if is_name else path.stem, names(), n=1)

@@ -5,101 +5,45 @@ This is the only place that lists fields. Other code asks: `find_field`, `fields
 """
 
 import difflib
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 from lory_jax.data.mixture import is_mixture
 from lory_jax.errors import ConfigError
+from lory_jax.fields import (
+    Field,
+    all_may_change,
+    bool_field,
+    choice_field,
+    float_field,
+    int_field,
+)
 from lory_jax.model.routing_rules import MERGED, SPARSE
-
-LARGEST_INTEGER = 2**63 - 1  # what NumPy, JAX and the data pipeline can hold
-
-
-@dataclass(frozen=True)
-class Field:
-    """One config field.
-
-    Attributes:
-      default: its value where a recipe sets none.
-      meaning: what it means, with its unit.
-      accepts: what values it accepts, as the end of a sentence that begins with "must be".
-      check: whether it accepts a value.
-      is_architecture: whether trained parameters mean something else, or do not fit, if it differs.
-      may_change: whether a run may be resumed with another value, because the field decides how
-        the run is computed, logged or saved, not what is computed.
-      is_size: whether every saved config has it; a config without it is damaged, not old.
-    """
-
-    default: Any
-    meaning: str
-    accepts: str
-    check: Callable[[Any], bool]
-    is_architecture: bool = False
-    may_change: bool = False
-    is_size: bool = False
-
-
-def _int(default: int, meaning: str, low: int, **properties: bool) -> Field:
-    def check(value: Any) -> bool:
-        return type(value) is int and low <= value <= LARGEST_INTEGER
-
-    return Field(default, meaning, f"an integer of at least {low}", check, **properties)
-
-
-def _float(
-    default: float,
-    meaning: str,
-    low: float,
-    high: float = sys.float_info.max,
-    **properties: bool,
-) -> Field:
-    is_bounded = high < sys.float_info.max
-    accepts = (
-        f"a number from {low:g} to {high:g}" if is_bounded else f"a number of at least {low:g}"
-    )
-
-    def check(value: Any) -> bool:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return is_number and low <= value <= high
-
-    return Field(default, meaning, accepts, check, **properties)
-
-
-def _choice(meaning: str, *choices: str, **properties: bool) -> Field:
-    def check(value: Any) -> bool:
-        return isinstance(value, str) and value in choices
-
-    return Field(choices[0], meaning, "one of " + ", ".join(choices), check, **properties)
-
-
-def _bool(default: bool, meaning: str, **properties: bool) -> Field:
-    return Field(
-        default, meaning, "true or false", lambda value: isinstance(value, bool), **properties
-    )
-
-
-def _all_may_change(fields: dict[str, Field]) -> dict[str, Field]:
-    """A section whose every field may change when a run is resumed."""
-    return {name: replace(field, may_change=True) for name, field in fields.items()}
-
 
 SCHEMA: dict[str, dict[str, Field]] = {
     "model": {
-        "vocab_size": _int(
+        "vocab_size": int_field(
             32_000, "tokens in the vocabulary", 259, is_architecture=True, is_size=True
         ),
-        "num_layers": _int(24, "transformer layers", 1, is_architecture=True, is_size=True),
-        "embed_dim": _int(1024, "model width D", 2, is_architecture=True, is_size=True),
-        "num_heads": _int(16, "attention heads H", 1, is_architecture=True, is_size=True),
-        "num_kv_heads": _int(
+        "num_layers": int_field(24, "transformer layers", 1, is_architecture=True, is_size=True),
+        "embed_dim": int_field(1024, "model width D", 2, is_architecture=True, is_size=True),
+        "num_heads": int_field(16, "attention heads H", 1, is_architecture=True, is_size=True),
+        "num_kv_heads": int_field(
             0,
             "heads of keys and values G; 0 means as many as num_heads",
             0,
             is_architecture=True,
         ),
-        "mlp_dim": _int(
+        "head_dim": int_field(
+            0, "width K of a head; 0 means embed_dim / num_heads", 0, is_architecture=True
+        ),
+        "attention_bias": choice_field(
+            "biases of attention: none, of queries, keys and values (Qwen2), or all four",
+            "none",
+            "qkv",
+            "all",
+            is_architecture=True,
+        ),
+        "mlp_dim": int_field(
             2816,
             "hidden width F of the FFN, and of each expert",
             1,
@@ -107,94 +51,120 @@ SCHEMA: dict[str, dict[str, Field]] = {
             is_size=True,
         ),
         # Not architecture: a run with experts may start from the parameters of a dense model.
-        "num_experts": _int(8, "expert FFNs per layer E; 0 is the dense baseline", 0, is_size=True),
-        "sequence_length": _int(4096, "tokens per training instance L", 1, is_size=True),
-        "segment_length": _int(256, "tokens per routing segment T", 1, is_size=True),
-        "routing": _choice(
+        "num_experts": int_field(
+            8, "expert FFNs per layer E; 0 is the dense baseline", 0, is_size=True
+        ),
+        "sequence_length": int_field(4096, "tokens per training instance L", 1, is_size=True),
+        "segment_length": int_field(256, "tokens per routing segment T", 1, is_size=True),
+        "routing": choice_field(
             "causal is Lory; the others are baselines (docs/baselines.md)", *MERGED, *SPARSE
         ),
-        "first_segment_routing": _choice(
+        "first_segment_routing": choice_field(
             "routing of segment 1: by its own mean (the paper) or 1/E each (strictly causal)",
             "self",
             "uniform",
         ),
-        "capacity_factor": _float(
+        "capacity_factor": float_field(
             1.0,
             "sparse baselines: total expert slots divided by total token-expert assignments",
             0.0,
         ),
-        "experts_per_token": _int(
+        "experts_per_token": int_field(
             1, "remoe, expert_threshold: experts per token that training aims at", 1
         ),
-        "routing_group": _int(
+        "routing_group": int_field(
             0,
             "sparse baselines: sequences that compete for slots; 0 means a whole microbatch",
             0,
         ),
-        "balancing": _choice(
+        "balancing": choice_field(
             "where tokens choose experts, what balances the load: a loss, or a bias per expert "
             "that is adjusted after each step",
             "auxiliary",
             "loss_free",
         ),
-        "load_balancing_weight": _float(
+        "load_balancing_weight": float_field(
             0.01,
             "balancing=auxiliary: weight of the load-balancing loss, summed over layers",
             0.0,
         ),
-        "balancing_rate": _float(
+        "balancing_rate": float_field(
             1e-3, "balancing=loss_free: how far a step moves the bias of an expert", 0.0
         ),
-        "router_init_scale": _float(
+        "router_init_scale": float_field(
             0.23, "the router is initialised from N(0, (scale/sqrt(D))^2)", 0.0
         ),
-        "ffn_init_scale": _float(
+        "ffn_init_scale": float_field(
             1.0,
             "a dense FFN's matrices are initialised with the standard deviation scale/sqrt(fan-in)",
             0.0,
         ),
-        "expert_init_scale": _float(
+        "expert_init_scale": float_field(
             1.0, "the same for experts that are trained from scratch, without dense warm-up", 0.0
         ),
-        "tie_embeddings": _bool(
+        "tie_embeddings": bool_field(
             False, "the output head is the transposed embedding", is_architecture=True
         ),
-        "rope_theta": _float(
+        "rope_theta": float_field(
             10_000.0, "base of the rotary position embedding", 1.0, is_architecture=True
         ),
-        "rope_scaling": _choice(
-            "which rotary frequencies are scaled down: none, all, or the low ones (Llama 3.1)",
+        "rope_scaling": choice_field(
+            "which rotary frequencies are scaled down: none, all, or the low ones (Llama 3.1, "
+            "YaRN); dynamic is none, and scales beyond sequence_length after an export",
             "none",
             "linear",
             "llama3",
+            "yarn",
+            "dynamic",
             is_architecture=True,
         ),
-        "rope_factor": _float(
+        "rope_factor": float_field(
             1.0, "what rope_scaling divides the frequencies by", 1.0, is_architecture=True
         ),
-        "rope_low_frequency_factor": _float(
+        "rope_low_frequency_factor": float_field(
             1.0,
             "llama3: wavelengths above rope_original_length / this value are scaled in full",
             1e-6,
             is_architecture=True,
         ),
-        "rope_high_frequency_factor": _float(
+        "rope_high_frequency_factor": float_field(
             4.0,
             "llama3: wavelengths below rope_original_length / this value are not scaled",
             1e-6,
             is_architecture=True,
         ),
-        "rope_original_length": _int(
-            8192, "llama3: sequence length before scaling", 1, is_architecture=True
+        "rope_original_length": int_field(
+            8192, "llama3, yarn: sequence length before scaling", 1, is_architecture=True
         ),
-        "norm_epsilon": _float(
+        "rope_beta_fast": float_field(
+            32.0,
+            "yarn: pairs that turn more often within rope_original_length are not scaled",
+            1e-6,
+            is_architecture=True,
+        ),
+        "rope_beta_slow": float_field(
+            1.0,
+            "yarn: pairs that turn less often within rope_original_length are scaled in full",
+            1e-6,
+            is_architecture=True,
+        ),
+        "rope_attention_factor": float_field(
+            0.0,
+            "yarn: what queries and keys are multiplied by; 0 means 0.1 ln(rope_factor) + 1",
+            0.0,
+            is_architecture=True,
+        ),
+        "rope_truncate": bool_field(
+            True, "yarn: the border pairs are rounded to whole ones", is_architecture=True
+        ),
+        "norm_epsilon": float_field(
             1e-5, "added to the mean square in RMSNorm", 0.0, 1.0, is_architecture=True
         ),
-        "compute_dtype": _choice("type of matrix products", "bfloat16", "float32"),
-        "remat": _choice(
+        "compute_dtype": choice_field("type of matrix products", "bfloat16", "float32"),
+        "remat": choice_field(
             "what the backward pass recomputes per layer", "none", "full", "dots", may_change=True
         ),
-        "attention": _choice(
+        "attention": choice_field(
             "auto is cudnn on GPUs (xla with document_mask, which cudnn cannot compute), splash on "
             "TPUs, else xla",
             "auto",
@@ -203,7 +173,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
             "splash",
             may_change=True,
         ),
-        "merged_ffn": _choice(
+        "merged_ffn": choice_field(
             "auto is kernel on TPUs if it fits, whole on CPUs, else blocks",
             "auto",
             "einsum",
@@ -211,111 +181,115 @@ SCHEMA: dict[str, dict[str, Field]] = {
             "blocks",
             "kernel",
         ),
-        "attention_sharding": _choice(
+        "attention_sharding": choice_field(
             "what is split over the mesh axis tensor: sequences, or heads (for more devices than "
             "sequences)",
             "batch",
             "heads",
             may_change=True,
         ),
-        "document_mask": _bool(
+        "document_mask": bool_field(
             False, "attention stays inside documents, each of which begins at a BOS"
         ),
-        "bos_id": _int(0, "document_mask: the id of BOS, as the tokenizer has it", 0),
-        "scan_layers": _bool(True, "scan over the layers rather than unroll them"),
+        "bos_id": int_field(0, "document_mask: the id of BOS, as the tokenizer has it", 0),
+        "scan_layers": bool_field(True, "scan over the layers rather than unroll them"),
     },
     "train": {
-        "steps": _int(1000, "optimiser steps", 1),
-        "global_batch_size": _int(256, "instances per step over all devices", 1),
-        "microbatches": _int(
+        "steps": int_field(1000, "optimiser steps", 1),
+        "global_batch_size": int_field(256, "instances per step over all devices", 1),
+        "microbatches": int_field(
             1, "parts of a batch whose gradients are accumulated", 1, may_change=True
         ),
-        "seed": _int(0, "seed of initialisation and of the data order", 0),
-        "learning_rate": _float(2e-4, "peak learning rate", 0.0),
-        "warmup_fraction": _float(0.05, "share of the steps with linear warm-up", 0.0, 1.0),
-        "final_learning_rate_fraction": _float(
+        "seed": int_field(0, "seed of initialisation and of the data order", 0),
+        "learning_rate": float_field(2e-4, "peak learning rate", 0.0),
+        "warmup_fraction": float_field(0.05, "share of the steps with linear warm-up", 0.0, 1.0),
+        "final_learning_rate_fraction": float_field(
             0.1, "final learning rate divided by the peak", 0.0, 1.0
         ),
-        "dense_warmup_fraction": _float(
+        "dense_warmup_fraction": float_field(
             0.05, "share of the steps that train the dense model before upcycling", 0.0, 1.0
         ),
-        "upcycle_redraw": _float(
+        "upcycle_redraw": float_field(
             0.0,
             "share of every expert's entries drawn anew when the dense FFN is copied "
             "(Drop-Upcycling)",
             0.0,
             1.0,
         ),
-        "beta1": _float(0.9, "AdamW: decay of the first moment", 0.0, 1.0),
-        "beta2": _float(0.95, "AdamW: decay of the second moment", 0.0, 1.0),
-        "epsilon": _float(1e-8, "AdamW: added to the root of the second moment", 0.0),
-        "first_moment_dtype": _choice("AdamW: type of the first moment", "float32", "bfloat16"),
-        "weight_decay": _float(0.1, "AdamW: decoupled decay of matrices (not of norms)", 0.0),
-        "clip_norm": _float(1.0, "largest global gradient norm; 0 turns clipping off", 0.0),
-        "log_every_steps": _int(10, "steps between console lines", 1, may_change=True),
-        "validate_every_steps": _int(100, "steps between validations", 1, may_change=True),
-        "validation_batches": _int(
+        "beta1": float_field(0.9, "AdamW: decay of the first moment", 0.0, 1.0),
+        "beta2": float_field(0.95, "AdamW: decay of the second moment", 0.0, 1.0),
+        "epsilon": float_field(1e-8, "AdamW: added to the root of the second moment", 0.0),
+        "first_moment_dtype": choice_field(
+            "AdamW: type of the first moment", "float32", "bfloat16"
+        ),
+        "weight_decay": float_field(0.1, "AdamW: decoupled decay of matrices (not of norms)", 0.0),
+        "clip_norm": float_field(1.0, "largest global gradient norm; 0 turns clipping off", 0.0),
+        "log_every_steps": int_field(10, "steps between console lines", 1, may_change=True),
+        "validate_every_steps": int_field(100, "steps between validations", 1, may_change=True),
+        "validation_batches": int_field(
             8, "batches per domain in a validation inside the loop", 1, may_change=True
         ),
-        "max_skipped_steps": _int(
+        "max_skipped_steps": int_field(
             10,
             "consecutive steps with a NaN or infinite loss or gradient that stop the run",
             1,
             may_change=True,
         ),
     },
-    "checkpoint": _all_may_change(
+    "checkpoint": all_may_change(
         {
-            "every_steps": _int(1000, "steps between checkpoints", 1),
-            "every_minutes": _float(
+            "every_steps": int_field(1000, "steps between checkpoints", 1),
+            "every_minutes": float_field(
                 0.0, "also save a checkpoint after this many minutes; 0 turns this off", 0.0
             ),
-            "keep": _int(2, "newest checkpoints to keep", 1),
-            "keep_best": _int(0, "also keep this many checkpoints of lowest validation loss", 0),
-            "keep_every_steps": _int(
+            "keep": int_field(2, "newest checkpoints to keep", 1),
+            "keep_best": int_field(
+                0, "also keep this many checkpoints of lowest validation loss", 0
+            ),
+            "keep_every_steps": int_field(
                 0, "also keep checkpoints at multiples of this many steps; 0 turns this off", 0
             ),
         }
     ),
-    "parallel": _all_may_change(
+    "parallel": all_may_change(
         {
-            "data": _int(1, "devices on the mesh axis data", 1),
-            "fsdp": _int(0, "devices on the mesh axis fsdp; 0 means all that remain", 0),
-            "tensor": _int(1, "devices on the mesh axis tensor", 1),
+            "data": int_field(1, "devices on the mesh axis data", 1),
+            "fsdp": int_field(0, "devices on the mesh axis fsdp; 0 means all that remain", 0),
+            "tensor": int_field(1, "devices on the mesh axis tensor", 1),
         }
     ),
     # Read by `prepare`; a run is bound to its data by the hash of their manifest.
-    "data": _all_may_change(
+    "data": all_may_change(
         {
-            "min_document_bytes": _int(200, "shorter documents are dropped", 1),
-            "max_document_bytes": _int(100_000, "longer documents are cut into pieces", 1),
-            "max_domain_bytes": _int(0, "bytes kept per domain; 0 keeps all", 0),
-            "validation_fraction": _float(
+            "min_document_bytes": int_field(200, "shorter documents are dropped", 1),
+            "max_document_bytes": int_field(100_000, "longer documents are cut into pieces", 1),
+            "max_domain_bytes": int_field(0, "bytes kept per domain; 0 keeps all", 0),
+            "validation_fraction": float_field(
                 0.04, "share of each domain's bytes for validation", 0, 0.5
             ),
-            "test_fraction": _float(0.06, "share of each domain's bytes for test", 0, 0.5),
-            "confirmation_fraction": _float(
+            "test_fraction": float_field(0.06, "share of each domain's bytes for test", 0, 0.5),
+            "confirmation_fraction": float_field(
                 0.0,
                 "share of each domain's bytes for a second test set, which only the final table of "
                 "a study reads",
                 0,
                 0.5,
             ),
-            "embedding_dim": _int(256, "dimensions of the document embedding", 2),
-            "num_neighbors": _int(20, "neighbours per document in the similarity graph", 1),
-            "tokenizer_sample_bytes": _int(
+            "embedding_dim": int_field(256, "dimensions of the document embedding", 2),
+            "num_neighbors": int_field(20, "neighbours per document in the similarity graph", 1),
+            "tokenizer_sample_bytes": int_field(
                 20_000_000, "bytes of training text that the tokenizer is trained on", 1
             ),
-            "instances_per_shard": _int(8192, "instances in one ArrayRecord file", 1),
-            "shard_documents": _int(
+            "shard_documents": int_field(
                 200_000, "training documents that are put in order together, at most", 2
             ),
-            "drop_near_duplicates": _bool(
+            "drop_near_duplicates": bool_field(
                 True, "leave out documents that repeat a neighbour almost word for word"
             ),
-            "eval_instances": _int(
+            "eval_instances": int_field(
                 0, "instances of each domain in each held-out set; 0 keeps all", 0
             ),
+            "instances_per_shard": int_field(8192, "instances in one ArrayRecord file", 1),
         }
     )
     | {

@@ -6,6 +6,7 @@ docs/storage.md says which part of a run requires a local copy, and why.
 import argparse
 import errno
 import fcntl
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -38,7 +39,7 @@ def storage_path(text: str | Path) -> Path:
     """
     head, separator, _ = str(text).partition("://")
     if not separator:
-        return Path(text)
+        return local_path(text)
     scheme = head.rpartition(",")[2]  # of the first address of several: "A,gs://B"
     if scheme not in PACKAGES:
         raise UnusablePath(
@@ -51,6 +52,20 @@ def storage_path(text: str | Path) -> Path:
     from etils import epath
 
     return cast(Path, epath.Path(str(text)))
+
+
+def local_path(text: str | Path) -> Path:
+    """Returns a local path; a flag's `type`. A shell leaves the ~ of --flag=~/x as it is.
+
+    Raises:
+      UnusablePath: it is empty, holds a null character, or begins with the ~ of an unknown user.
+    """
+    try:
+        if not str(text) or "\0" in str(text):
+            raise UnusablePath(f"got {str(text)!r}, must be the path of a file or directory")
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UnusablePath(f"got {str(text)!r}, which names the home of an unknown user") from None
 
 
 def is_remote(path: str | Path) -> bool:
@@ -121,19 +136,34 @@ class Staging:
     """A temporary directory in the cache directory.
 
     It is removed by `close`, or when this object is deleted. If the process is killed, the next
-    `Staging` of the same kind removes it.
+    `Staging` of the same kind removes it, unless it has a name: then the next one of that name
+    finds what is in it.
     """
 
-    def __init__(self, kind: str):
+    def __init__(self, kind: str, name: str | None = None):
+        """Makes the directory; `name` may be any text, such as an address.
+
+        Raises:
+          InputError: another process uses the name.
+        """
         parent = cache_directory() / kind
         parent.mkdir(parents=True, exist_ok=True)
-        for leftover in sorted(parent.glob("*.lock")):
+        for leftover in sorted(parent.glob("tmp*.lock")):
             _remove_if_abandoned(leftover)
-        descriptor, name = tempfile.mkstemp(suffix=".lock", dir=parent)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        self.directory = Path(name).with_suffix("")
-        self.directory.mkdir()
-        self.close = weakref.finalize(self, _remove, Path(name), descriptor)
+        if name is None:
+            descriptor, path = tempfile.mkstemp(suffix=".lock", dir=parent)
+        else:
+            digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+            path = str(parent / f"kept-{digest}.lock")
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise InputError(f"{name}: another process of this machine writes it") from None
+        self.directory = Path(path).with_suffix("")
+        self.directory.mkdir(exist_ok=name is not None)
+        self.close = weakref.finalize(self, _remove, Path(path), descriptor)
 
 
 def _remove(lock: Path, descriptor: int) -> None:

@@ -1,6 +1,5 @@
 """What a finished run holds for a comparison, and whether runs can be compared."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from lory_jax.analysis.routing import ANALYSIS
 from lory_jax.errors import InputError
+from lory_jax.json_text import parse_object
 from lory_jax.model.config import ModelConfig
 from lory_jax.run.directory import RunDirectory
 from lory_jax.run.step_choice import NEWEST
@@ -62,11 +62,11 @@ def _check_step(path: Path, verb: str, result: dict[str, Any], step: int, was: s
 def _read_result(path: Path, verb: str) -> dict[str, Any]:
     """What a command wrote about a run."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        return parse_object(path.read_bytes(), path)
     except FileNotFoundError:
         raise InputError(f"{path}: missing; run {verb} on this run first") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); run {verb} again") from None
+    except InputError as error:
+        raise InputError(f"{error}; run {verb} again") from None
 
 
 def check_comparable(runs: Mapping[str, FinishedRun]) -> None:

@@ -28,6 +28,7 @@ from lory_jax.conversion.llama import (
     is_ignored,
     llama_tensors,
     model_fields,
+    special_ids,
 )
 from lory_jax.conversion.safetensors_files import (
     MAX_SHARD_BYTES,
@@ -38,6 +39,7 @@ from lory_jax.conversion.safetensors_files import (
     write_safetensors,
 )
 from lory_jax.data.manifest import TOKENIZER_NAME
+from lory_jax.data.special_tokens import SpecialTokens
 from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.errors import InputError
 from lory_jax.model.config import ModelConfig
@@ -83,9 +85,7 @@ def write_llama_directory(
     temporary = temporary_sibling(out)
     temporary.mkdir()
     try:
-        write_object(
-            temporary / CONFIG, config_json(model_config, dtype, tokenizer.bos_id, tokenizer.eos_id)
-        )
+        write_object(temporary / CONFIG, config_json(model_config, dtype, tokenizer.special))
         write_object(temporary / GENERATION, _generation_fields(tokenizer))
         (temporary / CARD).write_text(card, encoding="utf-8")
         _write_tokenizer(temporary, tokenizer, model_config.sequence_length)
@@ -130,8 +130,7 @@ def _leaf(params: Params, tensor: Tensor) -> Array:
 
 def _generation_fields(tokenizer: Tokenizer) -> dict[str, Any]:
     return {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
+        **special_ids(tokenizer.special),
         "do_sample": True,
         "temperature": 0.8,
         "top_p": 0.95,
@@ -143,24 +142,30 @@ def _write_tokenizer(directory: Path, tokenizer: Tokenizer, sequence_length: int
 
     Our own tokenizer never asks for special tokens, so its encoding stays the same.
     """
-    tokenizer.save(directory / TOKENIZER_NAME)
-    theirs = tokenizers.Tokenizer.from_file(str(directory / TOKENIZER_NAME))
+    theirs = tokenizers.Tokenizer.from_str(tokenizer.json_text)
     begin, end = theirs.id_to_token(tokenizer.bos_id), theirs.id_to_token(tokenizer.eos_id)
+    json_text = tokenizer.json_text
     if theirs.encode("a").ids != [tokenizer.bos_id, *tokenizer.encode("a")]:
         theirs.post_processor = tokenizers.processors.TemplateProcessing(
             single=[begin, "$A"],
             pair=[begin, "$A", begin, "$B:1"],
             special_tokens=[(begin, tokenizer.bos_id)],
         )
-        theirs.save(str(directory / TOKENIZER_NAME))
+        json_text = theirs.to_str(pretty=True)
+    (directory / TOKENIZER_NAME).write_bytes(json_text.encode())
+    pad_id, template = tokenizer.special.pad_id, tokenizer.special.chat_template
     write_object(
         directory / TOKENIZER_CONFIG,
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": begin,
             "eos_token": end,
+            "pad_token": end if pad_id is None else theirs.id_to_token(pad_id),
+            # Without it, transformers 4 gives generate() token_type_ids, which a LLaMA refuses.
+            "model_input_names": ["input_ids", "attention_mask"],
             "model_max_length": sequence_length,
             "clean_up_tokenization_spaces": False,
+            **({} if template is None else {"chat_template": template}),
         },
     )
 
@@ -176,7 +181,7 @@ def _check_written(directory: Path, model_config: ModelConfig, tokenizer: Tokeni
 
 def _llama_fields(model_config: ModelConfig) -> dict[str, Any]:
     """The fields of a model config that a LLaMA directory determines."""
-    fields = model_fields(config_json(model_config, "float32", 0, 0), CONFIG)
+    fields = model_fields(config_json(model_config, "float32", SpecialTokens(0, (0,))), CONFIG)
     return {name: getattr(model_config, name) for name in fields}
 
 
@@ -226,8 +231,12 @@ class LlamaDirectory:
         return stacked
 
 
-def read_llama_directory(directory: Path) -> LlamaDirectory:
+def read_llama_directory(
+    directory: Path, bos_id: int | None = None, eos_id: int | None = None
+) -> LlamaDirectory:
     """Checks a LLaMA directory; its tensors are read by `LlamaDirectory.params`.
+
+    `bos_id` and `eos_id` override the special tokens that its files declare.
 
     Raises:
       InputError: it is not a LLaMA, lacks a file or a tensor, has a tensor of a wrong shape, uses
@@ -243,7 +252,8 @@ def read_llama_directory(directory: Path) -> LlamaDirectory:
         "segment_length": min(DEFAULT_SEGMENT_LENGTH, max(1, fields["sequence_length"] // 2)),
         "compute_dtype": "float32" if is_float32 else "bfloat16",
     }
-    found = LlamaDirectory(fields, Tokenizer.load(directory / TOKENIZER_NAME), files)
+    tokenizer = Tokenizer.load_foreign(directory / TOKENIZER_NAME, bos_id, eos_id)
+    found = LlamaDirectory(fields | {"bos_id": tokenizer.bos_id}, tokenizer, files)
     _check_tensors(directory, found.model_config, files)
     if found.tokenizer.vocab_size > found.model_config.vocab_size:
         raise InputError(

@@ -10,17 +10,31 @@ from typing import Any
 
 import numpy as np
 
+from lory_jax.conversion.hf_fields import flag, number, size
+from lory_jax.conversion.rope import rope_fields, rope_parameters
+from lory_jax.data.special_tokens import SpecialTokens
 from lory_jax.errors import InputError
 from lory_jax.model.config import ModelConfig
 
-LLAMA_ARCHITECTURE = "LlamaForCausalLM"
+# The families that compute what LLaMA does, but for fields of `config.model`: by model_type, the
+# architecture, and what transformers takes for fields that config.json leaves out.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {"max_position_embeddings": 2048}),
+    "mistral": (
+        "MistralForCausalLM",
+        {"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096},
+    ),
+    "qwen2": (
+        "Qwen2ForCausalLM",
+        {"max_position_embeddings": 32_768, "num_key_value_heads": 32, "sliding_window": 4096},
+    ),
+}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-# Options of LLaMA's config that the model does not have, with the value that turns each off. A
+# Options of their configs that the model does not have, with the value that turns each off. A
 # field that is not here (dropout, cache settings) does not change the logits.
 PLAIN_VALUES: dict[str, Any] = {
     "hidden_act": "silu",
-    "attention_bias": False,
     "mlp_bias": False,
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
@@ -50,24 +64,25 @@ class Tensor:
     def stored_shape(self) -> tuple[int, ...]:
         """The shape in the safetensors files."""
         if not self.inputs:
-            return self.shape
+            return (math.prod(self.shape),) if self.name.endswith(".bias") else self.shape
         return math.prod(self.shape[self.inputs :]), math.prod(self.shape[: self.inputs])
 
     def store(self, w: np.ndarray) -> np.ndarray:
         """Converts our parameter of one layer to the layout of the files."""
         # safetensors writes the buffer as it is: a transposed view would come out in wrong order.
-        return np.ascontiguousarray(w.reshape(self.stored_shape[::-1]).T if self.inputs else w)
+        w = w.reshape(self.stored_shape[::-1]).T if self.inputs else w.reshape(self.stored_shape)
+        return np.ascontiguousarray(w)
 
     def restore(self, stored: np.ndarray) -> np.ndarray:
         """The inverse of `store`."""
-        return stored.T.reshape(self.shape) if self.inputs else stored
+        return (stored.T if self.inputs else stored).reshape(self.shape)
 
 
 def llama_tensors(model_config: ModelConfig) -> list[Tensor]:
     """Every tensor of a dense model, in the order of the forward pass."""
     V, D, F = model_config.vocab_size, model_config.embed_dim, model_config.mlp_dim
     H, G = model_config.num_heads, model_config.kv_heads
-    K = D // H
+    K = model_config.head_width
     layer = [
         ("input_layernorm", ("attention_norm",), (D,), 0),
         ("self_attn.q_proj", ("attention", "query"), (D, H, K), 1),
@@ -86,9 +101,29 @@ def llama_tensors(model_config: ModelConfig) -> list[Tensor]:
             for y in range(model_config.num_layers)
             for name, path, shape, inputs in layer
         ),
+        *(
+            Tensor(f"model.layers.{y}.self_attn.{name}.bias", path, y, shape, 0)
+            for y in range(model_config.num_layers)
+            for name, path, shape in _biases(model_config)
+        ),
         Tensor("model.norm.weight", ("final_norm",), None, (D,), 0),
         *([] if model_config.tie_embeddings else [Tensor(HEAD, ("head",), None, (D, V), 1)]),
     ]
+
+
+def _biases(
+    model_config: ModelConfig,
+) -> list[tuple[str, tuple[str, ...], tuple[int, ...]]]:
+    """The biases of a layer's attention: Hugging Face's name, our path and our shape."""
+    D, H, G = model_config.embed_dim, model_config.num_heads, model_config.kv_heads
+    K = model_config.head_width
+    biases: list[tuple[str, tuple[str, ...], tuple[int, ...]]] = [
+        ("q_proj", ("layers", "attention", "query_bias"), (H, K)),
+        ("k_proj", ("layers", "attention", "key_bias"), (G, K)),
+        ("v_proj", ("layers", "attention", "value_bias"), (G, K)),
+        ("o_proj", ("layers", "attention", "output_bias"), (D,)),
+    ]
+    return biases[: {"none": 0, "qkv": 3, "all": 4}[model_config.attention_bias]]
 
 
 def is_ignored(name: str) -> bool:
@@ -99,19 +134,24 @@ def is_ignored(name: str) -> bool:
 # ---------------------------------------------------------------- config.json
 
 
-def config_json(model_config: ModelConfig, dtype: str, bos_id: int, eos_id: int) -> dict[str, Any]:
-    """The contents of config.json for a model whose tensors are stored as `dtype`."""
+def config_json(model_config: ModelConfig, dtype: str, special: SpecialTokens) -> dict[str, Any]:
+    """The contents of config.json for a model whose tensors are stored as `dtype`.
+
+    The model is a LLaMA, unless its biases are those of Qwen2, which LLaMA does not have.
+    """
     rope = rope_parameters(model_config)
+    family = "qwen2" if model_config.attention_bias == "qkv" else "llama"
+    own = {"use_sliding_window": False} if family == "qwen2" else {"mlp_bias": False}
     return {
-        "architectures": [LLAMA_ARCHITECTURE],
-        "model_type": "llama",
+        "architectures": [FAMILIES[family][0]],
+        "model_type": family,
         "vocab_size": model_config.vocab_size,
         "hidden_size": model_config.embed_dim,
         "intermediate_size": model_config.mlp_dim,
         "num_hidden_layers": model_config.num_layers,
         "num_attention_heads": model_config.num_heads,
         "num_key_value_heads": model_config.kv_heads,
-        "head_dim": model_config.embed_dim // model_config.num_heads,
+        "head_dim": model_config.head_width,
         "hidden_act": "silu",
         "max_position_embeddings": model_config.sequence_length,
         "rms_norm_eps": model_config.norm_epsilon,
@@ -119,13 +159,22 @@ def config_json(model_config: ModelConfig, dtype: str, bos_id: int, eos_id: int)
         "rope_theta": model_config.rope_theta,
         "rope_parameters": rope | {"rope_theta": model_config.rope_theta},
         **({} if model_config.rope_scaling == "none" else {"rope_scaling": rope}),
-        "attention_bias": False,
-        "mlp_bias": False,
+        "attention_bias": model_config.attention_bias != "none",
+        **own,
         "tie_word_embeddings": model_config.tie_embeddings,
-        "bos_token_id": bos_id,
-        "eos_token_id": eos_id,
+        **special_ids(special),
         "dtype": dtype,
         "torch_dtype": dtype,
+    }
+
+
+def special_ids(special: SpecialTokens) -> dict[str, Any]:
+    """The special tokens by Hugging Face's names; without a token of its own, EOS pads."""
+    eos_ids = special.eos_ids
+    return {
+        "bos_token_id": special.bos_id,
+        "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else list(eos_ids),
+        "pad_token_id": eos_ids[0] if special.pad_id is None else special.pad_id,
     }
 
 
@@ -137,115 +186,78 @@ def model_fields(contents: Mapping[str, Any], name: str) -> dict[str, Any]:
     Raises:
       InputError: the architecture is not LLaMA, or uses an option that the model does not have.
     """
-    _check_architecture(contents, name)
+    family, contents = _with_defaults(contents, name)
     for field, plain in PLAIN_VALUES.items():
-        if contents.get(field, plain) != plain:
-            raise InputError(f"{name}: {field}: got {contents[field]!r}; must be {plain!r}")
-    embed_dim = _size(contents, "hidden_size", name)
-    num_heads = _size(contents, "num_attention_heads", name)
-    if embed_dim % num_heads:
-        raise InputError(
-            f"{name}: num_attention_heads: got {num_heads}; must be a divisor of hidden_size "
-            f"({embed_dim})"
-        )
-    head_dim = embed_dim // num_heads
-    if _size(contents, "head_dim", name, head_dim) != head_dim:
-        raise InputError(f"{name}: head_dim: got {contents['head_dim']}; must be {head_dim}")
-    kv_heads = _size(contents, "num_key_value_heads", name, num_heads)
+        value = contents.get(field)
+        if value is not None and value != plain:
+            raise InputError(f"{name}: {field}: got {value!r}; must be {plain!r}")
+    embed_dim = size(contents, "hidden_size", name)
+    num_heads = size(contents, "num_attention_heads", name)
+    head_dim = _head_dim(contents, embed_dim, num_heads, name)
+    kv_heads = size(contents, "num_key_value_heads", name, num_heads)
     if num_heads % kv_heads:
         raise InputError(
             f"{name}: num_key_value_heads: got {kv_heads}; must be a divisor of "
             f"num_attention_heads ({num_heads})"
         )
-    tied = contents.get("tie_word_embeddings") or False
-    if not isinstance(tied, bool):
-        raise InputError(f"{name}: tie_word_embeddings: got {tied!r}; must be true or false")
+    length = size(contents, "max_position_embeddings", name)
+    layers = size(contents, "num_hidden_layers", name)
+    _check_window(contents, family, layers, length, name)
+    bias = {"llama": "all" if flag(contents, "attention_bias", name) else "none", "qwen2": "qkv"}
     return {
-        "vocab_size": _size(contents, "vocab_size", name),
-        "num_layers": _size(contents, "num_hidden_layers", name),
+        "vocab_size": size(contents, "vocab_size", name),
+        "num_layers": layers,
         "embed_dim": embed_dim,
         "num_heads": num_heads,
         "num_kv_heads": 0 if kv_heads == num_heads else kv_heads,
-        "tie_embeddings": tied,
-        "mlp_dim": _size(contents, "intermediate_size", name),
-        "sequence_length": _size(contents, "max_position_embeddings", name, 2048),
-        "norm_epsilon": _number(contents, "rms_norm_eps", name, 1e-6),
-        **_rope_fields(contents, name),
+        "head_dim": 0 if head_dim * num_heads == embed_dim else head_dim,
+        "attention_bias": bias.get(family, "none"),
+        "tie_embeddings": flag(contents, "tie_word_embeddings", name),
+        "mlp_dim": size(contents, "intermediate_size", name),
+        "sequence_length": length,
+        "norm_epsilon": number(contents, "rms_norm_eps", name, 1e-6),
+        **rope_fields(contents, length, name),
     }
 
 
-def _check_architecture(contents: Mapping[str, Any], name: str) -> None:
-    architectures = contents.get("architectures") or [LLAMA_ARCHITECTURE]
-    if contents.get("model_type") != "llama" or LLAMA_ARCHITECTURE not in architectures:
+def _with_defaults(contents: Mapping[str, Any], name: str) -> tuple[str, dict[str, Any]]:
+    """The family of a model, and its fields with what transformers takes for missing ones."""
+    kind = contents.get("model_type")
+    family = kind if isinstance(kind, str) else ""
+    architecture, defaults = FAMILIES.get(family, ("", {}))
+    architectures = contents.get("architectures") or [architecture]
+    if not isinstance(architectures, list) or architecture not in architectures:
+        accepted = ", ".join(f"{kind!r} [{name!r}]" for kind, (name, _) in FAMILIES.items())
         raise InputError(
-            f"{name}: got model_type {contents.get('model_type')!r}, architectures "
-            f"{architectures}; must be 'llama', [{LLAMA_ARCHITECTURE!r}]"
+            f"{name}: got model_type {kind!r}, architectures {architectures}; must be one of "
+            f"{accepted}"
         )
+    return family, {**defaults, **contents}
 
 
-# Hugging Face's names for the fields of rope scaling, our names, and the rope types that read them.
-ROPE_SCALING = {
-    "factor": ("rope_factor", ("linear", "llama3")),
-    "low_freq_factor": ("rope_low_frequency_factor", ("llama3",)),
-    "high_freq_factor": ("rope_high_frequency_factor", ("llama3",)),
-    "original_max_position_embeddings": ("rope_original_length", ("llama3",)),
-}
-
-
-def rope_parameters(model_config: ModelConfig) -> dict[str, Any]:
-    """The rope type and its parameters, under Hugging Face's names."""
-    kind = model_config.rope_scaling
-    if kind == "none":
-        return {"rope_type": "default"}
-    read = {theirs: ours for theirs, (ours, kinds) in ROPE_SCALING.items() if kind in kinds}
-    values = {theirs: getattr(model_config, ours) for theirs, ours in read.items()}
-    return {"rope_type": kind} | values
-
-
-def _rope_fields(contents: Mapping[str, Any], name: str) -> dict[str, Any]:
-    # As in transformers 5, rope_scaling (the older name) wins; either may hold the base or omit it.
-    field = "rope_scaling" if contents.get("rope_scaling") else "rope_parameters"
-    rope = contents.get(field) or {}
-    if not isinstance(rope, Mapping):
-        raise InputError(f"{name}: {field}: got {rope!r}; must be an object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "linear", "llama3"):
+def _head_dim(contents: Mapping[str, Any], embed_dim: int, num_heads: int, name: str) -> int:
+    if contents.get("head_dim") is None and embed_dim % num_heads:
         raise InputError(
-            f"{name}: {field}: got rope_type {kind!r}; must be 'default', 'linear' or 'llama3'"
+            f"{name}: num_attention_heads: got {num_heads}; must be a divisor of hidden_size "
+            f"({embed_dim}) where there is no head_dim"
         )
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+    head_dim = size(contents, "head_dim", name, embed_dim // num_heads)
+    if head_dim % 2:
+        raise InputError(f"{name}: head_dim: got {head_dim}; must be even")
+    return head_dim
+
+
+def _check_window(
+    contents: Mapping[str, Any], family: str, layers: int, length: int, name: str
+) -> None:
+    """Raises `InputError` if a sliding window hides some of the `length` positions."""
+    if family == "llama" or contents.get("sliding_window") is None:
+        return
+    if family == "qwen2" and not flag(contents, "use_sliding_window", name):
+        return
+    window = size(contents, "sliding_window", name)
+    if window < length:
         raise InputError(
-            f"{name}: {field}.partial_rotary_factor: got {rope['partial_rotary_factor']}; must be "
-            "1.0"
+            f"{name}: sliding_window: got {window}; must be null or cover "
+            f"max_position_embeddings ({length}): the model attends to all positions"
         )
-    theta = _number(contents, "rope_theta", name, 10_000.0)
-    fields: dict[str, Any] = {"rope_theta": _number(rope, "rope_theta", name, theta)}
-    if kind == "default":
-        return fields
-    inside = f"{name}: {field}"
-    for theirs, (ours, kinds) in ROPE_SCALING.items():
-        if kind not in kinds:
-            continue
-        if ours == "rope_original_length":
-            fields[ours] = _size(rope, theirs, inside)
-        else:
-            fields[ours] = _number(rope, theirs, inside)
-    return fields | {"rope_scaling": kind}
-
-
-def _size(contents: Mapping[str, Any], field: str, name: str, default: int | None = None) -> int:
-    value = contents.get(field)
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{name}: {field}: got {value!r}; must be a positive integer")
-    return value
-
-
-def _number(
-    contents: Mapping[str, Any], field: str, name: str, default: float | None = None
-) -> float:
-    value = contents.get(field)
-    value = default if value is None else value
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-        raise InputError(f"{name}: {field}: got {value!r}; must be a positive number")
-    return float(value)

@@ -60,14 +60,23 @@ def export_run(
     write_llama_directory(out, config, params, model.tokenizer, card, dtype=dtype)
 
 
-def import_llama(hf: Path, workdir: Path, experts: int = 0, seed: int = 0) -> None:
+def import_llama(
+    hf: Path,
+    workdir: Path,
+    experts: int = 0,
+    seed: int = 0,
+    bos_id: int | None = None,
+    eos_id: int | None = None,
+) -> None:
     """Imports a LLaMA directory as a run at step 0, upcycled to `experts` unless that is 0.
+
+    `bos_id` and `eos_id` override the special tokens that its files declare.
 
     Raises:
       InputError: the directory is malformed or not a LLaMA, or `workdir` exists.
     """
     check_absent(workdir)
-    directory = read_llama_directory(hf)
+    directory = read_llama_directory(hf, bos_id, eos_id)
     start_process()
     write_start(workdir, directory, experts, seed, make_mesh(data=1, fsdp=0, tensor=1))
 

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from lory_jax.console import progress
 from lory_jax.errors import InputError
+from lory_jax.json_text import parse_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -82,10 +83,12 @@ class TensorFiles:
         weight_map = read_object(path).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{path}: has no weight_map")
-        for file in dict.fromkeys(weight_map.values()):
+        for file in weight_map.values():
             # The index is external input: it must not make us read outside the directory.
-            if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+            is_name = isinstance(file, str) and file.isprintable() and Path(file).name == file
+            if not is_name or file in ("", ".", ".."):
                 raise InputError(f"{path}: names {file!r}; must name files in its own directory")
+        for file in dict.fromkeys(weight_map.values()):
             held = set(self._open(file).keys())
             wanted = {name for name, where in weight_map.items() if where == file}
             if missing := sorted(wanted - held):
@@ -161,14 +164,11 @@ def _no_weights(directory: Path) -> str:
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; `InputError` if it is missing or something else."""
     try:
-        contents = json.loads(path.read_text("utf-8"))
+        return parse_object(path.read_bytes(), path)
     except FileNotFoundError:
         raise InputError(f"{path}: missing") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(contents, dict):
-        raise InputError(f"{path}: not a JSON object")
-    return contents
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def write_object(path: Path, contents: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from lory_jax.data.instances import token_dtype
 from lory_jax.errors import InputError
+from lory_jax.json_text import parse_json
 from lory_jax.storage import is_inside
 
 MANIFEST_NAME = "manifest.json"
@@ -63,7 +64,7 @@ class Manifest:
             directory.
         """
         try:
-            fields = json.loads(contents.decode("utf-8"))
+            fields = parse_json(contents, path)
             version = fields.pop("format_version")
             manifest = cls(**fields)
             _check_types(manifest)
@@ -155,16 +156,20 @@ def write_origins(directory: Path, origins: list[str]) -> None:
 
 
 def domain_directory(domain: str) -> str:
-    """Returns the directory name of a domain: percent-encoded, so it is safe and reversible."""
+    """Returns the directory name of a domain: percent-encoded, so that it is safe.
+
+    No two domains share one. A name that is too long for a file system is cut; the hash of the
+    domain follows, after a "%" that no encoded name can hold there.
+    """
+    if not domain:
+        raise InputError("domain: got an empty name, must have at least one character")
     name = quote(domain, safe="+")
     if name.startswith("."):
         name = "%2E" + name[1:]
-    if not 0 < len(name) <= LONGEST_DIRECTORY_NAME:
-        raise InputError(
-            f"domain {domain[:40]!r}: its directory name has {len(name)} characters, "
-            f"must have 1 to {LONGEST_DIRECTORY_NAME}"
-        )
-    return name
+    if len(name) <= LONGEST_DIRECTORY_NAME:
+        return name
+    digest = hashlib.sha256(domain.encode()).hexdigest()[:32]
+    return f"{name[: LONGEST_DIRECTORY_NAME - 40]}%sha256-{digest}"
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

@@ -95,7 +95,7 @@ class PreparedData:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the data; raises `InputError` unless it is the one in the manifest."""
-        tokenizer = Tokenizer.load(self.local_files(TOKENIZER_NAME) / TOKENIZER_NAME)
+        tokenizer = Tokenizer.load(self.local_files("tokenizer") / TOKENIZER_NAME)
         expected = self.manifest.files.get(TOKENIZER_NAME, {}).get("sha256")
         if tokenizer.sha256 != expected:
             raise InputError(

@@ -66,7 +66,7 @@ def largest_error(
 def attention_error(model_config: ModelConfig, mesh: Mesh) -> float:
     """Compares the attention of this platform with attention over the full matrix of scores."""
     L = min(model_config.sequence_length, MAX_LENGTH)
-    heads, head_width = model_config.num_heads, model_config.embed_dim // model_config.num_heads
+    heads, head_width = model_config.num_heads, model_config.head_width
     shape = (mesh.size, L, heads, head_width)
 
     def whole(*arrays: Array) -> Array:

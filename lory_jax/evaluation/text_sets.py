@@ -10,7 +10,7 @@ import numpy as np
 from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.errors import InputError
 from lory_jax.preparation.packing import cut_instances, tokenize
-from lory_jax.preparation.sources.corpus import read_directory
+from lory_jax.preparation.sources.corpus import read_documents
 
 
 def read_sets(
@@ -28,7 +28,7 @@ def read_sets(
     if not directory.is_dir():
         raise InputError(f"perplexity_sets: got {directory}, must be an existing directory")
     texts: dict[str, list[str]] = {}
-    for document in read_directory(directory):
+    for document in read_documents([str(directory)]):
         texts.setdefault(document.domain, []).append(document.text)
     if not texts:
         raise InputError(f"{directory}: no text; must hold NAME.jsonl, or text files in NAME/")

@@ -110,7 +110,7 @@ class GrowingText:
         if self.is_done:
             return ""
         self._tokens_left -= 1
-        is_end = token == self._tokenizer.eos_id
+        is_end = token in self._tokenizer.eos_ids
         data = b"" if is_end else self._tokenizer.decode_bytes([token])
         self.is_done = is_end or self._tokens_left == 0
         text = self._held + self._decoder.decode(data, final=self.is_done)

@@ -14,8 +14,6 @@ Letters: B batch, L queries, M keys, D model, H heads of queries, G heads of key
 R = H / G, K head width.
 """
 
-import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -25,6 +23,7 @@ from jax import Array
 
 from lory_jax.errors import ConfigError
 from lory_jax.model.parameters import Initializer
+from lory_jax.model.rope import Rope, rotate
 from lory_jax.parallel import on_mesh, partition_spec
 
 SPLASH_BLOCK = 512  # queries and keys per tile; the smallest that fills a v5e's matrix unit
@@ -66,47 +65,6 @@ def resolve_attention(choice: str, platform: str, dtype: str, document_mask: boo
             "config.model.document_mask=True; must be xla with it on a GPU"
         )
     return choice
-
-
-@dataclass(frozen=True)
-class Rope:
-    """The rotary embedding's settings; `lory_jax.schema` declares the meaning of each."""
-
-    theta: float
-    scaling: str
-    factor: float
-    low_frequency_factor: float
-    high_frequency_factor: float
-    original_length: int
-
-    def frequencies(self, head_width: int) -> Array:
-        """Radians per position of each of the K/2 pairs, float32.
-
-        "linear" divides all of them by `factor`. "llama3" (Llama 3.1) divides those with a
-        wavelength above original_length / low_frequency_factor, keeps those with a wavelength below
-        original_length / high_frequency_factor, and interpolates in between.
-        """
-        frequency_K2 = self.theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
-        if self.scaling == "none":
-            return frequency_K2
-        if self.scaling == "linear":
-            return frequency_K2 / self.factor
-        if self.scaling != "llama3":
-            raise ValueError(f"scaling: got {self.scaling!r}; must be none, linear or llama3")
-        low, high = self.low_frequency_factor, self.high_frequency_factor
-        turns_K2 = self.original_length * frequency_K2 / (2 * math.pi)
-        kept_K2 = jnp.clip((turns_K2 - low) / (high - low), 0.0, 1.0)
-        return frequency_K2 * (kept_K2 + (1 - kept_K2) / self.factor)
-
-
-def rotate(x_BxLxHxK: Array, positions_BxL: Array, rope: Rope) -> Array:
-    """Rotary embedding in the half-rotation form; `positions_BxL` are integers from 0."""
-    frequency_1x1x1xK2 = rope.frequencies(x_BxLxHxK.shape[-1])[None, None, None]
-    angle_BxLx1xK2 = positions_BxL[:, :, None, None].astype(jnp.float32) * frequency_1x1x1xK2
-    cos, sin = jnp.cos(angle_BxLx1xK2), jnp.sin(angle_BxLx1xK2)
-    first, second = jnp.split(x_BxLxHxK.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BxLxHxK.dtype)
 
 
 def attend(query: Array, key: Array, value: Array, mask: Array) -> Array:
@@ -278,11 +236,13 @@ class Attention(nnx.Module):
         embed_dim: int,
         num_heads: int,
         num_kv_heads: int,
+        head_width: int,
         output_scale: float,
+        bias: str = "none",
         heads_on_tensor: bool = False,
     ):
-        D, H, G = embed_dim, num_heads, num_kv_heads
-        K = D // H
+        """`bias` is "none", "qkv" (queries, keys and values) or "all" (the output, too)."""
+        D, H, G, K = embed_dim, num_heads, num_kv_heads, head_width
         width = "embed" if heads_on_tensor else "attention_embed"
         heads = "tensor_heads" if heads_on_tensor else "heads"
         # Heads of keys have their own axis only if their number is a field that messages can name.
@@ -293,19 +253,33 @@ class Attention(nnx.Module):
         self.output = init.matrix(
             (H, K, D), (heads, "head_dim", width), fan_in=D, scale=output_scale
         )
+        self.bias = bias
+        if bias != "none":
+            self.query_bias = init.constant((H, K), (heads, "head_dim"), 0.0)
+            self.key_bias = init.constant((G, K), (kv_heads, "head_dim"), 0.0)
+            self.value_bias = init.constant((G, K), (kv_heads, "head_dim"), 0.0)
+        if bias == "all":
+            self.output_bias = init.constant((D,), ("norm",), 0.0)
 
     def project(self, x_BxLxD: Array, positions_BxL: Array, rope: Rope) -> tuple[Array, ...]:
         """Queries `[B, L, H, K]`, keys (both rotated) and values `[B, L, G, K]`."""
 
-        def apply(w: nnx.Param) -> Array:
-            return jnp.einsum("bld,dhk->blhk", x_BxLxD, w[...].astype(x_BxLxD.dtype))
+        def apply(name: str) -> Array:
+            w_DxHxK = getattr(self, name)[...].astype(x_BxLxD.dtype)
+            y_BxLxHxK = jnp.einsum("bld,dhk->blhk", x_BxLxD, w_DxHxK)
+            if self.bias == "none":
+                return y_BxLxHxK
+            bias_HxK = getattr(self, f"{name}_bias")[...].astype(x_BxLxD.dtype)
+            return y_BxLxHxK + bias_HxK[None, None]
 
-        query_BxLxHxK = rotate(apply(self.query), positions_BxL, rope)
-        key_BxLxGxK = rotate(apply(self.key), positions_BxL, rope)
-        return query_BxLxHxK, key_BxLxGxK, apply(self.value)
+        query_BxLxHxK = rotate(apply("query"), positions_BxL, rope)
+        key_BxLxGxK = rotate(apply("key"), positions_BxL, rope)
+        return query_BxLxHxK, key_BxLxGxK, apply("value")
 
     def combine(self, values_BxLxHxK: Array) -> Array:
         """The output projection: `[B, L, H, K]` to `[B, L, D]`."""
-        return jnp.einsum(
-            "blhk,hkd->bld", values_BxLxHxK, self.output[...].astype(values_BxLxHxK.dtype)
-        )
+        dtype = values_BxLxHxK.dtype
+        y_BxLxD = jnp.einsum("blhk,hkd->bld", values_BxLxHxK, self.output[...].astype(dtype))
+        if self.bias != "all":
+            return y_BxLxD
+        return y_BxLxD + self.output_bias[...].astype(dtype)[None, None]

@@ -6,8 +6,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lory_jax.model.attention import Rope, resolve_attention
+from lory_jax.model.attention import resolve_attention
 from lory_jax.model.merged_ffn import resolve_merged_ffn
+from lory_jax.model.rope import Rope
 from lory_jax.model.routing_rules import SPARSE, TOKEN_CHOICE
 
 GATED_PARAMETERS = {"remoe": "l1_weight", "expert_threshold": "threshold"}
@@ -26,6 +27,8 @@ class ModelConfig:
     embed_dim: int
     num_heads: int
     num_kv_heads: int
+    head_dim: int
+    attention_bias: str
     mlp_dim: int
     num_experts: int
     sequence_length: int
@@ -48,6 +51,10 @@ class ModelConfig:
     rope_low_frequency_factor: float
     rope_high_frequency_factor: float
     rope_original_length: int
+    rope_beta_fast: float
+    rope_beta_slow: float
+    rope_attention_factor: float
+    rope_truncate: bool
     norm_epsilon: float
     compute_dtype: str
     remat: str
@@ -69,9 +76,10 @@ class ModelConfig:
         attention = resolve_attention(
             fields["attention"], platform, fields["compute_dtype"], fields["document_mask"]
         )
-        # 0 and num_heads mean the same; only 0 is stored, so that equal models have equal configs.
-        grouped = fields["num_kv_heads"]
+        # 0 stands for a default that could be spelled out, so that equal models have equal configs.
+        grouped, width = fields["num_kv_heads"], fields["head_dim"]
         num_kv_heads = 0 if grouped == fields["num_heads"] else grouped
+        head_dim = 0 if width * fields["num_heads"] == fields["embed_dim"] else width
         ffn = fields["merged_ffn"]
         if fields["num_experts"]:
             ffn = resolve_merged_ffn(
@@ -82,13 +90,19 @@ class ModelConfig:
                 fields["num_experts"],
                 jnp.dtype(fields["compute_dtype"]).itemsize,
             )
-        resolved = {"attention": attention, "merged_ffn": ffn, "num_kv_heads": num_kv_heads}
+        resolved = {"attention": attention, "merged_ffn": ffn}
+        resolved |= {"num_kv_heads": num_kv_heads, "head_dim": head_dim}
         return cls(**{**fields, **resolved})
 
     @property
     def kv_heads(self) -> int:
         """Heads of keys and values G."""
         return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_width(self) -> int:
+        """The width K of a head."""
+        return self.head_dim or self.embed_dim // self.num_heads
 
     @property
     def rope(self) -> Rope:
@@ -100,6 +114,10 @@ class ModelConfig:
             self.rope_low_frequency_factor,
             self.rope_high_frequency_factor,
             self.rope_original_length,
+            self.rope_beta_fast,
+            self.rope_beta_slow,
+            self.rope_attention_factor,
+            self.rope_truncate,
         )
 
     @property

@@ -1,9 +1,9 @@
 """Parameters and FLOPs of a model by one stated convention, and the peak of known devices.
 
 Training costs 6 FLOPs per token and parameter of a matrix product (2 forward, 4 backward), plus
-12 * layers * D * L for attention over a whole sequence (PaLM's convention: causality not deducted),
-plus the merge: 6 * 3 * E * D * F per layer and segment (paper, appendix B), spread over T tokens.
-The uniform merge happens once per step and is left out.
+12 * layers * H * K * L for attention over a whole sequence (PaLM's convention: causality is not
+deducted), plus the merge: 6 * 3 * E * D * F per layer and segment (paper, appendix B), spread over
+T tokens. The uniform merge happens once per step and is left out.
 Recomputation by remat is not counted. A token of a sparse baseline passes through k experts, or as
 many as the capacity factor says where experts choose, or as `experts_per_token` says where tokens
 have gates (which is what training aims at, not what sparse/gated.py computes: all experts); dropped
@@ -51,7 +51,7 @@ def flops_per_token(config: ModelConfig) -> float:
     D, F, Y = config.embed_dim, config.mlp_dim, config.num_layers
     ffn = 3 * D * F * _chosen(config)
     matmul = config.vocab_size * D + Y * (_attention_parameters(config) + ffn)
-    attention = 12 * Y * D * config.sequence_length
+    attention = 12 * Y * config.num_heads * config.head_width * config.sequence_length
     if not config.is_sparse:
         merge = 0 if config.routing == "uniform" else _merge_flops(config)
         return 6 * matmul + attention + merge
@@ -92,8 +92,9 @@ def _merge_flops(config: ModelConfig) -> float:
 
 def _attention_parameters(config: ModelConfig) -> int:
     """Attention parameters of one layer; keys and values have only their own number of heads."""
-    D = config.embed_dim
-    return 2 * D * D + 2 * D * D * config.kv_heads // config.num_heads
+    D, H, G, K = config.embed_dim, config.num_heads, config.kv_heads, config.head_width
+    biases = {"none": 0, "qkv": (H + 2 * G) * K, "all": (H + 2 * G) * K + D}
+    return 2 * D * (H + G) * K + biases[config.attention_bias]
 
 
 def peak_flops(device_kind: str) -> float | None:

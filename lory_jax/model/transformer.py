@@ -45,7 +45,14 @@ class Block(nnx.Module):
         self.attention_norm = init.ones((D,), ("norm",))
         heads_on_tensor = config.attention_sharding == "heads"
         self.attention = Attention(
-            init, D, config.num_heads, config.kv_heads, output_scale, heads_on_tensor
+            init,
+            D,
+            config.num_heads,
+            config.kv_heads,
+            config.head_width,
+            output_scale,
+            config.attention_bias,
+            heads_on_tensor,
         )
         self.ffn_norm = init.ones((D,), ("norm",))
         kind = SparseFFN if config.is_sparse else MergedFFN if config.num_experts else DenseFFN

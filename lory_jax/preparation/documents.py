@@ -40,11 +40,18 @@ def join_pieces(pieces: Iterable[str], enough_bytes: int) -> Iterator[str]:
 
 def split_long(text: str, max_bytes: int) -> Iterator[str]:
     """Cuts text longer than `max_bytes` at empty lines, else at line ends, else anywhere."""
-    while len(text.encode()) > max_bytes:
-        head = text.encode()[:max_bytes].decode(errors="ignore")
+    start = 0
+    while start < len(text):
+        # A character has at least one byte, so nothing further on can matter to this piece: the
+        # time grows in proportion to the text.
+        encoded = text[start : start + max_bytes + 1].encode()
+        if len(encoded) <= max_bytes:
+            yield text[start:]
+            return
+        head = encoded[:max_bytes].decode(errors="ignore") or text[start]
         border = max(head.rfind("\n\n", len(head) // 2), 0) or max(head.rfind("\n"), 0)
-        cut = border or len(head)
-        yield text[:cut]
-        text = text[cut:].lstrip("\n")
-    if text:
-        yield text
+        end = start + (border or len(head))
+        yield text[start:end]
+        while text.startswith("\n", end):
+            end += 1
+        start = end

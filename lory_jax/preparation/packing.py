@@ -13,6 +13,8 @@ from array_record.python import array_record_module
 from lory_jax.console import progress
 from lory_jax.data.instances import INSTANCE_DOMAINS_NAME, token_dtype
 from lory_jax.data.tokenizer import Tokenizer
+from lory_jax.errors import InputError
+from lory_jax.schema import shorten
 
 BATCH_CHARACTERS = 4_000_000
 
@@ -44,20 +46,31 @@ def tokenize(texts: Sequence[str], tokenizer: Tokenizer, label: str) -> Tokenize
     """Encodes documents in batches, so that the whole corpus is never held as Python integers.
 
     `label` is what the progress line says.
+
+    Raises:
+      InputError: the tokenizer has no tokens for some of the text.
     """
     dtype = token_dtype(tokenizer.vocab_size)
     pieces: list[np.ndarray] = [np.empty(0, dtype)]
     lengths = [0]
     batch: list[str] = []
-    characters = 0
+    characters = lost = total = 0
     for i, text in enumerate(progress(texts, len(texts), label)):
         batch.append(text)
         characters += len(text)
         if characters >= BATCH_CHARACTERS or i == len(texts) - 1:
-            for ids in tokenizer.encode_batch(batch):
+            encoded = tokenizer.encode_batch(batch)
+            lost += tokenizer.lost_bytes(batch, encoded)
+            total += sum(len(text.encode()) for text in batch)
+            for ids in encoded:
                 pieces.append(np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype))
                 lengths.append(len(ids) + 2)
             batch, characters = [], 0
+    if lost:
+        raise InputError(
+            f"tokenizer: has no token for {lost:,} of {total:,} bytes ({lost / total:.2%}), which "
+            "would be lost; must encode every text (byte-level, or with byte fallback)"
+        )
     return TokenizedDocuments(np.concatenate(pieces), np.cumsum(lengths, dtype=np.int64))
 
 
@@ -146,18 +159,24 @@ def write_shards(directory: Path, instances_NxL1: np.ndarray, per_shard: int) ->
     """Writes instances as `part-00000-of-00003.array_record`, ... into a new directory.
 
     A record is the raw little-endian tokens of one instance.
+
+    Raises:
+      InputError: a shard cannot be written, for instance because the disk is full.
     """
     directory.mkdir(parents=True)
     num_shards = -(-len(instances_NxL1) // per_shard)
     paths = []
     for shard in range(num_shards):
         path = directory / f"part-{shard:05d}-of-{num_shards:05d}.array_record"
-        # Grain reads single records at random; of larger groups it would discard the rest.
-        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
         rows = instances_NxL1[shard * per_shard : (shard + 1) * per_shard]
         label = f"writing {directory.name}, shard {shard + 1} of {num_shards}"
-        for instance_L1 in progress(rows, len(rows), label, "instances"):
-            writer.write(instance_L1.tobytes())
-        writer.close()
+        try:
+            # Grain reads single records at random; of larger groups it would discard the rest.
+            writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+            for instance_L1 in progress(rows, len(rows), label, "instances"):
+                writer.write(instance_L1.tobytes())
+            writer.close()
+        except RuntimeError as error:  # all that the library raises, whatever the disk said
+            raise InputError(f"{path}: cannot be written ({shorten(str(error))})") from None
         paths.append(path)
     return paths

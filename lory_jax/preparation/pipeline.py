@@ -65,7 +65,7 @@ def make_settings(
         "seed": config.train.seed,
         "sequence_length": config.model.sequence_length,
         "vocab_size": config.model.vocab_size,
-        "tokenizer": tokenizer.sha256 if tokenizer else "trained",
+        "tokenizer": tokenizer.identity if tokenizer else "trained",
         "data": {k: v for k, v in config.data.to_dict().items() if k != "mixture"},
     }
     # Directories of earlier versions have neither of these.
@@ -79,10 +79,10 @@ def make_settings(
     return settings
 
 
-def load_tokenizer(path: str) -> Tokenizer:
-    """Reads a tokenizer.json or a SentencePiece model."""
-    if not path.endswith(".model"):
-        return Tokenizer.load(path)
+def load_tokenizer(path: Path, bos_id: int | None, eos_id: int | None) -> Tokenizer:
+    """Reads a tokenizer.json, whose special tokens may be named by id, or a SentencePiece model."""
+    if path.suffix != ".model":
+        return Tokenizer.load_foreign(path, bos_id, eos_id)
     from lory_jax.preparation.sentencepiece import load_sentencepiece
 
     return load_sentencepiece(path)

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from lory_jax.errors import InputError
 from lory_jax.preparation.documents import Document
 
-FEWEST_ORIGINS = 3
 # An origin joins an evaluation split if it fills no domain beyond this multiple of its share.
 OVERSHOOT = 1.5
 
@@ -28,29 +27,30 @@ def split_by_origin(
     stay what they are without it.
 
     Raises:
-      InputError: a domain has too few origins, at least one for each side.
+      InputError: a domain has fewer origins than there are sides: train, and each held-out set
+        whose fraction is not 0.
     """
-    fewest = FEWEST_ORIGINS + (confirmation_fraction > 0)
     sizes: dict[str, Counter[str]] = defaultdict(Counter)
     totals: Counter[str] = Counter()
     for document in documents:
         size = document.num_bytes
         sizes[document.origin][document.domain] += size
         totals[document.domain] += size
-    num_origins = Counter(domain for of_origin in sizes.values() for domain in of_origin)
-    for domain in sorted(totals):
-        origins = num_origins[domain]
-        if origins < fewest:
-            raise InputError(
-                f"domain {domain!r}: has {origins} origins, requires at least {fewest} "
-                "(packages, directories or sources), one each for train and every held-out set"
-            )
-    order = sorted(sizes, key=lambda origin: hashlib.sha256(f"{seed}:{origin}".encode()).digest())
     fractions = {
         "test": test_fraction,
         "validation": validation_fraction,
         "confirmation": confirmation_fraction,
     }
+    sides = ["train", *(name for name, fraction in fractions.items() if fraction > 0)]
+    num_origins = Counter(domain for of_origin in sizes.values() for domain in of_origin)
+    for domain in sorted(totals):
+        origins = num_origins[domain]
+        if origins < len(sides):
+            raise InputError(
+                f"domain {domain!r}: has {origins} origins, requires at least {len(sides)} "
+                f"(packages, directories or sources), one each for {', '.join(sides)}"
+            )
+    order = sorted(sizes, key=lambda origin: hashlib.sha256(f"{seed}:{origin}".encode()).digest())
     side: dict[str, str] = {}
     for split, fraction in fractions.items():
         if fraction > 0:
@@ -103,13 +103,9 @@ def _fill(
             side[origin] = split
             filled.update(sizes[origin])
     # A domain with only a few big origins may have received none: it gives its smallest.
-    origins: dict[str, list[str]] = defaultdict(list)
-    for origin in order:
-        for domain in sizes[origin]:
-            origins[domain].append(origin)
     for domain in sorted(totals):
         if not filled[domain]:
-            free = [origin for origin in origins[domain] if origin not in side]
+            free = [o for o in order if domain in sizes[o] and o not in side]
             if len(free) < 2:
                 raise InputError(
                     f"domain {domain!r}: shares its origins with other domains, and none is left "

@@ -68,11 +68,10 @@ def check_sizes(
       domains: all of them.
       sequence_length: L.
     """
-    too_few = count_instances(training_tokens, sequence_length) < 1
-    if too_few or num_training_documents < 2:
+    if count_instances(training_tokens, sequence_length) < 1:
         raise InputError(
             f"corpus too small: {num_training_documents} training documents with {training_tokens} "
-            f"tokens, requires at least 2 documents and {sequence_length + 1} tokens; give more "
+            f"tokens, requires at least {sequence_length + 1} tokens; give more "
             "text or lower config.model.sequence_length"
         )
     for split, tokens in held_out_tokens.items():

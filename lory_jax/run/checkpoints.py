@@ -26,6 +26,7 @@ from absl import logging
 from jax import Array
 
 from lory_jax.errors import InputError
+from lory_jax.json_text import parse_object
 from lory_jax.run.mirror import Mirror
 from lory_jax.run.retention import OrbaxPolicy, Retention, best_first
 from lory_jax.run.step_choice import BEST, NEWEST, Step
@@ -101,7 +102,7 @@ class Checkpoints:
         """The meta of a checkpoint, without its state; None if it is damaged."""
         path = self.directory / str(step) / "meta" / "metadata"
         try:
-            return checked_meta(json.loads(path.read_text("utf-8")), step)
+            return checked_meta(parse_object(path.read_bytes(), path), step)
         except (OSError, ValueError):
             return None
 

@@ -3,7 +3,8 @@
 config.json      the config, section by section
 dataset.json     where the prepared data are, and the digest of their manifest; absent where the
                  model was trained elsewhere
-tokenizer.json   a copy of the tokenizer of the prepared data
+tokenizer.json   a copy of the tokenizer of the prepared data, with tokenizer_special.json where its
+                 special tokens were declared
 metrics.jsonl    one JSON object per step
 lock             held by the process that trains
 tensorboard/     the metrics for TensorBoard
@@ -24,11 +25,13 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from lory_jax.config import fields_where, section_defaults
+from lory_jax.config import check_model_fields, fields_where, section_defaults
 from lory_jax.data.manifest import TOKENIZER_NAME
 from lory_jax.data.prepared import PreparedData
+from lory_jax.data.special_tokens import SPECIAL_TOKENS_NAME
 from lory_jax.data.tokenizer import Tokenizer
-from lory_jax.errors import InputError
+from lory_jax.errors import ConfigError, InputError
+from lory_jax.json_text import parse_object
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.transformer import Params, build, init_params
 from lory_jax.parallel import shardings
@@ -121,18 +124,18 @@ class RunDirectory:
     @functools.cached_property
     def model_config(self) -> ModelConfig:
         """The model config of the expert phase, with `auto` resolved for this machine."""
-        missing = [
-            name
-            for name in fields_where("model", is_size=True)
-            if name not in self.config.get("model", {})
-        ]
+        given = self.config.get("model", {})
+        if not isinstance(given, dict):
+            raise InputError(f"{self.config_file}: damaged, model must be a section of fields")
+        missing = [name for name in fields_where("model", is_size=True) if name not in given]
         if missing:
             raise InputError(f"{self.config_file}: damaged, config.model has no {missing[0]}")
         try:
             chosen_here = {"attention": "auto", "merged_ffn": "auto"}
             fields = section_defaults("model") | self.config["model"] | chosen_here
+            check_model_fields(fields)
             return ModelConfig.for_platform(fields, jax.default_backend())
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ConfigError) as error:
             raise InputError(f"{self.config_file}: no usable section model ({error})") from None
 
     @functools.cached_property
@@ -146,19 +149,16 @@ class RunDirectory:
         if self.config_file.exists() and not path.exists():
             return None
         found = _read_json(path)
-        return Dataset(found["path"], found["manifest_sha256"])
+        fields = [found.get(name) for name in Dataset._fields]
+        if not all(isinstance(value, str) and value for value in fields):
+            raise InputError(f"{path}: malformed; must name path and manifest_sha256")
+        return Dataset(*map(str, fields))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`, without a last line that a killed run left unfinished."""
         if not self.metrics_file.is_file():
             raise InputError(f"{self.metrics_file}: missing; train first")
-        lines = self.metrics_file.read_text("utf-8").split("\n")
-        try:
-            return [json.loads(line) for line in lines[:-1]]
-        except ValueError as error:
-            raise InputError(
-                f"{self.metrics_file}: damaged, a line is not JSON ({error})"
-            ) from None
+        return read_lines(self.metrics_file)
 
     def lock_holder(self) -> str | None:
         """Who trains in this directory at the moment, or None."""
@@ -287,6 +287,8 @@ class RunDirectory:
 
     def _write_start(self, dataset: Dataset, tokenizer: Tokenizer) -> None:
         write_atomically(self.tokenizer_file, tokenizer.json_text)
+        if tokenizer.is_declared:
+            write_atomically(self.path / SPECIAL_TOKENS_NAME, tokenizer.special.to_json())
         write_atomically(self.path / DATASET, json.dumps(dataset._asdict(), indent=1) + "\n")
 
     def _remove_temporary_files(self) -> None:
@@ -306,10 +308,20 @@ def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:
     )
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a `metrics.jsonl`."""
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        where = f"{path}:{number}: damaged"
+        fields = parse_object(line, where)
+        if not isinstance(fields.get("step"), int):
+            raise InputError(f"{where}, must have an integer step")
+        found.append(fields)
+    return found
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text("utf-8"))
+        return parse_object(path.read_bytes(), path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; is {path.parent} a run directory?") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from lory_jax.errors import InputError
+from lory_jax.run.lease import Lease
 from lory_jax.storage import is_remote
 
 LOCK = "lock"
@@ -20,7 +21,8 @@ class WorkdirLock:
     """Holds the lock of a run directory for as long as this process lives.
 
     The kernel keeps the lock (flock), so it is released when its process ends, however that
-    happens. The text of the file only says who holds it. Object stores have no locks.
+    happens. The text of the file only says who holds it. In an object store, which has no locks, a
+    lease stands for it.
     """
 
     def __init__(self, workdir: Path):
@@ -30,8 +32,9 @@ class WorkdirLock:
           InputError: another process holds it; the message says which.
         """
         if is_remote(workdir):
-            warn_without_lock(f"{workdir} is in an object store, which has no locks")
+            self._lease: Lease | None = Lease(workdir)
             return
+        self._lease = None
         self._file = open(workdir / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 (see above)
         deadline = time.monotonic() + PATIENCE_SECONDS
         while (taken := _try(self._file, fcntl.LOCK_EX)) is False:
@@ -44,6 +47,13 @@ class WorkdirLock:
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%c")}
         self._file.write(json.dumps(owner))
         self._file.flush()
+
+    def release(self) -> None:
+        """Lets another process train; the end of this process does the same."""
+        if self._lease is not None:
+            self._lease.release()
+        else:
+            self._file.close()
 
 
 def holder(workdir: Path) -> str | None:

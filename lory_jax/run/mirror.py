@@ -13,6 +13,7 @@ import jax
 from etils import epath
 
 from lory_jax.errors import InputError
+from lory_jax.json_text import parse_json
 from lory_jax.run.retention import Retention
 from lory_jax.storage import Staging, fetch, is_inside, send, write_atomically
 
@@ -75,8 +76,8 @@ class Mirror:
             return
         source = self._remote / str(step)
         unfinished = self.local / f"{step}.download"
-        for name in json.loads((source / UPLOADED).read_text("utf-8")):
-            if not is_inside(name):
+        for name in parse_json((source / UPLOADED).read_bytes(), source / UPLOADED):
+            if not isinstance(name, str) or not is_inside(name):
                 raise ValueError(f"{UPLOADED} names {name!r}, which is outside the checkpoint")
             fetch(source / name, unfinished / name)
         unfinished.replace(target)

@@ -186,6 +186,8 @@ def finish(trainer: Trainer, ending: Ending) -> None:
             run.checkpoints.close()
     finally:
         trainer.log.close()
+        if run.lock is not None:
+            run.lock.release()
     say(str(run.goodput))
     if ending.failure is not None:
         if ending.is_saved:

@@ -26,6 +26,10 @@ IS_DECAYED = {
     "attention_norm": False,
     "ffn_norm": False,
     "final_norm": False,
+    "query_bias": False,
+    "key_bias": False,
+    "value_bias": False,
+    "output_bias": False,
 }
 
 

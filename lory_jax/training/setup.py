@@ -26,6 +26,7 @@ from lory_jax.training.monitoring.goodput import Goodput
 from lory_jax.training.monitoring.signals import Agreement, Wishes
 from lory_jax.training.optimizer import Optimizer, make_optimizer
 from lory_jax.training.phases import Phases
+from lory_jax.training.validation import sets_to_validate
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,9 @@ def setup(
         mixture=config.data.mixture,
     )
     validation_rows = train.validation_batches * train.global_batch_size
-    validation_sets = {
-        domain: rows[:validation_rows] for domain, rows in prepared.held_out("validation").items()
-    }
+    validation_sets = sets_to_validate(
+        prepared.held_out("validation"), validation_rows, model_config.segment_length
+    )
     if init_from is not None:
         check_source(init_from, model_config, prepared)
     lock = directory.open_for_training(config.to_dict(), prepared, change_steps)

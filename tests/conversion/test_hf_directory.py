@@ -237,6 +237,8 @@ def llama(directory: Path, max_shard_size: str = "20KB", **fields) -> transforme
         "num_attention_heads": 4,
         "max_position_embeddings": 64,
         "initializer_range": 0.5,
+        "bos_token_id": TOKENIZER.bos_id,
+        "eos_token_id": TOKENIZER.eos_id,
     }
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | fields))
     for name, parameter in model.named_parameters():
@@ -414,8 +416,8 @@ REFUSED = {
     "pickles": (only_pickles, "pytorch_model.bin, a pickle"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "holds neither"),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json: missing"),
-    "broken config": (lambda d: (d / "config.json").write_text("{"), "not readable as JSON"),
-    "no object": (lambda d: (d / "config.json").write_text("[]"), "not a JSON object"),
+    "broken config": (lambda d: (d / "config.json").write_text("{"), "config.json: not JSON"),
+    "no object": (lambda d: (d / "config.json").write_text("[]"), "config.json: .*JSON object"),
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json: cannot read"),
     "architecture": (lambda d: edit_config(d, model_type="gpt2"), "model_type 'gpt2'"),
     "task": (

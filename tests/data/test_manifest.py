@@ -92,9 +92,8 @@ def test_a_domain_directory_is_one_safe_name(domain):
     assert "/" not in name and "\0" not in name and not name.startswith(".") and name.isascii()
 
 
-def test_domain_directories_differ_and_have_a_limit():
+def test_domain_directories_differ():
     names = ["a/b", "a b", "a%2Fb", "..", ".", "A", "a"]
     assert len({domain_directory(name) for name in names}) == len(names)
-    for name in ("", "x" * 201):
-        with pytest.raises(InputError, match="its directory name has"):
-            domain_directory(name)
+    with pytest.raises(InputError, match="domain"):
+        domain_directory("")

@@ -10,7 +10,7 @@ import pytest
 
 from lory_jax.preparation.documents import Document
 from lory_jax.preparation.sources import python_installation as installation
-from lory_jax.preparation.sources.corpus import read_corpus
+from lory_jax.preparation.sources.corpus import read_documents
 from lory_jax.preparation.sources.python_installation import (
     LONGEST_UNIT_BYTES,
     header_files,
@@ -20,6 +20,7 @@ from lory_jax.preparation.sources.python_installation import (
     package_origin,
     read_files,
 )
+from lory_jax.preparation.sources.records import ReadOptions
 
 DOCSTRING = "Return what the reader needs. " * 12
 CODE = f'''"""{DOCSTRING}"""
@@ -162,14 +163,10 @@ def test_caps_hold_whatever_the_place_and_the_order_of_the_files(root, tmp_path)
 
 
 def test_this_installation_has_four_domains_of_a_megabyte():
-    documents = read_corpus(
-        "python", min_bytes=100, max_bytes=2000, max_domain_bytes=1_500_000, seed=0
-    )
+    documents = list(read_documents(["python"], ReadOptions(max_domain_bytes=1_500_000)))
     domains = by_domain(documents)
     sizes = {name: sum(len(d.text.encode()) for d in mine) for name, mine in domains.items()}
     assert {"python", "prose", "headers", "stubs"} <= {n for n in sizes if sizes[n] >= 1_000_000}
-    texts = [document.text.strip() for document in documents]
-    assert len(set(texts)) == len(texts)
     # Half an instance of the local recipe: 256 tokens of about 2.2 bytes.
     assert statistics.median(len(document.text.encode()) for document in documents) <= 560
     for mine in domains.values():

@@ -1,6 +1,7 @@
 """Object stores on this machine: moto for s3://, gcp-storage-emulator for gs://."""
 
 import contextlib
+import io
 import logging
 import os
 import re
@@ -9,9 +10,11 @@ from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
 from unittest import mock
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 BUCKET = "bucket"
+# One port per scheme and process: the libraries keep the address of the first store they met.
+PORTS: dict[str, int] = {}
 
 
 def free_port() -> int:
@@ -24,7 +27,7 @@ def free_port() -> int:
 def object_store(scheme: str, cache: Path) -> Iterator[str]:
     """An empty bucket that this process and its children reach; yields its address."""
     start = {"s3": start_s3, "gs": start_gs}[scheme]
-    port = free_port()
+    port = PORTS.setdefault(scheme, free_port())
     with mock.patch.dict(os.environ, {"LORY_CACHE": str(cache)}):
         server = start(port)
         try:
@@ -120,12 +123,21 @@ def with_preconditions(handler_class: type) -> type:
             url = urlsplit(self.path)
             found = re.search(r"/b/([^/]+)/o(?:/(.+))?$", url.path)
             name = found and (found[2] or parse_qs(url.query).get("name", [None])[0])
+            if found and not name and "uploadType=multipart" in url.query:
+                name = self.name_in_body()
             if not name:
                 return "0"
             try:
                 return self.storage.get_file_obj(found[1], unquote(name))["generation"]
             except NotFound:
                 return "0"
+
+        def name_in_body(self) -> str | None:
+            """The name of an upload whose first part describes the object."""
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.rfile = io.BytesIO(body)
+            name = re.search(rb'"name": *"([^"]+)"', body)
+            return quote(name[1].decode()) if name else None
 
         def end_headers(self) -> None:
             if self.command == "GET" and "alt=media" in self.path:

@@ -5,6 +5,7 @@
 Shapes: N documents, V hashed features, D dimensions.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,19 @@ BATCH = 2048
 # only, the share of the ten nearest documents that are of the same kind of text rose from .88 to
 # .95, and of the same package from .59 to .67.
 TOKEN_PATTERN = r"[A-Z]?[a-z]+|[A-Z]+|[^\W_A-Za-z]+|[^\w\s]+|\n *"
+
+# Thai, Lao, Tibetan, Burmese, Khmer, Japanese and Chinese put no spaces between words. There, every
+# pair of neighbouring characters is a token, since a whole clause is hardly ever repeated.
+UNSPACED = (
+    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+ANY_UNSPACED = re.compile(UNSPACED)
+TOKEN = re.compile(TOKEN_PATTERN)
+TOKEN_OR_CLAUSE = re.compile(
+    rf"{UNSPACED}+|[A-Z]?[a-z]+|[A-Z]+|(?:(?!{UNSPACED})[^\W_A-Za-z])+|(?:(?!{UNSPACED})[^\w\s])+"
+    r"|\n *"
+)
 
 
 @dataclass(frozen=True)
@@ -101,13 +115,24 @@ def _count_tokens(texts: Sequence[str]) -> Any:
 
     vectorizer = HashingVectorizer(
         n_features=NUM_FEATURES,
-        token_pattern=TOKEN_PATTERN,
-        lowercase=False,
+        analyzer=_tokens,
         alternate_sign=False,
         norm=None,
         dtype=np.float32,
     )
     return vectorizer.transform(texts)
+
+
+def _tokens(text: str) -> list[str]:
+    if not ANY_UNSPACED.search(text):
+        return TOKEN.findall(text)
+    tokens: list[str] = []
+    for token in TOKEN_OR_CLAUSE.findall(text):
+        if len(token) > 1 and ANY_UNSPACED.match(token):
+            tokens += (token[i : i + 2] for i in range(len(token) - 1))
+        else:
+            tokens.append(token)
+    return tokens
 
 
 def _weigh(counts_NxV: Any, idf_V: np.ndarray) -> Any:

@@ -130,9 +130,15 @@ def _to_input(file: File, root: str) -> Input:
     parts = file.below.parts
     if kind == "text":
         domain, origin = parts[0] if len(parts) > 1 else root, "/".join(parts[:2])
+        # A name that is not UTF-8 is escaped, so that it can be hashed and printed.
+        domain, origin = map(_printable, (domain, origin))
     else:
         domain, origin = domain_of_records(stem, parts[-2] if len(parts) > 1 else root), ""
     return Input(file.path, kind, compression, file.size, file.stamp, domain, origin)
+
+
+def _printable(name: str) -> str:
+    return name.encode(errors="backslashreplace").decode()
 
 
 def _parts(input: Input, part_bytes: int) -> list[Input]:

@@ -12,7 +12,7 @@ def read_text(stream: IO[bytes], input: Input, text_key: str) -> Document | Reje
     """Returns the document that is the whole file."""
     contents = stream.read()
     try:
-        text = contents.decode("utf-8-sig")
+        text = contents.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         reason = f"not UTF-8 (0x{contents[error.start]:02x}); convert it or move it elsewhere"
         return Reject(input.path, f"byte {error.start}", reason, len(contents))

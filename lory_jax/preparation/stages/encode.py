@@ -32,7 +32,10 @@ def run(work: Work, task: int, out: Path) -> Facts:
     is_train_N = side_N[kept_N] == 0
     train = rows.take(np.flatnonzero(is_train_N))
     training_texts = Texts(work, ((task, row) for row in kept_N[is_train_N].tolist()))
-    vectors_NxD = fit.load_embedder(work).embed(training_texts)
+    embedder = fit.load_embedder(work)
+    vectors_NxD = np.zeros((len(train), 1), np.float32)
+    if embedder is not None:
+        vectors_NxD = embedder.embed(training_texts)
     # Half the bytes, where vectors travel between machines.
     precision = np.float32 if work.values("split")["is_small"] else np.float16
     vectors_NxD = vectors_NxD.astype(precision, copy=False)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lory_jax.data.manifest import TOKENIZER_NAME, Manifest, file_sha256, write_manifest
+from lory_jax.data.special_tokens import SPECIAL_TOKENS_NAME
 from lory_jax.errors import InputError
 from lory_jax.preparation.engine.columns import read_array
 from lory_jax.preparation.engine.work import Facts, Work
@@ -39,7 +40,9 @@ def run(work: Work, task: int, out: Path) -> Facts:
     from lory_jax.report import preparation as page
 
     files: Files = {}
-    _collect(work, "fit", 0, {TOKENIZER_NAME: TOKENIZER_NAME}, out, files)
+    fitted = work.marker("fit")["sha256"]
+    names = [name for name in (TOKENIZER_NAME, SPECIAL_TOKENS_NAME) if name in fitted]
+    _collect(work, "fit", 0, {name: name for name in names}, out, files)
     _collect_training(work, out, files)
     for part in range(evaluation.count(work)):
         names = _files_of(work, "evaluation", part, evaluation_splits(work))

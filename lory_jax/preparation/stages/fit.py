@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lory_jax.data.manifest import TOKENIZER_NAME
+from lory_jax.data.special_tokens import SPECIAL_TOKENS_NAME, SpecialTokens
 from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.preparation.embedding.lsa import Embedder
 from lory_jax.preparation.engine.columns import read_array, read_ragged, write_array
@@ -38,10 +39,10 @@ def run(work: Work, task: int, out: Path) -> Facts:
         tokenizer, line = _train(work, texts)
         say += [line] if line else []
     else:
-        given = (work.root / GIVEN_TOKENIZER_NAME).read_bytes().decode()
-        tokenizer = Tokenizer(given, GIVEN_TOKENIZER_NAME)
+        tokenizer = _read_tokenizer(work.root / GIVEN_TOKENIZER_NAME)
     tokenizer.save(out / TOKENIZER_NAME)
-    if "encoder" not in settings:
+    # A single document has no neighbours to find.
+    if "encoder" not in settings and len(texts) > 1:
         embedder = Embedder.fit(texts, dim=work.data["embedding_dim"], seed=settings["seed"])
         for field in fields(embedder):
             write_array(out, field.name, getattr(embedder, field.name))
@@ -51,12 +52,21 @@ def run(work: Work, task: int, out: Path) -> Facts:
 
 def load_tokenizer(work: Work) -> Tokenizer:
     """Returns the tokenizer."""
-    contents = (work.directory("fit") / TOKENIZER_NAME).read_bytes()
-    return Tokenizer(contents.decode(), TOKENIZER_NAME)
+    return _read_tokenizer(work.directory("fit") / TOKENIZER_NAME)
 
 
-def load_embedder(work: Work) -> "Embedder | SentenceEncoder":
-    """Returns the embedder: the one that was fitted, or a sentence encoder that was given."""
+def _read_tokenizer(path: Path) -> Tokenizer:
+    """Reads a tokenizer of the work directory, which may be in an object store."""
+    declared, special = path.with_name(SPECIAL_TOKENS_NAME), None
+    if declared.exists():
+        special = SpecialTokens.from_json(declared.read_bytes().decode(), str(declared))
+    return Tokenizer(path.read_bytes().decode(), str(path), special)
+
+
+def load_embedder(work: Work) -> "Embedder | SentenceEncoder | None":
+    """Returns the embedder: fitted, or a sentence encoder; None for a single document."""
+    if work.values("fit")["sample"] < 2:
+        return None
     if "encoder" in work.settings:
         from lory_jax.preparation.embedding.sentence_encoder import SentenceEncoder
 

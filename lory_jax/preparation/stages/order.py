@@ -75,6 +75,7 @@ def run(work: Work, task: int, out: Path) -> Facts:
     figures = {
         name: order_figures(rows.domain_N, rows.vectors_NxD, rows.tokens.lengths_N, each_N, length)
         for name, each_N in ordered.orders.items()
+        if len(rows) > 1
     }
     lengths, counts = np.unique(rows.tokens.lengths_N, return_counts=True)
     values = {
@@ -95,6 +96,8 @@ def _order(rows: Rows, work: Work) -> Ordered:
     """Finds the random order and, if it is wanted or can be found, the similarity order."""
     seed, data = work.settings["seed"], work.data
     random_N = np.random.default_rng(seed).permutation(len(rows))
+    if len(rows) == 1:
+        return Ordered(rows, {"random": random_N, "similar": random_N}, "none: one document", {})
     if work.settings["order"] == "random" and not has_scann():
         return Ordered(rows, {"random": random_N}, "none: ScaNN is not installed", {})
     found = find_neighbors(rows.vectors_NxD.astype(np.float32), data["num_neighbors"])

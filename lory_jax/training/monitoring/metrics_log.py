@@ -4,13 +4,14 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from lory_jax.console import duration, say
 from lory_jax.errors import InputError
-from lory_jax.run.directory import METRICS, RunDirectory
+from lory_jax.run.directory import METRICS, RunDirectory, read_lines
 from lory_jax.storage import Staging, Uploads, is_remote
 from lory_jax.training.monitoring.log_files import LogFiles
 from lory_jax.training.monitoring.loss_watch import LossWatch
@@ -31,7 +32,8 @@ class MetricsLog:
     current step, before anything else (validation, a save) makes it look slow.
 
     Object stores cannot append: with a remote work directory the files grow in the cache and are
-    uploaded once a minute, after every validation and save, and at the end.
+    uploaded once a minute, after every validation and save, and at the end. What a killed process
+    had not uploaded is still in the cache, and the next process on that machine uploads it.
 
     Attributes:
       watch: counts skipped steps; the same in all processes.
@@ -65,13 +67,15 @@ class MetricsLog:
         self._staging: Staging | None = None
         self._uploads: Uploads | None = None
         logged = directory.read_metrics() if directory.metrics_file.exists() else []
+        if is_remote(directory.path) and jax.process_index() == 0:
+            self._staging = Staging("logs", str(directory.path))
+            logged = with_unsent_lines(logged, self._staging.directory / METRICS)
         kept = [line for line in logged if line["step"] <= start_step]
         self.repeated_seconds = math.fsum(line["step_seconds"] for line in logged[len(kept) :])
         self.watch = LossWatch((line["loss"] for line in kept), counts)
         if jax.process_index() == 0:
             local = directory.path
-            if is_remote(local):
-                self._staging = Staging("logs")
+            if self._staging is not None:
                 local = self._staging.directory
                 self._uploads = Uploads(local, directory.path)
             self._files = LogFiles(local, kept, start_step + 1)
@@ -184,3 +188,16 @@ class MetricsLog:
             parts.append(f"validation {last['validation_loss']:.4f}")
         parts.append(f"{duration(remaining)} left")
         return "  ".join(parts)
+
+
+def with_unsent_lines(logged: list[dict[str, Any]], cached: Path) -> list[dict[str, Any]]:
+    """The lines in the store, continued by those that a killed process left in the cache.
+
+    What is in the cache is used only if it continues what is in the store: otherwise it belongs to
+    another run, or this machine was not the last to write.
+    """
+    try:
+        found = read_lines(cached) if cached.is_file() else []
+    except InputError:
+        return logged
+    return found if found[: len(logged)] == logged else logged

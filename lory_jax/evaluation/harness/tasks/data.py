@@ -135,7 +135,7 @@ def _json_lines(path: Path) -> Dataset:
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             raise InputError(f"{path}:{number}: got {line[:40]!r}, must be a JSON object")

@@ -1,0 +1,118 @@
+"""How the fields of a config fit together; each field by itself is checked by its schema."""
+
+from ml_collections.config_dict import ConfigDict
+
+from lory_jax.errors import ConfigError
+from lory_jax.model.routing_rules import EXPERT_CHOICE, GATED, MERGED, SPARSE, TOKEN_CHOICE
+
+
+def check_model(model: ConfigDict) -> None:
+    """Sizes must divide, and settings of the rotary embedding must make sense together."""
+    if model.segment_length > model.sequence_length:
+        raise ConfigError(
+            f"config.model.segment_length: got {model.segment_length}; must be at most "
+            f"config.model.sequence_length ({model.sequence_length})"
+        )
+    if model.head_dim % 2:
+        raise ConfigError(f"config.model.head_dim: got {model.head_dim}; must be even, or 0")
+    divides = model.embed_dim % model.num_heads == 0
+    if not model.head_dim and not (divides and model.embed_dim // model.num_heads % 2 == 0):
+        raise ConfigError(
+            f"config.model.num_heads: got {model.num_heads}; must be a divisor of "
+            f"config.model.embed_dim ({model.embed_dim}) that leaves an even head width, unless "
+            "config.model.head_dim gives one"
+        )
+    if model.num_kv_heads and model.num_heads % model.num_kv_heads:
+        raise ConfigError(
+            f"config.model.num_kv_heads: got {model.num_kv_heads}; must be a divisor of "
+            f"config.model.num_heads ({model.num_heads}), or 0 for as many"
+        )
+    if model.rope_scaling == "yarn" and model.rope_theta == 1:
+        raise ConfigError(
+            "config.model.rope_theta: got 1.0; must be above 1 with rope_scaling=yarn"
+        )
+    if model.document_mask and model.bos_id >= model.vocab_size:
+        raise ConfigError(
+            f"config.model.bos_id: got {model.bos_id}; must be below config.model.vocab_size "
+            f"({model.vocab_size})"
+        )
+    if model.rope_low_frequency_factor >= model.rope_high_frequency_factor:
+        raise ConfigError(
+            f"config.model.rope_low_frequency_factor: got {model.rope_low_frequency_factor}; must "
+            "be less than config.model.rope_high_frequency_factor "
+            f"({model.rope_high_frequency_factor})"
+        )
+
+
+def check_segments(model: ConfigDict) -> None:
+    """Where segments are routed by earlier ones, there must be two."""
+    needs_segments = model.routing in MERGED or model.routing == "expert_choice_segment"
+    if model.num_experts and needs_segments and model.segment_length == model.sequence_length:
+        raise ConfigError(
+            f"config.model.segment_length: got {model.segment_length}; must be less than "
+            f"config.model.sequence_length ({model.sequence_length}) with experts: a single "
+            "segment is never routed by another"
+        )
+
+
+def check_train(train: ConfigDict) -> None:
+    """A batch is divided into microbatches; the moments of AdamW must fade."""
+    if train.global_batch_size % train.microbatches:
+        raise ConfigError(
+            f"config.train.microbatches: got {train.microbatches}; must be a divisor of "
+            f"config.train.global_batch_size ({train.global_batch_size})"
+        )
+    if train.beta1 >= 1 or train.beta2 >= 1:
+        raise ConfigError(
+            f"config.train.beta1, beta2: got {train.beta1}, {train.beta2}; must be below 1"
+        )
+
+
+def check_phases(train: ConfigDict) -> None:
+    """The dense warm-up must end before the run does, or the experts are never made."""
+    if round(train.dense_warmup_fraction * train.steps) >= train.steps:
+        raise ConfigError(
+            f"config.train.dense_warmup_fraction: got {train.dense_warmup_fraction}; must leave at "
+            f"least one of config.train.steps ({train.steps}) to the experts"
+        )
+
+
+def check_sparse(model: ConfigDict, train: ConfigDict) -> None:
+    """Checks what only the sparse baselines need; a dense model (no experts) ignores it."""
+    if not model.num_experts:
+        return
+    if model.balancing == "loss_free" and model.routing not in TOKEN_CHOICE:
+        raise ConfigError(
+            "config.model.balancing: got 'loss_free'; must be auxiliary with "
+            f"config.model.routing={model.routing}; loss_free requires one of "
+            f"{', '.join(TOKEN_CHOICE)}"
+        )
+    if model.routing not in SPARSE:
+        return
+    factor, experts = model.capacity_factor, model.num_experts
+    choices = TOKEN_CHOICE.get(model.routing, max(1, round(factor)))
+    if model.routing in GATED:
+        choices = model.experts_per_token
+    if choices > experts:
+        raise ConfigError(
+            f"config.model.num_experts: got {experts}; must be at least {choices}, the experts per "
+            f"token of config.model.routing={model.routing}"
+        )
+    if model.routing == "remoe" and not model.router_init_scale:
+        raise ConfigError(
+            "config.model.router_init_scale: got 0.0; must be above 0 with "
+            "config.model.routing=remoe, whose gates would stay 0"
+        )
+    if not factor:
+        raise ConfigError("config.model.capacity_factor: got 0.0; must be above 0")
+    if model.routing in EXPERT_CHOICE and model.first_segment_routing == "uniform":
+        raise ConfigError(
+            "config.model.first_segment_routing: got 'uniform'; must be self with "
+            f"config.model.routing={model.routing}: equal weights leave experts nothing to choose"
+        )
+    rows = train.global_batch_size // train.microbatches
+    if model.routing_group and rows % model.routing_group:
+        raise ConfigError(
+            f"config.model.routing_group: got {model.routing_group}; must be a divisor of {rows}, "
+            "the sequences of a microbatch, or 0"
+        )
