@@ -18,7 +18,8 @@ SHINGLE_BYTES = 24  # about; a shingle is a number of tokens
 # What lies between the common beginning and the common end of two documents.
 SHORT_DIFFERENCE_SHINGLES = 2
 SHORT_DIFFERENCE_SHARE = 0.01
-DIFFERENCE_JACCARD = 0.5
+DIFFERENCE_JACCARD = 0.4
+DIFFERENCE_SHINGLE = 1 / 3  # shingles are shorter there, since there is less between two edits
 # Of a group of near duplicates so many kept documents are compared with the next one.
 COMPARED = 32
 
@@ -79,7 +80,8 @@ def is_near(a: np.ndarray, b: np.ndarray, width: int) -> bool:
         return False
     a, b = _differing_parts(a, b)
     short = max(SHORT_DIFFERENCE_SHINGLES * width, SHORT_DIFFERENCE_SHARE * longer)
-    return max(len(a), len(b)) <= short or _jaccard(a, b, width) >= DIFFERENCE_JACCARD
+    narrow = max(1, round(width * DIFFERENCE_SHINGLE))
+    return max(len(a), len(b)) <= short or _jaccard(a, b, narrow) >= DIFFERENCE_JACCARD
 
 
 def _differing_parts(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

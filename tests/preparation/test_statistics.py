@@ -1,5 +1,6 @@
 import itertools
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from lory_jax.data.manifest import Manifest
 from lory_jax.preparation.documents import Document
 from lory_jax.preparation.statistics import (
     corpus_table,
-    order_similarity,
+    joined_figures,
+    order_figures,
     preparation_summary,
     same_domain_rate,
     split_counts,
@@ -68,21 +70,21 @@ def instances_by_loop(num_tokens, length):
 @settings(deadline=None, max_examples=200)
 def test_counts_equal_a_loop(tokens, length, by_domain, data):
     domains = [data.draw(st.sampled_from("xyz")) for _ in tokens]
-    texts = ["é" * len(document) for document in tokens]
-    documents = documents_of(*zip(texts, domains, domains, strict=True))
-    counts = split_counts(documents, as_tokenized(tokens), length, by_domain=by_domain)
-
     expected: dict = {}
     for document, domain in zip(tokens, domains, strict=True):
         found = expected.setdefault(domain, {"documents": 0, "tokens": 0, "bytes": 0})
         found["documents"] += 1
         found["tokens"] += len(document) + 2
         found["bytes"] += 2 * len(document)
+    given_counts = {domain: dict(found) for domain, found in expected.items()}
     streams = [sum(found["tokens"] for found in expected.values())]
     if by_domain:
         streams = [found["tokens"] for found in expected.values()]
         for found in expected.values():
             found["instances"] = instances_by_loop(found["tokens"], length)
+    halves = [[len(document) + 2 for document in tokens[i::2]] for i in range(2)]
+    histograms = [[list(Counter(half)), list(Counter(half).values())] for half in halves]
+    counts = split_counts(given_counts, histograms, streams, length, by_domain=by_domain)
     assert counts["domains"] == expected
     assert counts["instances"] == sum(instances_by_loop(n, length) for n in streams)
     assert counts["dropped_tokens"] == sum(
@@ -95,15 +97,16 @@ def test_counts_equal_a_loop(tokens, length, by_domain, data):
 
 
 def test_similarity_of_an_order():
-    documents = documents_of(("a", "x", "1"), ("b", "y", "2"), ("c", "x", "3"))
+    domains = np.array([0, 1, 0])
     vectors = np.array([[1, 0], [0, 1], [0.6, 0.8]], np.float32)
-    tokenized = as_tokenized([[5], [6], [7]])
-    figures = order_similarity(documents, vectors, tokenized, np.array([0, 2, 1]), 8)
-    assert figures == {"mean_cosine": 0.7, "same_domain_rate": 0.5}
-    assert order_similarity(documents, vectors, tokenized, np.array([0, 2, 1]), 20) == {
-        "mean_cosine": 0.7,
-        "same_domain_rate": None,
-    }
+    lengths, order = np.array([3, 3, 3]), np.array([0, 2, 1])
+    figures = order_figures(domains, vectors, lengths, order, 8)
+    assert joined_figures([figures]) == {"mean_cosine": 0.7, "same_domain_rate": 0.5}
+    no_borders = order_figures(domains, vectors, lengths, order, 20)
+    assert joined_figures([no_borders]) == {"mean_cosine": 0.7, "same_domain_rate": None}
+    pair = order_figures(domains[:2], vectors[:2], lengths[:2], np.array([0, 1]), 5)
+    # Three pairs of cosines 0.6, 0.8 and 0; three borders, one inside a domain.
+    assert joined_figures([figures, pair]) == {"mean_cosine": 0.4667, "same_domain_rate": 0.3333}
 
 
 def test_the_summary_has_every_domain_and_order():

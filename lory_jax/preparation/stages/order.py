@@ -4,6 +4,7 @@ Writes `train/part-*.array_record`, `dropped.jsonl` (near duplicates) and the co
 reading task and row of every document of the stream, in its order.
 """
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,14 @@ class Ordered:
       orders: `random` and, where there are neighbours to follow, `similar`.
       method: how neighbours were found, in words.
       near: the place in the shard of every near duplicate, and of the document it repeats.
+      cpu_seconds: what finding neighbours took, of all threads together.
     """
 
     rows: Rows
     orders: dict[str, np.ndarray]
     method: str
     near: dict[int, int]
+    cpu_seconds: float = 0.0
 
 
 def count(work: Work) -> int:
@@ -84,6 +87,7 @@ def run(work: Work, task: int, out: Path) -> Facts:
         "lengths": [lengths.tolist(), counts.tolist()],
         "figures": figures,
         "method": ordered.method,
+        "neighbour_cpu_seconds": round(ordered.cpu_seconds, 3),
         "near_duplicates": len(ordered.near),
         "dropped_hash": hash_sum(shard.digest_Nx2[list(ordered.near), 0]),
         "examples": _examples(work, rows, order_N) if task == 0 else [],
@@ -100,7 +104,9 @@ def _order(rows: Rows, work: Work) -> Ordered:
         return Ordered(rows, {"random": random_N, "similar": random_N}, "none: one document", {})
     if work.settings["order"] == "random" and not has_scann():
         return Ordered(rows, {"random": random_N}, "none: ScaNN is not installed", {})
+    started = time.process_time()
     found = find_neighbors(rows.vectors_NxD.astype(np.float32), data["num_neighbors"])
+    seconds = time.process_time() - started
     near: dict[int, int] = {}
     if data["drop_near_duplicates"]:
         tokens = rows.tokens
@@ -122,7 +128,7 @@ def _order(rows: Rows, work: Work) -> Ordered:
         else:
             found = _without(found, is_kept_N, number_N)
     similar_N = order_by_similarity(found.ids_NxK, found.similarities_NxK, seed=seed)
-    return Ordered(rows, {"random": random_N, "similar": similar_N}, found.method, near)
+    return Ordered(rows, {"random": random_N, "similar": similar_N}, found.method, near, seconds)
 
 
 def _without(found: Neighbors, is_kept_N: np.ndarray, number_N: np.ndarray) -> Neighbors:
