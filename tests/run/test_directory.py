@@ -264,7 +264,7 @@ def test_compare_takes_the_step_that_was_evaluated(kept, best, evaluated, tmp_pa
     shutil.copytree(kept, run)
     evaluate.main([f"--workdir={run}", "--step=best"])
     analyze.main([f"--workdir={run}"])
-    with pytest.raises(InputError, match=f"analysis.*--step={best}"):
+    with pytest.raises(InputError, match=f"analysis.*step={best}"):
         compare.main([str(run), f"--out={out}"])
     analyze.main([f"--workdir={run}", "--step=best"])
     assert json.loads((run / "analysis" / "analysis.json").read_text())["step"] == best

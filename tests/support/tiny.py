@@ -121,7 +121,7 @@ def run_worker(name: str) -> Any:
         [sys.executable, "-m", f"tests.support.{name}"],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
         env=verb_environment() | {"PYTHONPATH": str(ROOT)},
     )
     assert result.returncode == 0, result.stderr
