@@ -269,7 +269,7 @@ def small(directory):
     ("make", "flags", "status", "message"),
     [
         (lambda d: d, [], 1, "source: got"),
-        (empty, [], 1, "empty corpus"),
+        (empty, [], 1, "holds no file"),
         (undecodable, [], 1, "domain/a.txt"),
         (small, ["--config.model.sequence_length=20000"], 1, "corpus too small"),
         (small, ["--config.data.test_fraction=0.01"], 1, "corpus too small"),
