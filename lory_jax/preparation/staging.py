@@ -33,6 +33,7 @@ def is_prepared(out: Path, settings: dict[str, Any]) -> bool:
     found = dict(data.manifest.settings)
     if "data" in found:
         found["data"] = section_defaults("data") | found["data"]
+        found["data"].pop("mixture", None)  # says how `train` reads the directory
     if differs := differences(found, settings):
         raise InputError(
             f"out: {out} was prepared with other settings ({'; '.join(differs)}); "
