@@ -25,7 +25,7 @@ DIFFERENCE_JACCARD = 0.4
 DIFFERENCE_SHINGLE = 1 / 3  # shingles are shorter there, since there is less between two edits
 # Of a group of near duplicates so many kept documents are compared with the next one.
 COMPARED = 32
-# An estimate by so many bins has a standard deviation of 0.06; pairs estimated lower are passed over.
+# An estimate by so many bins has a standard deviation of 0.06; pairs estimated lower are left out.
 BINS = 64
 LIKELY = 0.45
 PAIRS_AT_ONCE = 100_000

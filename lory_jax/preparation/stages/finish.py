@@ -1,5 +1,6 @@
 """Stage `finish`: the prepared directory, as training reads it."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from lory_jax.storage import is_remote
 DROPPED = "dropped"
 REPORT_NAME = "report.html"
 TIMINGS_NAME = "timings.json"
+NOTHING = hashlib.sha256().hexdigest()
 MOD = 2**64
 
 Files = dict[str, dict[str, Any]]
@@ -97,7 +99,7 @@ def _collect_training(work: Work, out: Path, files: Files) -> None:
 def _collect_dropped(work: Work, out: Path, files: Files) -> None:
     for stage in ("read", "select", "order", "evaluation"):
         for task in range(_count(work, stage)):
-            if (work.directory(stage, task) / read.DROPPED_NAME).stat().st_size:
+            if work.marker(stage, task)["sha256"][read.DROPPED_NAME] != NOTHING:
                 new = f"{DROPPED}/{stage}-{task:05d}.jsonl"
                 _collect(work, stage, task, {read.DROPPED_NAME: new}, out, files)
 
