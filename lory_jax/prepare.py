@@ -145,8 +145,8 @@ def _add_engine_flags(parser: Parser) -> None:
         "--beam_option",
         action="append",
         default=[],
-        metavar="--NAME=VALUE",
-        help="an option of Beam, such as --beam_option=--runner=DataflowRunner; may be repeated",
+        metavar="NAME=VALUE",
+        help="an option of Beam, such as --beam_option=runner=DataflowRunner; may be repeated",
     )
     parser.add_argument(
         "--work",

@@ -25,7 +25,7 @@ from lory_jax.preparation.engine.work import (
 from lory_jax.preparation.stages import STAGES, plan
 from lory_jax.preparation.stages.fit import GIVEN_TOKENIZER_NAME
 from lory_jax.preparation.stages.inputs import changes, inputs_of, to_records
-from lory_jax.storage import cache_directory, is_remote, send, storage_path, write_atomically
+from lory_jax.storage import CHUNK_BYTES, cache_directory, is_remote, storage_path, write_atomically
 
 
 def make_settings(
@@ -159,13 +159,14 @@ def publish(work: Work, out: Path) -> None:
     """Moves the result to its place, where it appears whole, and removes the work directory."""
     result = work.directory(STAGES[-1].name)
     if is_remote(out) or is_remote(work.root):
-        names = sorted(p.relative_to(result).as_posix() for p in result.rglob("*") if p.is_file())
+        names = sorted(work.marker(STAGES[-1].name)["sha256"])
         # The manifest comes last, because its presence marks the directory as complete.
         for name in sorted(names, key=lambda name: name == MANIFEST_NAME):
             target = out / name
             if not is_remote(target):
                 target.parent.mkdir(parents=True, exist_ok=True)
-            send(result / name, target)
+            with (result / name).open("rb") as reader, target.open("wb") as writer:
+                shutil.copyfileobj(reader, writer, CHUNK_BYTES)
     else:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.is_dir():

@@ -5,6 +5,7 @@ import pytest
 
 from lory_jax.data.prepared import PreparedData
 from lory_jax.preparation.deduplication import is_near, near_duplicates, repeated
+from lory_jax.preparation.engine.columns import Ragged
 from tests.support.corpora import SETTINGS, prepare_here, read_drop_lists, write_records
 
 WIDTH = 4
@@ -61,13 +62,14 @@ def test_other_documents_are_not_near(rng):
 def test_of_each_group_the_first_is_kept(rng):
     """Even where the lists of neighbours do not link each member with the first."""
     docs = [document(rng) for _ in range(3)]
-    tokens = [docs[0], docs[1], docs[0], docs[1], docs[0], docs[2]]
+    order = [0, 1, 0, 1, 0, 2]
+    tokens = Ragged.of([docs[i] for i in order], np.uint16)
     ids = np.array([[2], [3], [4], [1], [2], [0]])
     cosines = np.array([[1], [1], [1], [1], [1], [0.96]])
-    assert near_duplicates(ids, cosines, tokens.__getitem__, WIDTH) == {2: 0, 4: 0, 3: 1}
+    assert near_duplicates(ids, cosines, tokens, WIDTH) == {2: 0, 4: 0, 3: 1}
     below = np.full_like(cosines, 0.5, dtype=float)
-    assert near_duplicates(ids, below, tokens.__getitem__, WIDTH) == {}
-    assert near_duplicates(np.full((6, 1), -1), cosines, tokens.__getitem__, WIDTH) == {}
+    assert near_duplicates(ids, below, tokens, WIDTH) == {}
+    assert near_duplicates(np.full((6, 1), -1), cosines, tokens, WIDTH) == {}
 
 
 def texts(number, seed):

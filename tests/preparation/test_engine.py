@@ -67,9 +67,9 @@ def test_a_failed_task_leaves_nothing(make):
     work = make(task1=1)
     with pytest.raises(OSError, match="no space left"):
         run_task(str(work.root), STAGE, 1)
-    assert os.listdir(work.root / "square") == []
+    assert os.listdir(work.root / "square") == ["00001.lock"]
     run_task(str(work.root), STAGE, 1)
-    assert sorted(os.listdir(work.root / "square")) == ["00001", "00001.json"]
+    assert sorted(os.listdir(work.root / "square")) == ["00001", "00001.json", "00001.lock"]
 
 
 def test_what_died_between_rename_and_marker_is_done_again(make):

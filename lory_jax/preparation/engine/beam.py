@@ -16,7 +16,7 @@ class BeamPipelines:
 
     Args of the constructor:
       workers: processes of the DirectRunner; other runners have options of their own.
-      options: options of Beam, such as `--runner=DataflowRunner`.
+      options: options of Beam, such as `runner=DataflowRunner`.
     """
 
     def __init__(self, workers: int, options: Sequence[str]):
@@ -26,8 +26,8 @@ class BeamPipelines:
             f"--direct_num_workers={workers}",
             f"--direct_running_mode={'multi_processing' if workers > 1 else 'in_memory'}",
         ]
-        has_runner = any(option.startswith("--runner") for option in options)
-        self._options = [*([] if has_runner else direct), *options]
+        has_runner = any(option.startswith("runner=") for option in options)
+        self._options = [*([] if has_runner else direct), *(f"--{option}" for option in options)]
 
     def run(self, work: Work, stage: Stage, tasks: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Runs tasks; yields number and rows of each when all have ended."""

@@ -11,6 +11,8 @@ What a task does depends on its number and on the files of earlier stages only, 
 any number of workers write the same bytes.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -19,7 +21,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -131,12 +133,31 @@ class Work:
 def run_task(root: str, stage: Stage, task: int) -> int:
     """Runs a task unless it has its marker; returns its rows."""
     work = Work(root)
+    with _alone(work, stage.name, task):
+        if work.marker_path(stage.name, task).exists():
+            return work.marker(stage.name, task)["rows"]
+        return _run(work, stage, task)
+
+
+@contextlib.contextmanager
+def _alone(work: Work, stage: str, task: int) -> Iterator[None]:
+    """Waits until no other process runs the task.
+
+    A worker may outlive an engine that was killed. In an object store, which has no locks, two
+    processes would upload the same bytes.
+    """
+    if is_remote(work.root):
+        yield
+        return
+    (work.root / stage).mkdir(parents=True, exist_ok=True)
+    with open(work.root / stage / f"{task:05d}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # ends with its process
+        yield
+
+
+def _run(work: Work, stage: Stage, task: int) -> int:
     path = work.marker_path(stage.name, task)
-    if path.exists():
-        return work.marker(stage.name, task)["rows"]
     parent = None if is_remote(work.root) else work.root / stage.name
-    if parent is not None:
-        parent.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix=f"{task:05d}.tmp-", dir=parent))
     directory.chmod(0o755)
     started, cpu = time.monotonic(), time.process_time()

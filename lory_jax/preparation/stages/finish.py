@@ -1,5 +1,6 @@
 """Stage `finish`: the prepared directory, as training reads it."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from lory_jax.storage import is_remote
 DROPPED, REJECTS = "dropped", "rejects"
 REPORT_NAME = "report.html"
 TIMINGS_NAME = "timings.json"
+NOTHING = hashlib.sha256().hexdigest()
 MOD = 2**64
 
 Files = dict[str, dict[str, Any]]
@@ -109,8 +111,9 @@ def _collect_dropped(work: Work, out: Path, files: Files) -> None:
             names = {read.DROPPED_NAME: f"{DROPPED}/{stage}-{task:05d}.jsonl"}
             if stage == "read":
                 names[read.REJECTS_NAME] = f"{REJECTS}/{task:05d}.jsonl"
+            hashes = work.marker(stage, task)["sha256"]
             for name, new in names.items():
-                if (work.directory(stage, task) / name).stat().st_size:
+                if hashes[name] != NOTHING:
                     _collect(work, stage, task, {name: new}, out, files)
 
 

@@ -109,12 +109,11 @@ def _order(rows: Rows, work: Work) -> Ordered:
     seconds = time.process_time() - started
     near: dict[int, int] = {}
     if data["drop_near_duplicates"]:
-        tokens = rows.tokens
-        bytes_per_token = int(rows.bytes_N.sum()) / max(len(tokens.values) - 2 * len(rows), 1)
+        bytes_per_token = int(rows.bytes_N.sum()) / max(len(rows.tokens.values), 1)
         near = near_duplicates(
             found.ids_NxK,
             found.similarities_NxK,
-            lambda doc: tokens[doc][1:-1],
+            rows.tokens,
             shingle_width(bytes_per_token),
         )
     if near:
