@@ -175,7 +175,9 @@ def test_text_files_hold_what_json_lines_hold(tmp_path_factory, records):
         (root / f"{i:02d}.txt").write_bytes(text.encode())
         (root / f"{i:02d}.md.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + text.encode()))
     if contents:
-        assert texts(read(root)) == [text for text in contents for _ in range(2)]
+        # A text file's line ends are those of one system or another.
+        expected = [text.replace("\r\n", "\n") for text in contents]
+        assert texts(read(root)) == [text for text in expected for _ in range(2)]
 
 
 @settings(max_examples=60, deadline=None)
@@ -258,7 +260,6 @@ BROKEN_LINES = {
     '{"text": "half \\ud800"}': "not valid Unicode",
     '{"text": "x", "source": "\\udfff"}': "not valid Unicode",
     '{"text": "x", "domain": ["a", "b"]}': "domain is list",
-    '{"text": "x", "domain": "' + "d" * 300 + '"}': "must have 1 to 200",
     '{"text": "x", "domain": "\\ud800"}': "not valid Unicode",
     "[" * 100_000: "recursion",
     '{"text": "caf\udce9"}': "not UTF-8",
