@@ -153,8 +153,8 @@ def test_leakage_is_in_segment_1_alone(evaluated):
 @pytest.mark.parametrize(
     ("name", "flag", "words"),
     [
-        ("lory", "--top_k_experts=5", "top_k_experts: got 5, takes 1 to 4"),
-        ("dense", "--top_k_experts=1", "takes a run with experts"),
+        ("lory", "--top_k_experts=5", "top_k_experts: got 5, must be 1 to 4"),
+        ("dense", "--top_k_experts=1", "top_k_experts: got 1, requires a model"),
         ("dense", "--leakage", "leakage: .* is a dense model"),
     ],
 )
@@ -287,7 +287,7 @@ def test_bad_sets_are_named(evaluated, tmp_path):
     flags = [f"--workdir={evaluated / 'dense'}", "--split=none", f"--out={tmp_path / 'e.json'}"]
     for directory, message in (
         (tmp_path / "none", "perplexity_sets: got .*none"),
-        (tmp_path / "empty", "empty: no text"),
+        (tmp_path / "empty", "empty holds no file"),
         (tmp_path / "tiny", "set tiny has 3 tokens, .* 25"),
     ):
         if directory.name != "none":

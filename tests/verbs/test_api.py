@@ -8,6 +8,7 @@ import pytest
 
 import lory_jax
 from lory_jax.api import Model
+from lory_jax.data.special_tokens import SpecialTokens
 from lory_jax.errors import InputError
 from lory_jax.model.transformer import init_params
 from lory_jax.parallel import make_mesh
@@ -176,7 +177,7 @@ def test_odd_prompts_are_continued(model, prompt):
     assert isinstance(text, str) and text == "".join(model.stream(prompt, max_new_tokens=4))
 
 
-def test_generation_stops_at_a_stop_text_and_at_the_end_of_the_document(model):
+def test_generation_stops_at_a_stop_text_and_at_the_end_of_the_document(model, monkeypatch):
     whole = model.generate("def", max_new_tokens=20)[0]
     stop = whole[4:6]
     assert model.generate("def", max_new_tokens=20, stop=[stop]) == [whole[: whole.index(stop)]]
@@ -185,8 +186,10 @@ def test_generation_stops_at_a_stop_text_and_at_the_end_of_the_document(model):
         def __init__(self, model):
             super().__init__(model.config, model.params, model.tokenizer)
             first = model.generate("def", max_new_tokens=1, temperature=0.0)[0]
-            self.tokenizer = train_tokenizer([TEXT] * 4, 300)
-            self.tokenizer.eos_id = self.tokenizer.encode(first)[0]
+            trained = train_tokenizer([TEXT] * 4, 300)
+            ends = SpecialTokens(trained.bos_id, (trained.encode(first)[0],))
+            monkeypatch.setattr(trained, "special", ends)
+            self.tokenizer = trained
 
     assert EndsAtOnce(model).generate("def", max_new_tokens=5, temperature=0.0) == [""]
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lory_jax.parallel import MESH_AXES, replicated
+from lory_jax.parallel import MESH_AXES, place_local, replicated
 
 
 class StopRequest:
@@ -84,4 +84,4 @@ class Agreement:
 
     def _reduce(self, mine: Wishes) -> Array:
         rows = np.tile(np.array(mine, np.int32), (self._local_devices, 1))
-        return self._largest(jax.make_array_from_process_local_data(self._sharding, rows))
+        return self._largest(place_local(rows, self._sharding))
