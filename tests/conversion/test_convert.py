@@ -167,9 +167,9 @@ def test_the_script_of_the_python_page_runs(run, tmp_path):
     "arguments, message",
     [
         ([], "exactly one of prompt, text, domain"),
-        (["--domain=fours"], "--domain: got 'fours', .* ones, threes"),
+        (["--domain=fours"], "domain: got 'fours', .* ones, threes"),
         (["--text=nowhere.txt"], "--text: nowhere.txt: "),
-        (["--prompt=a", "--top_k_experts=9"], "--top_k_experts: got 9"),
+        (["--prompt=a", "--top_k_experts=9"], "top_k_experts: got 9"),
     ],
 )
 def test_what_cannot_be_merged_by_is_refused(run, arguments, message, tmp_path):

@@ -15,6 +15,7 @@ from lm_eval.api.instance import Instance
 
 from lory_jax.api import Model
 from lory_jax.conversion.hf_directory import write_llama_directory
+from lory_jax.data.special_tokens import SpecialTokens
 from lory_jax.errors import ConfigError, InputError
 from lory_jax.evaluation.harness.model import LoryLM
 from lory_jax.model.transformer import build
@@ -264,7 +265,7 @@ def test_generation_ends_with_the_document():
     model = make_model()
     (first,) = greedy_ids(model, "The quick", 1, "prompt", L)
     ends = Model(model.config, model.params, train_tokenizer([TEXT * 4], 300))
-    ends.tokenizer.eos_id = first
+    ends.tokenizer.special = SpecialTokens(ends.tokenizer.bos_id, (first,))
     assert LoryLM(ends).generate_until(instances("generate_until", [("The quick", {})])) == [""]
 
 
