@@ -63,12 +63,12 @@ def test_stages_by_hand_give_the_same_bytes(prepared, corpus, tmp_path):
 
 
 def test_a_stage_out_of_turn_is_refused(corpus, tmp_path):
-    with pytest.raises(InputError, match=r"^--stage: order found no work"):
+    with pytest.raises(InputError, match=r"^stage: order found no work"):
         prepare_here(corpus, tmp_path / "data", *SHARDED, "--stage=order")
     prepare_here(corpus, tmp_path / "data", *SHARDED, "--stage=plan")
-    with pytest.raises(InputError, match=r"^--stage: deduplicate requires stage read"):
+    with pytest.raises(InputError, match=r"^stage: deduplicate requires stage read"):
         prepare_here(corpus, tmp_path / "data", *SHARDED, "--stage=deduplicate")
-    with pytest.raises(InputError, match=r"^--stage: got 'sort'"):
+    with pytest.raises(InputError, match=r"^stage: got 'sort'"):
         prepare_here(corpus, tmp_path / "data", *SHARDED, "--stage=sort")
 
 
@@ -110,7 +110,7 @@ def test_one_work_directory_has_one_owner(corpus, tmp_path):
     while not (tmp_path / "data.tmp-prepare" / "plan").exists():
         time.sleep(0.01)
     try:
-        with pytest.raises(InputError, match=r"^--out: another prepare"):
+        with pytest.raises(InputError, match=r"^out: another prepare"):
             prepare_here(corpus, out, *SHARDED)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
@@ -228,7 +228,7 @@ def test_held_out_sets_are_cut_to_a_number(corpus, tmp_path):
 
 
 def test_a_random_order_requires_one_shard(corpus, tmp_path):
-    with pytest.raises(InputError, match=r"^--order: .*shard_documents \(120\)"):
+    with pytest.raises(InputError, match=r"^order: .*shard_documents \(120\)"):
         prepare_here(corpus, tmp_path / "data", *SHARDED, "--order=random", "--workers=1")
 
 

@@ -20,6 +20,7 @@ SETTINGS = [
     "--config.model.segment_length=16",
     "--config.data.validation_fraction=0.1",
     "--config.data.test_fraction=0.1",
+    "--config.data.confirmation_fraction=0",
     "--config.data.embedding_dim=8",
     "--config.data.num_neighbors=5",
 ]

@@ -208,7 +208,7 @@ def test_dense_and_lory_see_the_same_tokens_until_upcycling(site):
         (("--config.model.num_heads=3",), 2, ("num_heads", "3", "16")),
         (("--config.model.vocab_size=260",), 1, ("vocab_size", "260")),
         (("--config.model.sequence_length=16",), 1, ("sequence_length", "16", "24")),
-        (("--config.train.global_batch_size=1000",), 1, ("64 training instances", "1000")),
+        (("--config.train.global_batch_size=1000",), 1, ("global_batch_size", "64", "1000")),
         (("--config.parallel.tensor=2",), 1, ("1 devices",)),
         (("--unknown",), 2, ("--unknown",)),
     ],
