@@ -30,3 +30,9 @@ class Diverged(InputError):
     """Training stopped itself: too many losses or gradients in a row were NaN or infinite."""
 
     status = 3
+
+
+def shorten(text: str, longest: int = 200) -> str:
+    """A text on one line, cut where it is very long."""
+    line = " ".join(text.split())
+    return line if len(line) <= longest else line[: longest - 3] + "..."

@@ -8,15 +8,8 @@ import difflib
 from typing import Any
 
 from lory_jax.data.mixture import is_mixture
-from lory_jax.errors import ConfigError
-from lory_jax.fields import (
-    Field,
-    all_may_change,
-    bool_field,
-    choice_field,
-    float_field,
-    int_field,
-)
+from lory_jax.errors import ConfigError, shorten
+from lory_jax.fields import Field, all_may_change, bool_field, choice_field, float_field, int_field
 from lory_jax.model.routing_rules import MERGED, SPARSE
 
 SCHEMA: dict[str, dict[str, Field]] = {
@@ -350,9 +343,3 @@ def describe_fields() -> str:
         for name, field in fields.items()
     ]
     return "config fields (meaning, accepted values, default of the schema):\n" + "\n".join(lines)
-
-
-def shorten(text: str, longest: int = 200) -> str:
-    """A text on one line, cut where it is very long."""
-    line = " ".join(text.split())
-    return line if len(line) <= longest else line[: longest - 3] + "..."

@@ -13,8 +13,7 @@ from array_record.python import array_record_module
 from lory_jax.console import progress
 from lory_jax.data.instances import INSTANCE_DOMAINS_NAME, token_dtype
 from lory_jax.data.tokenizer import Tokenizer
-from lory_jax.errors import InputError
-from lory_jax.schema import shorten
+from lory_jax.errors import InputError, shorten
 
 BATCH_CHARACTERS = 4_000_000
 
