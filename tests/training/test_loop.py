@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from lory_jax.config import load_config
+from lory_jax.run.directory import RunDirectory
 from lory_jax.training import loop
 from lory_jax.training.monitoring.goodput import Goodput
 from lory_jax.training.restore import restore_or_initialize
@@ -29,7 +30,8 @@ def trainer(site, tmp_path, monkeypatch):
     config = load_config(
         f"{site / 'tiny.py'}:experts=4", [(name, str(value)) for name, value in overrides.items()]
     )
-    run = setup(config, site / "data", tmp_path / "run", Goodput(since=time.monotonic()))
+    directory = RunDirectory(tmp_path / "run")
+    run = setup(config, site / "data", directory, Goodput(since=time.monotonic()))
     return loop.Trainer(run, restore_or_initialize(run))
 
 
@@ -49,7 +51,8 @@ def test_the_order_of_dispatch_reading_and_saving(trainer, monkeypatch):
     saw = log.watch.saw
     monkeypatch.setattr(log.watch, "saw", recorded(events, "read", saw))
     monkeypatch.setattr(checkpoints, "save", recorded(events, "save", checkpoints.save))
-    monkeypatch.setattr(loop, "validate", recorded(events, "validate", loop.validate))
+    losses = recorded(events, "validate", loop.validation_losses)
+    monkeypatch.setattr(loop, "validation_losses", losses)
     monkeypatch.setattr(loop, "place_batch", recorded(events, "draw", loop.place_batch))
     loop.finish(trainer, trainer.train())
     late, at_once = ["draw", "read"], ["draw"]
