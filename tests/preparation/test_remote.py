@@ -19,10 +19,10 @@ def test_an_object_store_gets_the_same_bytes(corpus, tmp_path, monkeypatch, sche
     expected = prepare_here(corpus, tmp_path / "data", *SHARDED, "--workers=1")
     monkeypatch.setattr(inputs, "TASK_BYTES", TASK_BYTES)
     with object_store(scheme, tmp_path / "cache") as bucket:
-        flags = [f"--source={corpus}", f"--out={bucket}/data", *SHARDED, "--workers=1"]
+        flags = [f"--source={corpus}", f"--out={bucket}/staged", *SHARDED, "--workers=1"]
         flags += [f"--work={bucket}/work"] if "work" in where else []
         prepare.main(flags)
-        data = PreparedData.open(f"{bucket}/data")
+        data = PreparedData.open(f"{bucket}/staged")
         data.verify(hashes=True)
         assert (data.directory / "manifest.json").read_bytes() == expected["manifest.json"]
         prepare.main(flags)  # says that it is done
