@@ -89,6 +89,14 @@ class JoinedData(PreparedData):
             for domain in domains
         }
 
+    def held_out_origins(self, split: str) -> dict[str, list[str]]:
+        """Returns the origin of each instance of `held_out`; directories share no origins."""
+        found: dict[str, list[str]] = {}
+        for number, part in enumerate(self.parts):
+            for domain, origins in part.held_out_origins(split).items():
+                found.setdefault(domain, []).extend(f"{number}: {origin}" for origin in origins)
+        return dict(sorted(found.items()))
+
     def verify(self, *, hashes: bool, prefix: str = "") -> None:
         """Checks the files of all directories."""
         for part in self.parts:

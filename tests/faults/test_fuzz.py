@@ -22,7 +22,7 @@ from lory_jax.data.manifest import Manifest
 from lory_jax.data.special_tokens import SPECIAL_TOKENS_NAME
 from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.errors import InputError
-from lory_jax.preparation.sources.corpus import read_corpus
+from lory_jax.preparation.sources.corpus import read_documents
 from lory_jax.preparation.tokenizer_training import train_tokenizer
 from lory_jax.run.checkpoints import Checkpoints
 from lory_jax.run.directory import RunDirectory
@@ -215,7 +215,7 @@ def json_lines(directory):
     seed = b'{"text": "some words", "domain": "d", "source": "s"}\n' * 3
 
     def read(path):
-        read_corpus(str(path), min_bytes=1, max_bytes=50, max_domain_bytes=40, seed=0)
+        list(read_documents([str(path)]))
 
     return Target(directory, "a.jsonl", seed, read)
 
