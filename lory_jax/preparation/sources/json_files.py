@@ -123,6 +123,8 @@ class _Window:
                     return self._give_up(error.msg)
                 self._grow()
                 continue
+            except ValueError:  # Python refuses to read integers of thousands of digits
+                return self._give_up("a number is too long")
             if end < len(self._text) or self._is_whole:  # else a number may go on
                 size, self.at = end - self.at, end
                 return value, size
