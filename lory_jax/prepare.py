@@ -9,10 +9,13 @@ and ends. Interrupted or killed, the same command resumes.
 
 import argparse
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lory_jax.cli import Parser, run
 from lory_jax.storage import is_remote, local_path, storage_path
+
+if TYPE_CHECKING:
+    from lory_jax.preparation.engine.runner import Engine
 
 
 def main(argv: list[str]) -> None:
@@ -167,7 +170,7 @@ def _add_engine_flags(parser: Parser) -> None:
     )
 
 
-def _engine(args: argparse.Namespace):  # type: ignore[no-untyped-def]
+def _engine(args: argparse.Namespace) -> "Engine":
     if args.engine == "beam":
         from lory_jax.preparation.engine.beam import BeamPipelines
 

@@ -3,22 +3,36 @@
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeVar
 
 from lory_jax.errors import InputError
-from lory_jax.preparation.documents import Document
 
 # An origin joins an evaluation split if it fills no domain beyond this multiple of its share.
 OVERSHOOT = 1.5
 
 
+class Row(Protocol):
+    """What the split must know of a document."""
+
+    @property
+    def domain(self) -> str: ...
+    @property
+    def origin(self) -> str: ...
+    @property
+    def num_bytes(self) -> int: ...
+
+
+AnyRow = TypeVar("AnyRow", bound=Row)
+
+
 def split_by_origin(
-    documents: Sequence[Document],
+    documents: Sequence[AnyRow],
     *,
     validation_fraction: float,
     test_fraction: float,
     seed: int,
     confirmation_fraction: float = 0.0,
-) -> dict[str, list[Document]]:
+) -> dict[str, list[AnyRow]]:
     """Splits documents into `train`, `validation` and `test`, in the order given.
 
     Origins are assigned in the order of their hashes with the seed. A second run gives the same
@@ -55,7 +69,7 @@ def split_by_origin(
     for split, fraction in fractions.items():
         if fraction > 0:
             _fill(split, fraction, order, sizes, totals, side)
-    result: dict[str, list[Document]] = {"train": [], "validation": [], "test": []}
+    result: dict[str, list[AnyRow]] = {"train": [], "validation": [], "test": []}
     if confirmation_fraction > 0:
         result["confirmation"] = []
     for document in documents:

@@ -6,7 +6,7 @@ N documents, D dimensions, L tokens per instance.
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -14,19 +14,9 @@ from lory_jax.data.manifest import Manifest
 from lory_jax.errors import InputError
 from lory_jax.preparation.ordering import consecutive_similarity
 from lory_jax.preparation.packing import count_instances
+from lory_jax.preparation.split import Row
 
 GOOD_DOMAIN_BYTES = 1_000_000
-
-
-class Row(Protocol):
-    """What the table of a corpus tells about a document."""
-
-    @property
-    def domain(self) -> str: ...
-    @property
-    def origin(self) -> str: ...
-    @property
-    def num_bytes(self) -> int: ...
 
 
 def corpus_table(documents: Iterable[Row]) -> str:

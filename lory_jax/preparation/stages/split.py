@@ -61,7 +61,7 @@ def run(work: Work, task: int, out: Path) -> Facts:
         rows = list(_rows(work, limits))
         say.append(corpus_table(rows))
         sides = split_by_origin(
-            rows,  # type: ignore[arg-type]
+            rows,
             validation_fraction=data["validation_fraction"],
             test_fraction=data["test_fraction"],
             confirmation_fraction=data.get("confirmation_fraction", 0.0),
