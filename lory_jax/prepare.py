@@ -96,22 +96,23 @@ def main(argv: list[str]) -> None:
     print(f"wrote {out}")
 
 
+# As ReadOptions and MAX_REJECTED of the stage have them; importing those is too slow for --help.
 READING = {"text_key": "text", "domain_key": None, "source_key": None, "max_rejected": 0.001}
 
 
 def _add_reading_flags(parser: Parser) -> None:
     add = parser.add_argument
-    add("--text_key", default="text", help="the field of a record that holds the text")
+    add("--text_key", help="the field of a record that holds the text (default: text)")
     add("--domain_key", help="the field that holds the domain (default: domain, if there is one)")
     add("--source_key", help="the field that holds the origin (default: source, if there is one)")
     add(
         "--max_rejected",
         type=_share,
-        default=0.001,
         metavar="SHARE",
         help="stop if more than this share of the documents is broken; those that are rejected are "
         "listed in OUT/rejects (default: 0.001)",
     )
+    parser.set_defaults(**READING)
 
 
 def _reading(args: argparse.Namespace) -> dict[str, Any]:
