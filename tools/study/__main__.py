@@ -25,16 +25,16 @@ from lory_jax.config import load_config
 from lory_jax.console import duration
 from lory_jax.data.prepared import PreparedData
 from lory_jax.errors import ConfigError, InputError
-from lory_jax.recipes import resolve
 from tools.study.arms import ARMS, FAMILIES, Arm, Family
 from tools.study.audit import AUDIT, write_audit
+from tools.study.corpus import make_corpus
 from tools.study.queue import Queue, make_jobs
 from tools.study.results import SPLITS, Results
 from tools.study.run import Runner, Stopped
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STAGES = "ABC"
-RECIPE = "local"
+RECIPE = str(Path(__file__).with_name("recipe.py"))
 STEP_SECONDS = 0.28  # of the dense model on one core, until runs say better
 
 
@@ -105,7 +105,7 @@ def unavailable(sources: Sequence[Family | Arm]) -> dict[str, str]:
     for source in sources:
         settings = source.trials()[0] if isinstance(source, Family) else source.settings
         try:
-            load_config(resolve(RECIPE), [(name, str(value)) for name, value in settings.items()])
+            load_config(RECIPE, [(name, str(value)) for name, value in settings.items()])
         except ConfigError as error:
             found[source.name] = str(error)
     return found
@@ -114,7 +114,8 @@ def unavailable(sources: Sequence[Family | Arm]) -> dict[str, str]:
 def prepare(order: str, work: Path) -> Path:
     """The prepared data with this order of documents, made if they are not there."""
     out = work / "data" / order
-    flags = [f"--config={RECIPE}", "--source=python", f"--order={order}", f"--out={out}"]
+    source = make_corpus(work / "corpus")
+    flags = [f"--config={RECIPE}", f"--source={source}", f"--order={order}", f"--out={out}"]
     done = subprocess.run([sys.executable, "-m", "lory_jax.prepare", *flags])
     if done.returncode:
         raise InputError(f"{out}: prepare failed with status {done.returncode}")

@@ -3,7 +3,7 @@
 A *family* is tuned: every one has the same number of trials, each a point of a grid, judged on
 validation. An *arm* is trained with several seeds at the best point of its family, changed by the
 arm's own settings. Settings are config fields without the `config.` before them; all else is
-configs/local.py.
+tools/study/recipe.py.
 """
 
 import itertools
@@ -14,8 +14,13 @@ from typing import Any
 Settings = Mapping[str, Any]
 
 TRIALS = 12  # of every family
-TRIAL_STEPS, STEPS = 500, 1500
-COMMON = {"train.validate_every_steps": 250, "checkpoint.every_steps": 250, "checkpoint.keep": 1}
+TRIAL_STEPS, STEPS = 400, 1500
+COMMON = {
+    "train.validate_every_steps": 500,
+    "train.validation_batches": 16,
+    "checkpoint.every_steps": 250,
+    "checkpoint.keep": 1,
+}
 
 RATE, START, EXPERT_START = "train.learning_rate", "model.ffn_init_scale", "model.expert_init_scale"
 REDRAW, WARMUP = "train.upcycle_redraw", "train.dense_warmup_fraction"

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 
 from lory_jax.errors import InputError
 from lory_jax.evaluation.held_out import read_instances
+from lory_jax.run.directory import RunDirectory
 from tools.study.queue import Job
 from tools.study.results import Results
 
@@ -65,6 +67,8 @@ class Runner:
         status = self._process("train", job, core, *flags, f"--workdir={workdir}")
         if status == DIVERGED:
             self.results.write(_describe(job, settings) | {"status": "diverged"}, {})
+        elif job.trial is not None:
+            self.results.write(_describe(job, settings) | trial_result(workdir), {})
         else:
             self._measure(job, settings, core, workdir)
         shutil.rmtree(workdir)
@@ -90,11 +94,10 @@ class Runner:
         self.results.write(record, instances)
 
     def _evaluations(self, job: Job) -> dict[str, list[str]]:
-        """The flags of every evaluation: trials are judged on validation and see nothing else."""
-        splits = self.splits[:1] if job.trial is not None else self.splits
-        flags = {split: [f"--split={split}"] for split in splits}
+        """The flags of every evaluation of an arm."""
+        flags = {split: [f"--split={split}"] for split in self.splits}
         if "prompt" in job.measures:
-            for split in splits[1:]:
+            for split in self.splits[1:]:
                 flags[f"{split}_prompt"] = [f"--split={split}", "--routing=prompt"]
         return flags
 
@@ -127,6 +130,17 @@ class Runner:
                 continue
         process.send_signal(signal.SIGTERM)
         return process.wait()
+
+
+def trial_result(workdir: Path) -> dict[str, Any]:
+    """What a finished trial is judged by: the last validation of its training, and nothing else."""
+    lines = RunDirectory(workdir).read_metrics()
+    return {
+        "status": "finished",
+        "steps": lines[-1]["step"],
+        "step_seconds": statistics.median(line["step_seconds"] for line in lines),
+        "losses": {"validation": lines[-1]["validation_loss_by_domain"]},
+    }
 
 
 def _describe(job: Job, settings: Mapping[str, Any]) -> dict[str, Any]:
