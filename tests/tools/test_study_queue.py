@@ -37,7 +37,7 @@ ARMS = [
 def runner_of(directory, **changes):
     fields = {
         "recipe": "local",
-        "data": {"similar": directory / "data"},
+        "data": lambda corpus, order: directory / "data",
         "work": directory / "work",
         "results": Results(directory / "runs"),
         "splits": ("validation", "test"),
@@ -164,7 +164,7 @@ def test_results_are_tied_to_their_held_out_sets(tmp_path):
     other = PreparedData.open(write_prepared(tmp_path / "other", seed=1))
     with pytest.raises(InputError, match="other held-out documents"):
         Results(tmp_path / "runs").bind(other)
-    origins = Results(tmp_path / "runs").held_out["origins"]
+    origins = Results(tmp_path / "runs").held_out()["origins"]
     assert origins["test"] == {"ones": [0, 1, 2], "threes": [0, 1, 2]}
 
 

@@ -9,7 +9,7 @@ from tools.study import arms, fair_start, ladder
 from tools.study.__main__ import unavailable
 from tools.study.claims import read_claims
 from tools.study.report import CLAIMS, write_report
-from tools.study.results import HELD_OUT, Results
+from tools.study.results import Results, run_id
 
 DOMAINS = {"a": 60, "b": 90}
 SEEDS = 4
@@ -24,8 +24,8 @@ def out(tmp_path_factory):
     results = Results(out / "runs")
     (out / "runs").mkdir(parents=True)
     origins = {domain: [i // 3 for i in range(size)] for domain, size in DOMAINS.items()}
-    held_out = {"digest": "d", "origins": {"test": origins}}
-    (out / "runs" / HELD_OUT).write_text(json.dumps(held_out))
+    for corpus in ("packages", "debian"):
+        write_held_out(results, origins, corpus)
     rng = np.random.default_rng(0)
     of_instance = {domain: rng.normal(0, 0.5, size) for domain, size in DOMAINS.items()}
     for arm, loss in LOSSES.items():
@@ -40,9 +40,16 @@ def out(tmp_path_factory):
                 split: {d: level + noise + of_instance[d] for d in DOMAINS}
                 for split, level in splits.items()
             }
-            write(results, f"{arm}-s{seed}", arm, seed, instances)
+            write(results, arm, seed, instances)
+    for arm, level in (("dense", 3.0), ("lory", 2.95)):
+        for seed in range(2):
+            losses = {d: np.full(n, level + seed / 1000) for d, n in DOMAINS.items()}
+            write(results, arm, seed, {"test": losses}, "debian")
     trial = {"id": "dense-t00", "kind": "trial", "arm": "dense", "family": "dense"}
-    trial |= {"settings": {arms.RATE: 0.01, arms.START: 0.1, "train.steps": 600}}
+    trial |= {
+        "corpus": "packages",
+        "settings": {arms.RATE: 0.01, arms.START: 0.1, "train.steps": 600},
+    }
     results.write(trial | {"status": "finished", "losses": {"validation": {"a": 3.0}}}, {})
     diverged = trial | {"id": "dense-t01", "status": "diverged"}
     results.write(diverged, {})
@@ -53,13 +60,20 @@ def out(tmp_path_factory):
     return out
 
 
-def write(results, run_id, arm, seed, instances):
+def write_held_out(results, origins, corpus):
+    path = results.directory / "held_out" / f"{corpus}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"digest": "d", "origins": {"test": origins}}))
+
+
+def write(results, arm, seed, instances, corpus="packages"):
     losses = {s: {d: float(x.mean()) for d, x in found.items()} for s, found in instances.items()}
     losses["validation"] = losses["test"]
-    record = {"id": run_id, "kind": "run", "arm": arm, "family": arm, "seed": seed}
+    record = {"id": run_id(arm, seed, corpus), "kind": "run", "arm": arm, "family": arm}
+    record |= {"corpus": corpus, "seed": seed}
     record |= {"status": "finished", "losses": losses, "settings": {}, "step_seconds": 0.3}
     record |= {"curve": [[250, 4.0], [500, 3.5]], "flops_per_token": 1e6}
-    if arm == "lory":
+    if arm == "lory" and corpus == "packages":
         distance = [{"between": 0.3 + 0.01 * seed, "within": 0.05}]
         record |= {"routing_distance": distance, "expert_cosine": 0.7, "experts_used": 0.9}
     results.write(record, instances)
@@ -77,11 +91,14 @@ def test_verdicts_are_those_of_the_made_up_effects(out):
     }
     for name, (verdict, effect) in expected.items():
         got = claims[name]
-        assert set(got) == {"verdict", "effect", "interval", "seeds", "corpora"}
+        assert {"verdict", "effect", "interval", "seeds", "corpora"} <= set(got)
         assert got["verdict"] == verdict, name
         assert got["effect"] == pytest.approx(effect, abs=0.01)
         assert got["interval"][0] <= got["effect"] <= got["interval"][1]
-        assert got["seeds"] == SEEDS and got["corpora"] == 1
+        assert got["seeds"] == SEEDS and got["corpora"] == (2 if name == "gain" else 1)
+        assert ("second_corpus" in got) == (name == "gain")
+    again = claims["gain"]["second_corpus"]
+    assert again["effect"] == pytest.approx(-0.05, abs=2e-3) and again["seeds"] == 2
     for name in ("over_remoe", "size", "downstream", "equal_seconds"):
         assert claims[name]["verdict"] == "not testable here" and claims[name]["effect"] is None
 
@@ -115,10 +132,7 @@ def test_without_runs_nothing_is_testable(tmp_path):
 
 def test_a_claim_about_every_domain_fails_in_one(tmp_path):
     results = Results(tmp_path / "study" / "runs")
-    (tmp_path / "study" / "runs").mkdir(parents=True)
-    origins = {d: list(range(n)) for d, n in DOMAINS.items()}
-    held_out = {"digest": "d", "origins": {"test": origins}}
-    (results.directory / HELD_OUT).write_text(json.dumps(held_out))
+    write_held_out(results, {d: list(range(n)) for d, n in DOMAINS.items()}, "packages")
     rng = np.random.default_rng(1)
     for arm, of_domain in (("dense", (3.5, 3.5)), ("lory", (3.2, 3.52))):
         for seed in range(SEEDS):
@@ -126,7 +140,7 @@ def test_a_claim_about_every_domain_fails_in_one(tmp_path):
                 d: level + rng.normal(0, 0.005, n)
                 for (d, n), level in zip(DOMAINS.items(), of_domain, strict=True)
             }
-            write(results, f"{arm}-s{seed}", arm, seed, {"test": found})
+            write(results, arm, seed, {"test": found})
     write_report(tmp_path / "study")
     claim = json.loads((tmp_path / "study.json").read_text())["claims"]["gain"]
     assert claim["effect"] == pytest.approx(-0.14, abs=0.01)
@@ -159,8 +173,9 @@ def test_the_baseline_is_checked_against_its_neighbours(tmp_path, capsys, monkey
 
 
 def test_claims_name_arms_that_exist_with_seeds_for_an_interval():
-    by_name = {arm.name: arm for arm in arms.ARMS}
-    assert len(by_name) == len(arms.ARMS)
+    by_name = {arm.name: arm for arm in arms.ARMS if arm.corpus == "packages"}
+    assert len({run_id(arm.name, 0, arm.corpus) for arm in arms.ARMS}) == len(arms.ARMS)
+    assert {arm.name for arm in arms.ARMS if arm.corpus == "debian"} == set(arms.ON_DEBIAN)
     claims, margin = read_claims(CLAIMS)
     assert margin == 0.01
     for claim in claims:

@@ -1,6 +1,6 @@
 """Runs the study: a queue of runs, cheapest information first, resumable run by run.
 
-    python -m tools.study [--stage=A|B|C] [--hours=H] [--cores=N] [--out=DIR] [--work=DIR]
+    python -m tools.study [--stage=A|B|C|D] [--hours=H] [--cores=N] [--out=DIR] [--work=DIR]
 
 Each run is trained and evaluated on one core. A finished run leaves one small JSON file and the
 losses of its held-out instances in OUT/runs; its run directory is then removed. Ctrl-C, SIGTERM and
@@ -25,17 +25,19 @@ from lory_jax.config import load_config
 from lory_jax.console import duration
 from lory_jax.data.prepared import PreparedData
 from lory_jax.errors import ConfigError, InputError
+from tools import debian_corpus
+from tools.study import corpus
 from tools.study.arms import ARMS, FAMILIES, Arm, Family
 from tools.study.audit import AUDIT, write_audit
-from tools.study.corpus import make_corpus
 from tools.study.queue import Queue, make_jobs
-from tools.study.results import SPLITS, Results
+from tools.study.results import FIRST_CORPUS, SPLITS, Results
 from tools.study.run import Runner, Stopped
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-STAGES = "ABC"
+STAGES = "ADBC"  # in this order
+CORPORA = {"packages": corpus.make_corpus, "debian": debian_corpus.make_corpus}
 RECIPE = str(Path(__file__).with_name("recipe.py"))
-STEP_SECONDS = 0.28  # of the dense model on one core, until runs say better
+STEP_SECONDS = 0.13  # of the dense model on one core, until runs say better
 
 
 def main(argv: list[str]) -> None:
@@ -46,18 +48,15 @@ def main(argv: list[str]) -> None:
     for name, reason in missing.items():
         print(f"{name}: left out, because this version cannot train it ({reason})")
     arms = [arm for arm in arms if arm.name not in missing and arm.family not in missing]
+    if not debian_corpus.is_possible():
+        print("stage D: left out, because its corpus can be made on a Debian system only")
+        arms = [arm for arm in arms if arm.corpus == FIRST_CORPUS]
     jobs = make_jobs(families, arms, args.stage or STAGES)
 
-    data = {order: prepare(order, args.work) for order in sorted({job.data for job in jobs})}
-    opened = [PreparedData.open(path) for path in data.values()]
-    for prepared in opened:
-        results.bind(prepared)
-    if not (args.out / AUDIT).is_file():
-        write_audit(opened[0], args.out / AUDIT)
-    splits = tuple(split for split in SPLITS if split in opened[0].manifest.counts)
+    data = Data(args.work, results, args.out / AUDIT)
 
     stop = threading.Event()
-    runner = Runner(RECIPE, data, args.work, results, splits, stop)
+    runner = Runner(RECIPE, data, args.work, results, SPLITS, stop)
     signals: list[int] = []
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -83,7 +82,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser("study", __doc__)
     parser.prog = "python -m tools.study"
     add = parser.add_argument
-    add("--stage", choices=tuple(STAGES), help="run this stage only (default: A, then B, then C)")
+    add("--stage", choices=tuple(STAGES), help="run this stage only (default: A, D, B, C)")
     add("--hours", type=float, metavar="H", help="stop after so many hours")
     add("--cores", type=int, default=1, metavar="N", help="runs at a time, one core each")
     add("--out", type=Path, default=ROOT / "docs" / "study", metavar="DIR", help="results")
@@ -111,15 +110,37 @@ def unavailable(sources: Sequence[Family | Arm]) -> dict[str, str]:
     return found
 
 
-def prepare(order: str, work: Path) -> Path:
-    """The prepared data with this order of documents, made if they are not there."""
-    out = work / "data" / order
-    source = make_corpus(work / "corpus")
-    flags = [f"--config={RECIPE}", f"--source={source}", f"--order={order}", f"--out={out}"]
-    done = subprocess.run([sys.executable, "-m", "lory_jax.prepare", *flags])
-    if done.returncode:
-        raise InputError(f"{out}: prepare failed with status {done.returncode}")
-    return out
+class Data:
+    """Prepares the corpora when the first run asks for them; several threads may ask."""
+
+    def __init__(self, work: Path, results: Results, audit: Path):
+        self._work, self._results, self._audit = work, results, audit
+        self._ready: dict[tuple[str, str], Path] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, corpus: str, order: str) -> Path:
+        """The prepared data of a corpus with this order of documents.
+
+        Raises:
+          InputError: they cannot be made, or the finished runs were measured on other documents.
+        """
+        with self._lock:
+            if (corpus, order) not in self._ready:
+                self._ready[corpus, order] = self._prepare(corpus, order)
+            return self._ready[corpus, order]
+
+    def _prepare(self, corpus: str, order: str) -> Path:
+        out = self._work / "data" / corpus / order
+        source = CORPORA[corpus](self._work / "corpus" / corpus)
+        flags = [f"--config={RECIPE}", f"--source={source}", f"--order={order}", f"--out={out}"]
+        done = subprocess.run([sys.executable, "-m", "lory_jax.prepare", *flags])
+        if done.returncode:
+            raise InputError(f"{out}: prepare failed with status {done.returncode}")
+        prepared = PreparedData.open(out)
+        self._results.bind(prepared, corpus)
+        if corpus == FIRST_CORPUS and not self._audit.is_file():
+            write_audit(prepared, self._audit)
+        return out
 
 
 def usable_cores() -> list[int]:

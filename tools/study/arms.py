@@ -8,7 +8,7 @@ tools/study/recipe.py.
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 Settings = Mapping[str, Any]
@@ -68,6 +68,7 @@ class Arm:
       group: the place in the order of runs; lower comes first.
       cost: a guess of a step's seconds, as a multiple of the dense model's.
       data: "similar" or "random", the order of the training documents.
+      corpus: "packages" or "debian". Families are tuned on the first.
       measures: what is measured beside losses: "routing" (of domains), "prompt" (routing by it).
     """
 
@@ -81,6 +82,7 @@ class Arm:
     group: int = 1
     cost: float = 1.0
     data: str = "similar"
+    corpus: str = "packages"
     measures: tuple[str, ...] = ()
 
 
@@ -164,7 +166,7 @@ ARMS = [
     Arm("lory_warmup_1_percent", "lory", {WARMUP: 0.01}, group=4, cost=1.15),
     *(
         Arm(f"lory_t{T}", "lory", {"model.segment_length": T}, group=4, seeds=3, cost=32 / T + 0.8)
-        for T in (16, 64, 128, 256)
+        for T in (16, 64, 128)
     ),
     *(
         Arm(
@@ -174,8 +176,19 @@ ARMS = [
             group=4,
             seeds=3,
         )
-        for T in (16, 256)
+        for T in (16, 64)
     ),
+]
+
+# Stage D: the main contrasts again, on a corpus that is not Python, with the settings tuned before.
+ON_DEBIAN = (
+    *("dense", "lory", "lory_redrawn", "dense_random", "lory_random", "lory_scratch", "prefix"),
+    *("uniform", "dropless_top1", "dropless_top2", "remoe", "expert_threshold"),
+)
+ARMS += [
+    replace(arm, stage="D", corpus="debian", seeds=3, measures=())
+    for arm in ARMS
+    if arm.name in ON_DEBIAN
 ]
 
 # Stage B: dense warm-up, router and learning rate, two values each.

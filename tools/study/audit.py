@@ -55,7 +55,7 @@ def read_audit(path: Path, results: Results) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     found = json.loads(path.read_text("utf-8"))
-    if found["digest"] != results.held_out["digest"]:
+    if found["digest"] != results.held_out()["digest"]:
         raise InputError(f"{path}: is of other held-out documents; remove it to audit again")
     return found
 

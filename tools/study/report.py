@@ -31,6 +31,7 @@ from tools.study.tables import (
     HEADLINES,
     Report,
     Table,
+    again_table,
     arms_table,
     audit_table,
     claims_table,
@@ -63,7 +64,10 @@ def write_report(out: Path, split: str = "test", claims_file: Path = CLAIMS) -> 
     """Writes OUT.json, OUT.md and OUT.html from the runs in OUT/runs."""
     report = make_report(out, split, claims_file)
     contents = {
-        "claims": {f.claim.id: numbers(f, corpora=1) for f in report.findings},
+        "claims": {
+            f.claim.id: numbers(f, again)
+            for f, again in zip(report.findings, report.again, strict=True)
+        },
         "tuning": tuning(report.records),
         "ladder": report.ladder,
     }
@@ -78,6 +82,7 @@ def make_report(out: Path, split: str, claims_file: Path) -> Report:
     results = Results(out / "runs")
     claims, margin = read_claims(claims_file)
     findings = judge_claims(claims, margin, results, split)
+    again = judge_claims(claims, margin, results, split, corpus="debian")
     audit = read_audit(out / AUDIT, results)
     variants: dict[str, dict[str, Finding]] = {}
     for finding in findings:
@@ -89,6 +94,7 @@ def make_report(out: Path, split: str, claims_file: Path) -> Report:
     return Report(
         split,
         findings,
+        again,
         variants,
         results.records(),
         fair_start.differences(results),
@@ -116,6 +122,7 @@ def _parts(effect: Effect, audit: dict[str, Any] | None, split: str) -> dict[str
 def _sections(report: Report) -> list[tuple[str, Table]]:
     found = [
         ("Claims", claims_table(report.findings)),
+        ("The second corpus, which is not Python", again_table(report)),
         ("The headline by domain", domains_table(report)),
         ("The headline on parts of the instances", variants_table(report)),
         ("Near-duplicates", audit_table(report)),

@@ -2,14 +2,13 @@
 
 RUNS/ID.json         settings, seed, curve, losses by domain, seconds, FLOPs
 RUNS/ID.npz          the loss of every held-out instance, float16, as SPLIT/DOMAIN
-RUNS/held_out.json   the digest of the held-out sets, and the origin of every instance, as numbers
+RUNS/held_out/CORPUS.json  the digest of the held-out sets, and the origin of every instance
 """
 
 import io
 import json
 import math
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from lory_jax.data.prepared import PreparedData
 from lory_jax.errors import InputError
 from lory_jax.storage import write_atomically
 
-HELD_OUT = "held_out.json"
+FIRST_CORPUS = "packages"  # on which everything is tuned
 SPLITS = ("validation", "test", "confirmation")
 
 Record = dict[str, Any]
@@ -51,10 +50,10 @@ class Results:
         write_atomically(path.with_suffix(".npz"), buffer.getvalue())
         write_atomically(path, json.dumps(record, indent=1) + "\n")
 
-    def records(self) -> list[Record]:
-        """All finished runs, by name."""
-        paths = sorted(self.directory.glob("*.json"))
-        return [json.loads(p.read_text("utf-8")) for p in paths if p.name != HELD_OUT]
+    def records(self, corpus: str = FIRST_CORPUS) -> list[Record]:
+        """All finished runs on a corpus, by name."""
+        found = [json.loads(p.read_text("utf-8")) for p in sorted(self.directory.glob("*.json"))]
+        return [record for record in found if record["corpus"] == corpus]
 
     def instances(self, run_id: str, split: str) -> Losses:
         """The loss of every instance of a split, by domain; empty if it was not measured."""
@@ -62,26 +61,28 @@ class Results:
             names = [name for name in arrays.files if name.rpartition("/")[0] == split]
             return {name.rpartition("/")[2]: arrays[name].astype(np.float64) for name in names}
 
-    @cached_property
-    def held_out(self) -> dict[str, Any]:
-        """The contents of `held_out.json`."""
-        path = self.directory / HELD_OUT
+    def held_out(self, corpus: str = FIRST_CORPUS) -> dict[str, Any]:
+        """What `bind` noted of a corpus: the digest of its held-out sets, and their origins."""
+        path = self._held_out_file(corpus)
         if not path.is_file():
             raise InputError(f"{path}: missing; no run has been made yet")
         return json.loads(path.read_text("utf-8"))
 
-    def bind(self, data: PreparedData) -> None:
-        """Ties the directory to the held-out sets of `data`, or checks that it is tied to them.
+    def _held_out_file(self, corpus: str) -> Path:
+        return self.directory / "held_out" / f"{corpus}.json"
+
+    def bind(self, data: PreparedData, corpus: str = FIRST_CORPUS) -> None:
+        """Ties a corpus to the held-out sets of `data`, or checks that it is tied to them.
 
         Raises:
           InputError: the finished runs were measured on other documents, so no pair can be formed.
         """
         found = describe_held_out(data)
-        path = self.directory / HELD_OUT
+        path = self._held_out_file(corpus)
         if not path.is_file():
-            self.directory.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(found) + "\n")
-        elif self.held_out["digest"] != found["digest"]:
+        elif self.held_out(corpus)["digest"] != found["digest"]:
             raise InputError(
                 f"out: the runs in {self.directory} were measured on other held-out documents than "
                 f"those of {data.directory}; give another directory"
@@ -108,6 +109,12 @@ def _digest(value: Any) -> str:
     import hashlib
 
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def run_id(arm: str, seed: int, corpus: str = FIRST_CORPUS) -> str:
+    """The name of a run of an arm."""
+    prefix = "" if corpus == FIRST_CORPUS else f"{corpus}-"
+    return f"{prefix}{arm}-s{seed}"
 
 
 def mean_loss(record: Record, split: str = "validation") -> float:

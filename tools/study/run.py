@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class Runner:
 
     Attributes:
       recipe: what `--config` names.
-      data: the prepared data by the order of their documents.
+      data: returns the prepared data of a corpus and order of documents, made if need be.
       work: run directories, which are removed when their result is written.
       results: where results go.
       splits: the held-out sets that the data have.
@@ -47,7 +47,7 @@ class Runner:
     """
 
     recipe: str
-    data: Mapping[str, Path]
+    data: Callable[[str, str], Path]
     work: Path
     results: Results
     splits: tuple[str, ...]
@@ -63,22 +63,25 @@ class Runner:
         """
         workdir = self.work / job.id
         fields = [f"--config.{name}={value}" for name, value in settings.items()]
-        flags = [f"--config={self.recipe}", *fields, f"--data={self.data[job.data]}"]
+        data = self.data(*job.data)
+        flags = [f"--config={self.recipe}", *fields, f"--data={data}"]
         status = self._process("train", job, core, *flags, f"--workdir={workdir}")
         if status == DIVERGED:
             self.results.write(_describe(job, settings) | {"status": "diverged"}, {})
         elif job.trial is not None:
             self.results.write(_describe(job, settings) | trial_result(workdir), {})
         else:
-            self._measure(job, settings, core, workdir)
+            self._measure(job, settings, core, workdir, data)
         shutil.rmtree(workdir)
 
-    def _measure(self, job: Job, settings: Mapping[str, Any], core: int, workdir: Path) -> None:
+    def _measure(
+        self, job: Job, settings: Mapping[str, Any], core: int, workdir: Path, data: Path
+    ) -> None:
         losses, instances, seconds = {}, {}, {}
         for name, flags in self._evaluations(job).items():
             out = workdir / f"{name}.json"
             if not out.is_file():
-                where = (f"--workdir={workdir}", f"--data={self.data[job.data]}", f"--out={out}")
+                where = (f"--workdir={workdir}", f"--data={data}", f"--out={out}")
                 self._process("evaluate", job, core, *where, *flags)
             found = json.loads(out.read_text("utf-8"))
             losses[name] = {d: math.log(x) for d, x in found["perplexity"].items()}
@@ -87,7 +90,7 @@ class Runner:
         measured = workdir / "measured.json"
         if not measured.is_file():
             wanted = [f"--{name}" for name in job.measures if name == "routing"]
-            where = (f"--workdir={workdir}", f"--data={self.data[job.data]}", f"--out={measured}")
+            where = (f"--workdir={workdir}", f"--data={data}", f"--out={measured}")
             self._process("measure", job, core, *where, *wanted)
         record = _describe(job, settings) | {"status": "finished", "losses": losses}
         record |= json.loads(measured.read_text("utf-8")) | {"evaluation_seconds": seconds}
@@ -151,6 +154,7 @@ def _describe(job: Job, settings: Mapping[str, Any]) -> dict[str, Any]:
         "arm": job.source.name,
         "family": job.family,
         "seed": job.seed,
-        "data": job.data,
+        "corpus": job.corpus,
+        "data": job.data[1],
         "settings": dict(settings),
     }

@@ -19,6 +19,7 @@ class Report:
     """Everything that the pages show.
 
     Attributes:
+      again: the same claims on the second corpus.
       neighbours: validation loss of the dense baseline's neighbours minus its own.
       audit: what tools/study/audit.py found about these held-out sets, or None.
       variants: for the headline claims, the finding on parts of the instances, by name.
@@ -26,6 +27,7 @@ class Report:
 
     split: str
     findings: list[Finding]
+    again: list[Finding]
     variants: dict[str, dict[str, Finding]]
     records: list[Record]
     neighbours: dict[str, float]
@@ -54,6 +56,13 @@ def tuning(records: Sequence[Record]) -> dict[str, list[dict[str, Any]]]:
 def claims_table(findings: Sequence[Finding]) -> Table:
     header = ["claim", "source", "verdict", "effect", "95 % interval", "adjusted p", "seeds"]
     return header, [[f.claim.claim, f.claim.source, _verdict(f), *_figures(f)] for f in findings]
+
+
+def again_table(report: Report) -> Table:
+    """The claims that have runs on the second corpus."""
+    header = ["claim", "verdict", "effect", "95 % interval", "adjusted p", "seeds"]
+    tested = [finding for finding in report.again if finding.effect is not None]
+    return header, [[f.claim.claim, _verdict(f), *_figures(f)] for f in tested]
 
 
 def variants_table(report: Report) -> Table:
