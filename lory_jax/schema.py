@@ -209,6 +209,12 @@ SCHEMA: dict[str, dict[str, Field]] = {
             0.0,
             1.0,
         ),
+        "upcycle_rewarm_fraction": float_field(
+            0.0,
+            "share of the steps after upcycling with a second linear warm-up; 0 for none",
+            0.0,
+            1.0,
+        ),
         "beta1": float_field(0.9, "AdamW: decay of the first moment", 0.0, 1.0),
         "beta2": float_field(0.95, "AdamW: decay of the second moment", 0.0, 1.0),
         "epsilon": float_field(1e-8, "AdamW: added to the root of the second moment", 0.0),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax import Array
 
@@ -67,8 +68,8 @@ class Optimizer:
         return optax.tree.scale(-self.schedule(step), updates), opt_state
 
 
-def make_optimizer(train_config: Mapping[str, Any]) -> Optimizer:
-    """The optimiser of the section `config.train`.
+def make_optimizer(train_config: Mapping[str, Any], dense_steps: int = 0) -> Optimizer:
+    """The optimiser of the section `config.train`, for a run that is upcycled after `dense_steps`.
 
     The second moment stays float32: with beta2 = 0.95 its changes are below bfloat16's precision.
     """
@@ -84,18 +85,32 @@ def make_optimizer(train_config: Mapping[str, Any]) -> Optimizer:
             ),
             optax.add_decayed_weights(train_config["weight_decay"], mask=decay_mask),
         ),
-        schedule=make_schedule(train_config),
+        schedule=make_schedule(train_config, dense_steps),
     )
 
 
-def make_schedule(train_config: Mapping[str, Any]) -> optax.Schedule:
-    """Linear warm-up to the peak, then cosine decay to its final fraction."""
+def make_schedule(train_config: Mapping[str, Any], dense_steps: int = 0) -> optax.Schedule:
+    """Linear warm-up to the peak, then cosine decay to its final fraction.
+
+    With `upcycle_rewarm_fraction` and a dense phase, the rate is warmed up once more when the
+    experts begin: by then it is at its peak, and AdamW's second moments are those of the dense
+    model, whose gradients are larger than those of each expert.
+    """
     steps, peak = train_config["steps"], train_config["learning_rate"]
     warmup_steps = max(1, round(train_config["warmup_fraction"] * steps))
-    return optax.warmup_cosine_decay_schedule(
+    schedule = optax.warmup_cosine_decay_schedule(
         init_value=peak / warmup_steps,  # from 0, the first update would do nothing
         peak_value=peak,
         warmup_steps=warmup_steps,
         decay_steps=max(steps, warmup_steps + 1),  # optax requires a decay step
         end_value=train_config["final_learning_rate_fraction"] * peak,
     )
+    rewarm_steps = round(train_config["upcycle_rewarm_fraction"] * steps)
+    if not dense_steps or not rewarm_steps:
+        return schedule
+
+    def rewarmed(step: Array) -> Array:
+        since = (step - dense_steps + 1) / rewarm_steps
+        return schedule(step) * jnp.where(step < dense_steps, 1.0, jnp.minimum(since, 1.0))
+
+    return rewarmed

@@ -34,6 +34,12 @@ class Phase:
     upcycle: Callable[[State], State] | None
 
 
+def count_dense_steps(config: ConfigDict) -> int:
+    """How many steps train the dense model before it is upcycled; 0 for a dense run."""
+    fraction = config.train.dense_warmup_fraction if config.model.num_experts else 0
+    return round(fraction * config.train.steps)
+
+
 class Phases:
     """Makes the phases of a run.
 
@@ -47,8 +53,7 @@ class Phases:
         """`model_config` is that of the run's last phase."""
         self._config, self._model_config = config, model_config
         self._optimizer, self._mesh = optimizer, mesh
-        fraction = config.train.dense_warmup_fraction if model_config.num_experts else 0
-        self.dense_steps = round(fraction * config.train.steps)
+        self.dense_steps = count_dense_steps(config)
 
     def first(self) -> Phase:
         """The phase that a run from scratch starts in."""

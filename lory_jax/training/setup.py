@@ -25,7 +25,7 @@ from lory_jax.training.initialization_from import check_source
 from lory_jax.training.monitoring.goodput import Goodput
 from lory_jax.training.monitoring.signals import Agreement, Wishes
 from lory_jax.training.optimizer import Optimizer, make_optimizer
-from lory_jax.training.phases import Phases
+from lory_jax.training.phases import Phases, count_dense_steps
 from lory_jax.training.validation import sets_to_validate
 
 
@@ -101,7 +101,7 @@ def setup(
         check_source(init_from, model_config, prepared)
     lock = directory.open_for_training(config.to_dict(), prepared, change_steps)
     announce(model_config, config, mesh, batches)
-    optimizer = make_optimizer(train)
+    optimizer = make_optimizer(train, count_dense_steps(config))
     agreement = Agreement(mesh)
     return Setup(
         config=config,

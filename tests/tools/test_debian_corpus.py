@@ -12,7 +12,8 @@ PROSE = "A sentence of ordinary words that is long enough to be kept.\n" * 10
 
 
 def test_html_gives_blocks_without_scripts_and_with_bounded_lines():
-    page = f"<html><head><title>t</title></head><body><script>x()</script><p>{PROSE.replace(chr(10), ' ')}</p><p>b"
+    line = PROSE.replace("\n", " ")
+    page = f"<html><head><title>t</title></head><body><script>x()</script><p>{line}</p><p>b"
     first, second = [piece for piece in html(page) if piece.strip()]
     assert first.split() == PROSE.split() and second.strip() == "b"
     assert max(map(len, first.splitlines())) <= debian_corpus.LINE

@@ -48,6 +48,17 @@ def test_schedule_is_positive_and_at_most_the_peak_in_extreme_runs(fields):
         assert 0 < rate(step, **fields) <= 3e-4 * (1 + 1e-6)
 
 
+def test_rewarming_multiplies_the_schedule_by_a_line_from_upcycling_on():
+    train = base_config().train
+    train.update({**SCHEDULE, "upcycle_rewarm_fraction": 0.1})
+    plain = make_optimizer(train).schedule  # a dense run: nothing is upcycled
+    rewarmed = make_optimizer(train, dense_steps=30).schedule
+    for step in range(200):
+        ramp = 1.0 if step < 30 else min(1.0, (step - 29) / 20)
+        np.testing.assert_allclose(rewarmed(step), ramp * rate(step), rtol=1e-5)
+        np.testing.assert_allclose(plain(step), rate(step), rtol=1e-6)
+
+
 @pytest.mark.parametrize("experts", [0, 4])
 def test_decay_covers_every_matrix_and_no_norm(experts):
     params = params_of(tiny_config(num_experts=experts))

@@ -23,6 +23,7 @@ COMMON = {
 }
 
 RATE, START, EXPERT_START = "train.learning_rate", "model.ffn_init_scale", "model.expert_init_scale"
+REWARM = "train.upcycle_rewarm_fraction"
 REDRAW, WARMUP = "train.upcycle_redraw", "train.dense_warmup_fraction"
 ROUTING, EXPERTS = "model.routing", "model.num_experts"
 
@@ -163,6 +164,7 @@ ARMS = [
     Arm("dense_total", "dense_total", group=4, cost=2.5),
     Arm("dense_masked", "dense", {"model.document_mask": True}, group=4),
     Arm("lory_masked", "lory", {"model.document_mask": True}, group=4, cost=1.15),
+    Arm("lory_rewarmed", "lory", {REWARM: 0.05}, group=4, cost=1.15),
     Arm("lory_warmup_1_percent", "lory", {WARMUP: 0.01}, group=4, cost=1.15),
     *(
         Arm(f"lory_t{T}", "lory", {"model.segment_length": T}, group=4, seeds=3, cost=32 / T + 0.8)
