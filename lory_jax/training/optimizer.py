@@ -93,8 +93,7 @@ def make_schedule(train_config: Mapping[str, Any], dense_steps: int = 0) -> opta
     """Linear warm-up to the peak, then cosine decay to its final fraction.
 
     With `upcycle_rewarm_fraction` and a dense phase, the rate is warmed up once more when the
-    experts begin: by then it is at its peak, and AdamW's second moments are those of the dense
-    model, whose gradients are larger than those of each expert.
+    experts begin: by then it may be at its peak, while the router and redrawn entries are new.
     """
     steps, peak = train_config["steps"], train_config["learning_rate"]
     warmup_steps = max(1, round(train_config["warmup_fraction"] * steps))

@@ -15,6 +15,7 @@ import numpy as np
 
 from lory_jax.report import html, plots
 from lory_jax.storage import write_atomically
+from tools import tables as pages
 from tools.study import fair_start, ladder
 from tools.study.audit import AUDIT, read_audit
 from tools.study.claims import (
@@ -25,7 +26,7 @@ from tools.study.claims import (
     read_claims,
     without_domain,
 )
-from tools.study.results import Results
+from tools.study.results import Results, mean_loss
 from tools.study.statistics import Effect
 from tools.study.tables import (
     HEADLINES,
@@ -44,7 +45,14 @@ from tools.study.tables import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+OUT = ROOT / "docs" / "study"
 CLAIMS = ROOT / "docs" / "claims.json"
+SCALE = (
+    "The model has four layers of width 32 and contexts of 256 tokens in segments of 32 "
+    "(tools/study/recipe.py), and sees 6.1M tokens. The first corpus is code, headers, stubs and "
+    "documentation of Python packages with pinned versions (tools/study/corpus.py), the second "
+    "is manual pages, documentation, prose and C from Debian packages (tools/debian_corpus.py)."
+)
 NOTE = (
     "Effects are in nats per token over positions from T on, the mean of the domains; a negative "
     "effect favours what the claim names first. Intervals (95 %) hold the noise between seeds and "
@@ -54,7 +62,7 @@ NOTE = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "study")
+    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--final", action="store_true", help="read the confirmation set")
     args = parser.parse_args()
     write_report(args.out, "confirmation" if args.final else "test")
@@ -75,6 +83,42 @@ def write_report(out: Path, split: str = "test", claims_file: Path = CLAIMS) -> 
     write_atomically(out.with_suffix(".md"), markdown_page(report))
     write_atomically(out.with_suffix(".html"), html_page(report))
     print(f"wrote {out}.json, .md and .html from {len(report.records)} runs")
+    if out == OUT:
+        pages.replace_marked(ROOT / "README.md", "tools/study/report.py", headline(report))
+
+
+def headline(report: Report) -> str:
+    """What the README says: Lory's recipe with the lowest validation loss against dense."""
+    tested = [f for f in report.findings if f.claim.id in HEADLINES and f.effect is not None]
+    if not tested:
+        return "The study has no finished runs yet."
+    best = min(tested, key=lambda finding: validation_loss(report, finding))
+    sentences = [_gain(best, "In the study")]
+    for again in report.again:
+        if again.claim.id == best.claim.id and again.effect is not None:
+            sentences.append(_gain(again, "On its second corpus"))
+    return " ".join(sentences)
+
+
+def validation_loss(report: Report, finding: Finding) -> float:
+    """The mean validation loss of the arm that a claim names first."""
+    arm = next(iter(finding.claim.contrast))
+    return float(
+        np.mean([mean_loss(r) for r in report.records if r["kind"] == "run" and r["arm"] == arm])
+    )
+
+
+def _gain(finding: Finding, where: str) -> str:
+    effect = finding.effect
+    assert effect is not None
+    change = 100 * (1 - np.exp(effect.mean))
+    if np.isnan(effect.low):
+        return f"{where}, Lory's test loss is {-effect.mean:.3f} nats below dense's, with one seed."
+    return (
+        f"{where}, Lory's test loss is {-effect.mean:.3f} nats per token below that of an equally "
+        f"tuned dense model (95 % interval {-effect.high:.3f} to {-effect.low:.3f}; {effect.seeds} "
+        f"seeds), which is a perplexity {change:.1f} % lower."
+    )
 
 
 def make_report(out: Path, split: str, claims_file: Path) -> Report:
@@ -136,7 +180,7 @@ def _sections(report: Report) -> list[tuple[str, Table]]:
 
 def _intro(report: Report) -> str:
     runs = len(report.records)
-    return f"{runs} finished runs, judged on the {report.split} set. {NOTE}"
+    return f"{runs} finished runs, judged on the {report.split} set. {SCALE} {NOTE}"
 
 
 def markdown_page(report: Report) -> str:
