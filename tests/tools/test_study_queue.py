@@ -27,7 +27,7 @@ FAMILIES = [
     Family("other", {}, {RATE: (0.4, 0.3)}, group=1, steps=5),
 ]
 ARMS = [
-    Arm("other", "other", seeds=2, group=1, steps=6),
+    Arm("other", "other", seeds=3, group=1, steps=6),
     Arm("plain", "plain", seeds=3, group=0, steps=9),
     Arm("small", "plain", seeds=3, group=0, steps=6),
     Arm("twice", "plain", factors={RATE: 2.0}, stage="B", seeds=1, steps=6),
@@ -54,9 +54,9 @@ def core():
 def test_the_order_is_tuning_first_then_seeds_in_rounds_then_cheap_before_dear():
     ids = [job.id for job in make_jobs(FAMILIES, ARMS, "AB")]
     tuning = ["plain-t00", "plain-t01", "plain-t02"]
-    first_round = ["small-s0", "plain-s0", "small-s1", "plain-s1"]
-    others = ["other-t00", "other-t01", "other-s0", "other-s1"]
-    assert ids == [*tuning, *first_round, *others, "small-s2", "plain-s2", "twice-s0"]
+    first_round = ["small-s0", "plain-s0", "small-s1", "plain-s1", "small-s2", "plain-s2"]
+    others = ["other-t00", "other-t01", "other-s0", "other-s1", "other-s2"]
+    assert ids == [*tuning, *first_round, *others, "twice-s0"]
 
 
 def test_a_stage_alone_tunes_what_it_needs():
@@ -85,7 +85,7 @@ def test_arms_start_from_the_best_trial_of_their_family(tmp_path):
     # Run directories are gone; nothing was trained twice.
     assert sorted(path.name for path in runner.work.iterdir()) == ["logs", "steps.txt"]
     steps = (runner.work / "steps.txt").read_text().splitlines()
-    assert len(steps) == len(set(steps)) == 2 * 5 + 2 * 5 + 2 * 6 + 3 * 9 + 3 * 6 + 6
+    assert len(steps) == len(set(steps)) == 2 * 5 + 2 * 5 + 3 * 6 + 3 * 9 + 3 * 6 + 6
 
 
 def test_a_stopped_run_resumes_where_it_was_saved(tmp_path):

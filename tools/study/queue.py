@@ -9,8 +9,9 @@ from lory_jax.errors import InputError
 from tools.study.arms import COMMON, Arm, Family
 from tools.study.results import FIRST_CORPUS, Results, mean_loss, run_id
 
-# Seeds are trained in rounds, so that every arm has two before any has more.
-ROUNDS = (2, 4)
+# Seeds are trained in rounds, so that every arm has two before any has more; those of the headline
+# have four.
+ROUNDS, HEADLINE_ROUNDS = (2, 4), (4,)
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Job:
     @property
     def order(self) -> tuple[Any, ...]:
         """Jobs are run in this order."""
-        round_number = sum(self.seed >= first for first in ROUNDS)
+        rounds = HEADLINE_ROUNDS if self.source.group == 0 else ROUNDS
+        round_number = sum(self.seed >= first for first in rounds)
         is_final = self.trial is None
         return round_number, self.source.group, is_final, self.seed, self.work, self.id
 
