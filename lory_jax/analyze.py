@@ -39,6 +39,8 @@ def main(argv: list[str]) -> None:
         help="show which experts each segment of FILE uses",
     )
     args = parser.parse(argv)
+    if args.seed < 0:
+        parser.error(f"--seed: got {args.seed}, must be an integer of at least 0")
     out = args.out or args.workdir / "analysis"
     if args.text:
         write_text_page(args, out)
