@@ -89,6 +89,11 @@ def check_sparse(model: ConfigDict, train: ConfigDict) -> None:
         )
     if model.routing not in SPARSE:
         return
+    if model.mlp_bias:
+        raise ConfigError(
+            "config.model.mlp_bias: got True; must be false with config.model.routing="
+            f"{model.routing}: the sparse baselines have no biases"
+        )
     factor, experts = model.capacity_factor, model.num_experts
     choices = TOKEN_CHOICE.get(model.routing, max(1, round(factor)))
     if model.routing in GATED:

@@ -7,6 +7,7 @@ One prompt streams to the terminal; several are continued as a batch and printed
 Interactively, every line is a prompt of its own, until the input ends.
 """
 
+import io
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -91,13 +92,23 @@ def converse(model: "Model", settings: dict[str, Any]) -> None:
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        line = read_line()
         if not line:
             return
         try:
             stream(model, line.removesuffix("\n"), settings)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
+
+
+def read_line() -> str:
+    """The next line of the input, which is UTF-8 whatever the terminal is; "" at its end."""
+    if not isinstance(sys.stdin, io.TextIOWrapper):
+        return sys.stdin.readline()
+    try:
+        return sys.stdin.buffer.readline().decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input: not UTF-8 text ({error.reason})") from None
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ over the bandwidth of all links together, and assumed to overlap with computatio
 
 import argparse
 import json
+import re
 from typing import Any
 
 from lory_jax import cli
@@ -84,7 +85,7 @@ def make_plan(
 def parse_mesh(text: str) -> tuple[int, int, int]:
     """Three positive integers, separated by commas."""
     parts = text.split(",")
-    if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
+    if len(parts) != 3 or not all(re.fullmatch("0*[1-9][0-9]{0,8}", part) for part in parts):
         raise ConfigError(
             f"--mesh: got {text!r}, must be three positive integers DATA,FSDP,TENSOR such as 4,64,1"
         )

@@ -36,6 +36,9 @@ SCHEMA: dict[str, dict[str, Field]] = {
             "all",
             is_architecture=True,
         ),
+        "mlp_bias": bool_field(
+            False, "the FFN, and each expert, has biases, merged alike", is_architecture=True
+        ),
         "mlp_dim": int_field(
             2816,
             "hidden width F of the FFN, and of each expert",
@@ -167,7 +170,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
             may_change=True,
         ),
         "merged_ffn": choice_field(
-            "auto is kernel on TPUs if it fits, whole on CPUs, else blocks",
+            "auto is kernel on TPUs if it fits, whole on CPUs, else blocks; einsum with mlp_bias",
             "auto",
             "einsum",
             "whole",

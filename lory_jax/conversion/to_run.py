@@ -18,6 +18,7 @@ from lory_jax.parallel import shardings
 from lory_jax.run.checkpoints import Checkpoints
 from lory_jax.run.directory import CONFIG
 from lory_jax.run.phases import EXPERTS
+from lory_jax.storage import naming
 from lory_jax.training.upcycle import upcycle_params
 
 EVALUATION_BATCH = 8  # instances; it is not known here how many fit into memory in training
@@ -55,9 +56,10 @@ def write_start(
     temporary = temporary_sibling(workdir)
     temporary.mkdir()
     try:
-        directory.tokenizer.save(temporary / TOKENIZER_NAME)
-        text = json.dumps(config.to_dict(), indent=1) + "\n"
-        (temporary / CONFIG).write_text(text, encoding="utf-8")
+        with naming(workdir):
+            directory.tokenizer.save(temporary / TOKENIZER_NAME)
+            text = json.dumps(config.to_dict(), indent=1) + "\n"
+            (temporary / CONFIG).write_text(text, encoding="utf-8")
         checkpoints = Checkpoints(temporary / "checkpoints", keep=1)
         # Parameters alone: a run that starts from them has fresh moments of AdamW.
         checkpoints.save({"step": jnp.zeros((), jnp.int32), "params": params}, EXPERTS)

@@ -39,7 +39,7 @@ from lory_jax.generation.settings import check_routing
 from lory_jax.model.attention import attend, causal_attention, document_starts
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.ffn import DenseFFN, MergedFFN, SparseFFN
-from lory_jax.model.merged_ffn import merge_experts, swiglu
+from lory_jax.model.merged_ffn import apply_ffn, merge_experts
 from lory_jax.model.routing import Routing, keep_top_k, route
 from lory_jax.model.routing_rules import ADAPTED
 from lory_jax.model.transformer import Params, Transformer, assemble, build, rms_norm
@@ -208,7 +208,8 @@ def make_decoder(config: ModelConfig, routing: str, mesh: Mesh | None = None) ->
             )
             return ffns, cache._replace(probabilities=chosen)
         fresh = tuple(layer["ffn"] for layer in served(params, merged)["layers"])
-        return jax.tree.map(functools.partial(_choose, at_border_B), fresh, ffns), cache
+        rows = at_border_B if ffns[0]["gate"].ndim == 3 else at_border_B[0]  # all share one FFN
+        return jax.tree.map(functools.partial(_choose, rows), fresh, ffns), cache
 
     # Only the FFNs are donated: some of the other weights are the trained parameters.
     jitted_merge_again = jax.jit(merge_again, donate_argnums=(1, 2))
@@ -241,7 +242,7 @@ def _prompt_ffn(
         if isinstance(ffn, SparseFFN):
             return _apply(ffn, h_BxPxD, r_BxE), r_BxE
         merged = _merge(ffn, r_BxE[:1] if shared else r_BxE)
-        return swiglu(h_BxPxD, merged["gate"], merged["up"], merged["down"]), merged
+        return apply_ffn(h_BxPxD, merged), merged
     y_BxPxD, routed = ffn(h_BxPxD, routing)
     last_B = (lengths_B - 1) // ffn.config.segment_length
     return y_BxPxD, _merge(ffn, routed.weights_BxNxE[jnp.arange(len(lengths_B)), last_B])
@@ -273,9 +274,9 @@ def _running_total(h_BxPxD: Array, lengths_B: Array, segment_length: int) -> Arr
     return jnp.sum(jnp.where(counts_BxP[..., None], h_BxPxD.astype(jnp.float32), 0.0), axis=1)
 
 
-def _choose(is_new_B: Array, new: Array, old: Array) -> Array:
-    """The new FFNs where `is_new_B`; an FFN that all rows share (`[D, F]`) follows row 0."""
-    rows = jnp.expand_dims(is_new_B, tuple(range(1, old.ndim))) if old.ndim == 3 else is_new_B[0]
+def _choose(is_new: Array, new: Array, old: Array) -> Array:
+    """The new FFNs where `is_new`, which holds a value for each row, or one for all."""
+    rows = jnp.expand_dims(is_new, tuple(range(1, old.ndim)) if is_new.ndim else ())
     return jnp.where(rows, new, old)
 
 
@@ -289,12 +290,11 @@ def _served(kept: ModelConfig, mesh: Mesh | None, params: Params, ffn: Params) -
     """
     _, axes = build(kept)
     merged_axes = axes["layers"]["ffn"]
-
-    def of_row(w: Array) -> Array:
-        return w[:, 0] if w.ndim == 4 and w.shape[1] == 1 and not kept.is_sparse else w
-
-    ffn = {name: of_row(ffn[name]) for name in merged_axes}
-    if ffn["gate"].ndim == 4 and not kept.is_sparse:
+    ffn = {name: ffn[name] for name in merged_axes}
+    has_rows = ffn["gate"].ndim > len(merged_axes["gate"])
+    if has_rows and ffn["gate"].shape[1] == 1:
+        ffn = {name: w[:, 0] for name, w in ffn.items()}
+    elif has_rows:
         merged_axes = {name: ("layers", "whole", *rest) for name, (_, *rest) in merged_axes.items()}
     layers = {**params["layers"], "ffn": ffn}
     layer_axes = {**axes["layers"], "ffn": merged_axes}

@@ -53,7 +53,7 @@ def sample(
     order_BxV = jnp.argsort(logits_BxV, axis=-1, descending=True, stable=True)
     scores_BxV = jnp.take_along_axis(logits_BxV, order_BxV, axis=-1) / temperature
     if top_k:
-        scores_BxV = jnp.where(jnp.arange(V)[None] < top_k, scores_BxV, -jnp.inf)
+        scores_BxV = jnp.where(jnp.arange(V)[None] < min(top_k, V), scores_BxV, -jnp.inf)
     if top_p < 1:
         probability_BxV = jax.nn.softmax(scores_BxV, axis=-1)
         before_BxV = jnp.cumsum(probability_BxV, axis=-1) - probability_BxV

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lory_jax.errors import InputError
+from lory_jax.fields import LARGEST_INTEGER
 from lory_jax.generation.sampling import check_settings
 
 ROUTINGS = ("prompt", "segment")
@@ -37,6 +38,8 @@ class Settings:
     def __post_init__(self) -> None:
         check_settings(self.temperature, self.top_k, self.top_p)
         check_routing(self.routing)
+        if abs(self.seed) > LARGEST_INTEGER:
+            raise InputError("seed: got more than 63 bits, must be an integer that fits in them")
         if isinstance(self.stop, str) or not all(self.stop):
             raise InputError(f"stop: got {self.stop!r}, must be a list of non-empty texts")
 

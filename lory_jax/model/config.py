@@ -29,6 +29,7 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     attention_bias: str
+    mlp_bias: bool
     mlp_dim: int
     num_experts: int
     sequence_length: int
@@ -89,6 +90,7 @@ class ModelConfig:
                 fields["embed_dim"],
                 fields["num_experts"],
                 jnp.dtype(fields["compute_dtype"]).itemsize,
+                fields["mlp_bias"],
             )
         resolved = {"attention": attention, "merged_ffn": ffn}
         resolved |= {"num_kv_heads": num_kv_heads, "head_dim": head_dim}

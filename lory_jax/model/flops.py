@@ -39,7 +39,7 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     D, F, V, Y = config.embed_dim, config.mlp_dim, config.vocab_size, config.num_layers
     tables = (1 if config.tie_embeddings else 2) * V * D
     outside = tables + D + Y * (_attention_parameters(config) + 2 * D)
-    ffn = 3 * D * F
+    ffn = 3 * D * F + (2 * F + D if config.mlp_bias else 0)
     experts = config.num_experts * (ffn + D) if config.num_experts else ffn
     if config.adapted_parameter:
         experts += 1 if config.adapted_parameter == "l1_weight" else config.num_experts

@@ -103,7 +103,7 @@ def parse_topology(name: str) -> Topology:
     Raises:
       ConfigError: there is no such topology.
     """
-    found = re.fullmatch(r"(v5e|v5litepod|v5p|v6e|tpu7x)-(\d+)", name)
+    found = re.fullmatch(r"(v5e|v5litepod|v5p|v6e|tpu7x)-([0-9]{1,9})", name)
     if not found:
         raise ConfigError(
             f"topology: got {name!r}, must be the cloud's name of a slice: v5e-CHIPS, v6e-CHIPS, "

@@ -25,7 +25,14 @@ from lory_jax.preparation.engine.work import (
 from lory_jax.preparation.stages import STAGES, plan
 from lory_jax.preparation.stages.fit import GIVEN_TOKENIZER_NAME
 from lory_jax.preparation.stages.inputs import changes, inputs_of, to_records
-from lory_jax.storage import CHUNK_BYTES, cache_directory, is_remote, storage_path, write_atomically
+from lory_jax.storage import (
+    CHUNK_BYTES,
+    cache_directory,
+    is_remote,
+    naming,
+    storage_path,
+    write_atomically,
+)
 
 
 def make_settings(
@@ -165,13 +172,14 @@ def publish(work: Work, out: Path) -> None:
             target = out / name
             if not is_remote(target):
                 target.parent.mkdir(parents=True, exist_ok=True)
-            with (result / name).open("rb") as reader, target.open("wb") as writer:
+            with naming(target), (result / name).open("rb") as reader, target.open("wb") as writer:
                 shutil.copyfileobj(reader, writer, CHUNK_BYTES)
     else:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.is_dir():
             out.rmdir()  # an empty directory may be given
-        shutil.move(result, out)
+        with naming(out):
+            shutil.move(result, out)
     _remove(work.root)
 
 

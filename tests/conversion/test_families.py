@@ -13,6 +13,7 @@ import lory_jax
 from lory_jax.conversion import runs
 from lory_jax.conversion.hf_directory import read_llama_directory, write_llama_directory
 from lory_jax.errors import InputError
+from lory_jax.generation.programs import make_decoder
 from lory_jax.parallel import make_mesh
 from tests.conversion.test_hf_directory import TOKENIZER, VOCAB, edit_config, their_logits
 from tests.support.models import forward, random_tokens
@@ -29,6 +30,8 @@ YARN = {
 }
 FAMILIES = {
     "attention_bias": ("Llama", {"attention_bias": True}),
+    "mlp_bias": ("Llama", {"mlp_bias": True}),
+    "every bias": ("Llama", {"mlp_bias": True, "attention_bias": True, "num_key_value_heads": 2}),
     "qwen2": ("Qwen2", {"num_key_value_heads": 2}),
     "qwen2, tied": ("Qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "wide heads": ("Llama", {"head_dim": 8, "num_key_value_heads": 2}),
@@ -107,7 +110,7 @@ def data(tmp_path_factory):
     return write_prepared(tmp_path_factory.mktemp("families") / "data")
 
 
-@pytest.mark.parametrize("family", ["attention_bias", "qwen2", "nemo", "yarn"])
+@pytest.mark.parametrize("family", ["attention_bias", "mlp_bias", "qwen2", "nemo", "yarn"])
 def test_upcycled_and_trained(family, data, tmp_path):
     """Four copies compute what the model did, train, and are exported as the family again."""
     save(tmp_path / "hf", *FAMILIES[family])
@@ -138,12 +141,35 @@ def test_upcycled_and_trained(family, data, tmp_path):
     row = np.array([[*prompt, *tokens[0, : LENGTH - len(prompt)]]])
     expected = trained.logits(row, "prompt", [len(prompt)])
     np.testing.assert_allclose(their_logits(tmp_path / "out", row), expected, atol=1e-4)
-    moved = trained.params["layers"]["attention"]
-    for name in [name for name in moved if name.endswith("bias")]:
-        assert np.any(moved[name] != start.params["layers"]["attention"][name])
-    # Token by token decodes what the whole sequence gives.
-    (first,) = trained.generate([text], max_new_tokens=4, temperature=0.0)
-    assert isinstance(first, str)
+    for part in ("attention", "ffn"):
+        moved = trained.params["layers"][part]
+        for name in [name for name in moved if name.endswith("bias")]:
+            assert np.any(moved[name] != start.params["layers"][part][name])
+    assert_decodes_its_logits(trained, [text, "by steps, in words"])
+
+
+def assert_decodes_its_logits(model, prompts):
+    """Token by token, each row decodes what the whole sequence gives."""
+    for routing in ("prompt", "segment"):
+        ids = [model.encode(text) for text in prompts]
+        decoder = make_decoder(model.config, routing)
+        lengths = np.array([len(row) for row in ids])
+        padded = np.zeros((len(ids), max(lengths)), np.int32)
+        for row, known in zip(padded, ids, strict=True):
+            row[: len(known)] = known
+        logits, weights, cache = decoder.prefill(model.params, padded, lengths, LENGTH, False)
+        while max(map(len, ids)) < LENGTH - 1:
+            longest = max(map(len, ids))
+            rows = np.array([row + [0] * (longest - len(row)) for row in ids])
+            whole = model.logits(rows, routing, lengths)
+            now = [whole[i, len(row) - 1] for i, row in enumerate(ids)]
+            np.testing.assert_allclose(logits, now, atol=1e-4)
+            ids = [[*row, int(np.argmax(of_row))] for row, of_row in zip(ids, now, strict=True)]
+            borders = np.array([len(row) - 1 for row in ids]) % model.config.segment_length == 0
+            if cache.totals is not None and borders.any():
+                weights, cache = decoder.remerge(model.params, weights, cache)
+            last = np.array([row[-1] for row in ids], np.int32)
+            logits, cache = decoder.step(weights, cache, last)
 
 
 def trained_run(tmp_path):
@@ -161,7 +187,10 @@ def trained_run(tmp_path):
         ("Llama", {"attention_bias": True}, {"attention_bias": False}, "bias is not one of"),
         ("Llama", {}, {"attention_bias": True}, "bias is missing"),
         ("Llama", {}, {"attention_bias": "yes"}, "attention_bias: got 'yes'"),
-        ("Llama", {"mlp_bias": True}, {}, "mlp_bias"),
+        ("Llama", {"mlp_bias": True}, {"mlp_bias": False}, "bias is not one of"),
+        ("Llama", {}, {"mlp_bias": True}, "bias is missing"),
+        ("Llama", {}, {"mlp_bias": 1}, "mlp_bias: got 1"),
+        ("Mistral", {}, {"sliding_window": None, "mlp_bias": True}, "mlp_bias: got True"),
         ("Llama", {}, {"model_type": "gemma"}, "model_type 'gemma'"),
         ("Llama", {}, {"head_dim": 3}, "head_dim: got 3; must be even"),
         ("Llama", {}, {"rope_theta": 1e999}, "rope_theta"),

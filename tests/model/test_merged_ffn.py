@@ -71,8 +71,31 @@ def run(request, monkeypatch):
     return lambda x, experts, r: run_by(implementation, x, experts, r)
 
 
-def test_equals_loops_in_value_and_every_gradient(run):
+@pytest.fixture
+def biases():
+    rng = np.random.default_rng(5)
+    shapes = {"gate_bias": F, "up_bias": F, "down_bias": D}
+    return {name: rng.normal(size=(E, size)).astype(np.float32) for name, size in shapes.items()}
+
+
+def test_biases_are_merged_with_their_matrices(biases):
+    assert_equals_loops(lambda *given: merged_ffn(*given, "auto"), biases)
+
+
+@pytest.mark.parametrize("implementation", ["whole", "blocks", "kernel"])
+def test_an_implementation_without_biases_refuses_them(implementation, biases):
     x, experts, r = inputs()
+    with pytest.raises(ConfigError, match=f"merged_ffn: got {implementation}.*mlp_bias"):
+        merged_ffn(x, experts | biases, r, implementation)
+
+
+def test_equals_loops_in_value_and_every_gradient(run):
+    assert_equals_loops(run, {})
+
+
+def assert_equals_loops(run, biases):
+    x, experts, r = inputs()
+    experts |= biases
     probe = np.random.default_rng(1).normal(size=(S, T, D)).astype(np.float32)
 
     def loss(x, experts, r):

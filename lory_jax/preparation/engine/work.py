@@ -29,7 +29,7 @@ from typing import Any
 
 from lory_jax.data.manifest import file_sha256
 from lory_jax.errors import InputError
-from lory_jax.storage import is_remote, send, storage_path, write_atomically
+from lory_jax.storage import is_remote, naming, send, storage_path, write_atomically
 
 SETTINGS_NAME = "settings.json"
 MOD = 2**64
@@ -133,7 +133,7 @@ class Work:
 def run_task(root: str, stage: Stage, task: int) -> int:
     """Runs a task unless it has its marker; returns its rows."""
     work = Work(root)
-    with _alone(work, stage.name, task):
+    with naming(work.directory(stage.name, task)), _alone(work, stage.name, task):
         if work.marker_path(stage.name, task).exists():
             return work.marker(stage.name, task)["rows"]
         return _run(work, stage, task)

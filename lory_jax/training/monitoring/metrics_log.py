@@ -11,7 +11,8 @@ import jax
 
 from lory_jax.console import duration, say
 from lory_jax.errors import InputError
-from lory_jax.run.directory import METRICS, RunDirectory, read_lines
+from lory_jax.run.directory import METRICS, RunDirectory
+from lory_jax.run.metric_lines import read_lines
 from lory_jax.storage import Staging, Uploads, is_remote
 from lory_jax.training.monitoring.log_files import LogFiles
 from lory_jax.training.monitoring.loss_watch import LossWatch
