@@ -4,7 +4,8 @@
 
 Makes documents of about 1,000 bytes in 400 topics, prepares each corpus by the local engine with a
 tokenizer trained on a smaller one, and prints CPU-seconds and peak memory of every stage.
-tools/preparation.py makes the table of docs/data.md from the JSON.
+tools/preparation.py makes the table of docs/data.md from the JSON. CPU-seconds are those that the
+tasks' markers say, so a run that was interrupted resumes with the same figures.
 """
 
 import argparse
@@ -13,7 +14,6 @@ import json
 import os
 import platform
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -59,7 +59,6 @@ def measure(scratch: Path, documents: int, workers: int, tokenizer: Path | None)
         write_corpus(corpus, documents)
     shutil.rmtree(out, ignore_errors=True)
     work = scratch / f"work-{documents}"
-    shutil.rmtree(work, ignore_errors=True)
     flags = [
         *(f"--source={corpus}", f"--out={out}", f"--work={work}"),
         *("--config=lory_0_3b", "--config.model.sequence_length=1024"),
@@ -72,15 +71,13 @@ def measure(scratch: Path, documents: int, workers: int, tokenizer: Path | None)
         "pipeline._remove = lambda work: None\n"  # the markers are wanted
         "cli.run(prepare.main)\n"
     )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-c", code, *flags], check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     row = _from_markers(work)
     manifest = json.loads((out / "manifest.json").read_text())
     shutil.rmtree(work)
     return row | {
         "documents": documents,
-        "cpu_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime),
+        "cpu_seconds": round(sum(stage["cpu_seconds"] for stage in row["stages"].values()), 1),
         "mean_cosine": manifest["similarity"]["similar"]["mean_cosine"],
         "tokens": sum(d["tokens"] for d in manifest["counts"]["train"]["domains"].values()),
         "left_out": manifest.get("dropped", {}),
@@ -131,9 +128,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    measure(args.scratch, FIRST, args.workers, None)
     tokenizer = args.scratch / "tokenizer.json"
-    shutil.copyfile(args.scratch / f"data-{FIRST}" / "tokenizer.json", tokenizer)
+    if not tokenizer.exists():
+        measure(args.scratch, FIRST, args.workers, None)
+        shutil.copyfile(args.scratch / f"data-{FIRST}" / "tokenizer.json", tokenizer)
     rows = []
     for size in map(int, args.documents.split(",")):
         rows.append(measure(args.scratch, size, args.workers, tokenizer))
