@@ -283,7 +283,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
                 20_000_000, "bytes of training text that the tokenizer is trained on", 1
             ),
             "shard_documents": int_field(
-                200_000, "training documents that are put in order together, at most", 2
+                100_000, "training documents that are put in order together, at most", 2
             ),
             "drop_near_duplicates": bool_field(
                 True, "leave out documents that repeat a neighbour almost word for word"

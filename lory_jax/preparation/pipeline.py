@@ -147,8 +147,8 @@ def prepare_part(
       part: i and n: the tasks whose number is i modulo n.
     """
     stage = find_stage(STAGES, stage_name)
-    if stage is STAGES[-1] and part[0]:
-        return  # its one task, and the move of the result, belong to part 0
+    if stage in (STAGES[0], STAGES[-1]) and part[0]:
+        return  # to begin the work, and to move the result, belongs to part 0
     with locked(work, exclusive=False):
         if stage is STAGES[0]:
             _open(settings, given, work)

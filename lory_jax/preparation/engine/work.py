@@ -161,6 +161,7 @@ def _run(work: Work, stage: Stage, task: int) -> int:
     directory = Path(tempfile.mkdtemp(prefix=f"{task:05d}.tmp-", dir=parent))
     directory.chmod(0o755)
     started, cpu = time.monotonic(), time.process_time()
+    _forget_peak()
     try:
         facts = stage.run(work, task, directory)
         files = sorted(p for p in directory.rglob("*") if p.is_file())
@@ -204,6 +205,15 @@ def _publish(directory: Path, target: Path) -> None:
     if target.exists():  # its process died between the rename and the marker
         shutil.rmtree(target)
     os.rename(directory, target)
+
+
+def _forget_peak() -> None:
+    """Lets the peak of this process's memory begin anew, so that a marker tells that of its task.
+
+    Where the system cannot (only Linux can), it is the peak since the process began.
+    """
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
 
 
 def _peak_mib() -> int:
