@@ -19,12 +19,13 @@ from lory_jax.errors import ConfigError
 from lory_jax.model.experts import MATRICES, Experts
 from lory_jax.model.merged_ffn.blocks import block_products, whole_products
 from lory_jax.model.merged_ffn.reference import (
+    SAVED_HIDDEN,
     einsum_ffn,
     merge,
     merge_experts,
     swiglu,
 )
-from lory_jax.model.merged_ffn.vjp import SAVED_HIDDEN, Products, products_ffn
+from lory_jax.model.merged_ffn.vjp import Products, products_ffn
 
 __all__ = [
     "IMPLEMENTATIONS",

@@ -6,14 +6,16 @@ Letters: S segments, T tokens per segment, D model, F FFN, E experts.
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from lory_jax.model.experts import Experts
 
+SAVED_HIDDEN = "ffn_hidden"  # the checkpoint name of gate and up
 
 def swiglu(x_xTxD: Array, gate_xDxF: Array, up_xDxF: Array, down_xFxD: Array) -> Array:
     """The SwiGLU FFN; leading dimensions are batch dimensions of both sides (or absent)."""
-    gate_xTxF = jnp.matmul(x_xTxD, gate_xDxF)
-    up_xTxF = jnp.matmul(x_xTxD, up_xDxF)
+    gate_xTxF = checkpoint_name(jnp.matmul(x_xTxD, gate_xDxF), SAVED_HIDDEN)
+    up_xTxF = checkpoint_name(jnp.matmul(x_xTxD, up_xDxF), SAVED_HIDDEN)
     return jnp.matmul(jax.nn.silu(gate_xTxF) * up_xTxF, down_xFxD)
 
 
