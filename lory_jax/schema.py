@@ -156,7 +156,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "compute_dtype": choice_field("type of matrix products", "bfloat16", "float32"),
         "remat": choice_field(
             "what the backward pass keeps of a layer: all, only its input (full), products (dots), "
-            "or, beside the input, the flash kernel's result, q, k and v, and the FFN's gate and up",
+            "or, beside its input, the flash kernel's result, q, k and v, the FFN's gate and up",
             "none",
             "full",
             "dots",

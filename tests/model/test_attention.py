@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from flax import nnx
 
 from lory_jax.errors import ConfigError
@@ -226,9 +225,7 @@ def test_logits_with_paired_heads_equal_those_of_plain_attention(interpreted, ex
     )
     tokens = np.random.default_rng(0).integers(0, 37, (2, 128)).astype(np.int32)
     params = params_of(config())
-    got, expected = (
-        forward(config(attention=by))(params, tokens)[0] for by in ("paired", "xla")
-    )
+    got, expected = (forward(config(attention=by))(params, tokens)[0] for by in ("paired", "xla"))
     assert_close(got, expected, 2e-5)
 
 

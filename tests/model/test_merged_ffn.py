@@ -277,7 +277,9 @@ def products_recomputed(ffn, matrices, remat, operation):
     return operations(remat) - operations("none")
 
 
-@pytest.mark.parametrize(("remat", "products"), [("full", 2), ("attention", 2), ("attention+hidden", 0), ("dots", 0)])
+@pytest.mark.parametrize(
+    ("remat", "products"), [("full", 2), ("attention", 2), ("attention+hidden", 0), ("dots", 0)]
+)
 def test_remat_recomputes_no_more_than_of_a_dense_layer(remat, products):
     D, F, E = 128, 128, 3
     dense = {"gate": np.ones((D, F)), "up": np.ones((D, F)), "down": np.ones((F, D))}

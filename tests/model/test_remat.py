@@ -1,4 +1,4 @@
-"""Rematerialisation recomputes what its name says, and no more: counted in the gradient's program."""
+"""Rematerialisation recomputes what its name says, and no more, as the program shows."""
 
 from collections import Counter
 

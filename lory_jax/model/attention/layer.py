@@ -21,7 +21,7 @@ NAMES = ("query", "key", "value")
 
 
 class Attention(nnx.Module):
-    """Attention of one layer, or the parameters of a stack of layers; the caller holds any cache."""
+    """Attention of a layer, or the parameters of a stack of them; the caller holds any cache."""
 
     def __init__(
         self,

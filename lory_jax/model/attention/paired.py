@@ -23,12 +23,14 @@ from lory_jax.model.attention.names import SAVED_ATTENTION
 from lory_jax.model.attention.paired_kernels import (
     LANES,
     LOG_2,
+    STRIP,
     SUBLANES,
     K,
     backward_kernel,
     forward_kernel,
     schedule,
 )
+from lory_jax.model.merged_ffn.tiling import traced_chip
 from lory_jax.model.rope import Rope
 
 BLOCKS = (1024, 512, 256, 128)  # the largest that divides L is chosen
@@ -140,6 +142,18 @@ def _backward(
     return dq, dk, dv
 
 
+def matrix_unit_flops(name: str, heads: int, L: int, side: int) -> int:
+    """FLOPs that the matrix unit spends, of `side` rows and columns; those of padding count, too.
+
+    Every product contracts a head or returns one, whose 64 numbers take the time of `side`.
+    """
+    b = block_size(L)
+    blocks, strips = L // b, -(-b // STRIP)
+    # A block on the diagonal computes (strips + 1) / 2 of its `strips` rows of squares.
+    squares = blocks * (blocks - 1) // 2 * 2 * strips + blocks * (strips + 1)
+    return PRODUCTS[name] * 2 * side * heads * b * b * squares // (2 * strips)
+
+
 def block_size(L: int) -> int:
     """Queries and keys of a block."""
     return next(b for b in BLOCKS if L % b == 0)
@@ -167,7 +181,7 @@ def _call(
 ) -> Any:
     """Runs a kernel for every sequence and pair of heads, over the steps of a schedule."""
     B, L, D = arguments[0].shape
-    scores = B * (D // K) * L * (L + 1) // 2
+    heads = B * (D // K)
     call = pl.pallas_call(
         functools.partial(kernel, scale=SCALE),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -183,8 +197,8 @@ def _call(
             vmem_limit_bytes=VMEM_LIMIT,
         ),
         cost_estimate=pl.CostEstimate(
-            flops=PRODUCTS[name] * 2 * K * scores,
-            transcendentals=scores,
+            flops=matrix_unit_flops(name, heads, L, traced_chip().side),
+            transcendentals=heads * L * (L + 1) // 2,
             bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arguments, *outs)),
         ),
         name=name,

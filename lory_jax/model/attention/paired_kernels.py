@@ -1,4 +1,4 @@
-"""The Pallas kernels of attention for heads of 64: two of them side by side in the 128 lanes of a TPU.
+"""The Pallas kernels of attention for heads of 64: two side by side in the 128 lanes of a TPU.
 
 A register of a TPU has 128 lanes, and an array whose last axis is 64 is padded to it, in memory and
 on the chip. Here q, k and v stay `[L, 128]` per pair of heads, as the projections leave them: there
@@ -23,8 +23,10 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-K = 64  # width of a head
 from lory_jax.model.attention.choice import LANES
+
+K = 64  # width of a head
+
 STRIP = 256  # queries of a block on the diagonal that are processed at a time
 SUBLANES = 8
 MASKED = -1e30

@@ -12,6 +12,7 @@ from lory_jax.model.experts import Experts
 
 SAVED_HIDDEN = "ffn_hidden"  # the checkpoint name of gate and up
 
+
 def swiglu(x_xTxD: Array, gate_xDxF: Array, up_xDxF: Array, down_xFxD: Array) -> Array:
     """The SwiGLU FFN; leading dimensions are batch dimensions of both sides (or absent)."""
     gate_xTxF = checkpoint_name(jnp.matmul(x_xTxD, gate_xDxF), SAVED_HIDDEN)
