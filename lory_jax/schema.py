@@ -157,13 +157,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "remat": choice_field(
             "what the backward pass keeps of a layer: all, only its input (full), products (dots), "
             "or, beside its input, the flash kernel's result, q, k and v, the FFN's gate and up",
-            "none",
-            "full",
-            "dots",
-            "attention",
-            "attention+qkv",
-            "attention+hidden",
-            "attention+qkv+hidden",
+            *("none", "full", "dots", "attention", "attention+qkv", "attention+hidden"),
             may_change=True,
         ),
         "attention": choice_field(

@@ -62,7 +62,6 @@ RECOMPUTED = {
     "attention": {"dot_general": QKV + OUT + FFN},
     "attention+qkv": {"dot_general": OUT + FFN},
     "attention+hidden": {"dot_general": QKV + OUT},
-    "attention+qkv+hidden": {"dot_general": OUT},
     "dots": {},
 }
 

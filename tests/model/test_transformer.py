@@ -253,7 +253,7 @@ def test_uniform_weights_equal_the_dense_model_of_the_mean_expert():
         {"remat": "full"},
         {"remat": "dots"},
         {"remat": "attention"},
-        {"remat": "attention+qkv+hidden"},
+        {"remat": "attention+hidden"},
     ],
     ids=str,
 )
