@@ -158,15 +158,19 @@ SCHEMA: dict[str, dict[str, Field]] = {
         ),
         "compute_dtype": choice_field("type of matrix products", "bfloat16", "float32"),
         "remat": choice_field(
-            "what the backward pass recomputes per layer", "none", "full", "dots", may_change=True
+            "what the backward pass keeps of a layer: all, only its input (full), products (dots), "
+            "or, beside its input, the flash kernel's result, q, k and v, the FFN's gate and up",
+            *("none", "full", "dots", "attention", "attention+qkv", "attention+hidden"),
+            may_change=True,
         ),
         "attention": choice_field(
-            "auto is cudnn on GPUs (xla with document_mask, which cudnn cannot compute), splash on "
-            "TPUs, else xla",
+            "auto is cudnn on GPUs (xla with document_mask, which cudnn cannot compute), paired on "
+            "TPUs where it can run (heads 64 wide), splash where not, else xla",
             "auto",
             "xla",
             "cudnn",
             "splash",
+            "paired",
             may_change=True,
         ),
         "merged_ffn": choice_field(

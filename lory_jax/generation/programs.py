@@ -36,7 +36,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from lory_jax.generation.settings import check_routing
-from lory_jax.model.attention import attend, causal_attention, document_starts
+from lory_jax.model.attention import attend, blocked_attention, document_starts
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.ffn import DenseFFN, MergedFFN, SparseFFN
 from lory_jax.model.merged_ffn import apply_ffn, merge_experts
@@ -117,7 +117,7 @@ def make_decoder(config: ModelConfig, routing: str, mesh: Mesh | None = None) ->
             block = nnx.merge(layer_graph, layer)
             h_BxPxD = rms_norm(x_BxPxD, block.attention_norm[...], epsilon)
             query, key, value = block.attention.project(h_BxPxD, positions_BxP, rope)
-            heads_BxPxHxK = causal_attention(query, key, value, starts_BxL=starts_BxP)
+            heads_BxPxHxK = blocked_attention(query, key, value, starts_BxL=starts_BxP)
             x_BxPxD += block.attention.combine(heads_BxPxHxK)
             h_BxPxD = rms_norm(x_BxPxD, block.ffn_norm[...], epsilon)
             y_BxPxD, merged = _prompt_ffn(block.ffn, h_BxPxD, routing, lengths_B, shared)

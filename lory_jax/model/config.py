@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lory_jax.model.attention import resolve_attention
+from lory_jax.model.attention import AttentionShape, resolve_attention
 from lory_jax.model.merged_ffn import resolve_merged_ffn
 from lory_jax.model.rope import Rope
 from lory_jax.model.routing_rules import SPARSE, TOKEN_CHOICE
@@ -74,8 +74,15 @@ class ModelConfig:
         Raises:
           ConfigError: the platform cannot run the requested implementation.
         """
+        shape = AttentionShape(
+            heads=fields["num_heads"],
+            kv_heads=fields["num_kv_heads"] or fields["num_heads"],
+            head_width=fields["head_dim"] or fields["embed_dim"] // fields["num_heads"],
+            length=fields["sequence_length"],
+            sharding=fields["attention_sharding"],
+        )
         attention = resolve_attention(
-            fields["attention"], platform, fields["compute_dtype"], fields["document_mask"]
+            fields["attention"], platform, fields["compute_dtype"], shape, fields["document_mask"]
         )
         # 0 stands for a default that could be spelled out, so that equal models have equal configs.
         grouped, width = fields["num_kv_heads"], fields["head_dim"]

@@ -27,7 +27,7 @@ from lory_jax.model.merged_ffn import (
 )
 from lory_jax.model.merged_ffn.kernel_products import kernel_products
 from lory_jax.model.merged_ffn.vjp import products_ffn
-from lory_jax.model.transformer import _remat
+from lory_jax.model.remat import rematerialized
 from tests.support import reference
 from tests.support.models import assert_close, assert_trees_close, float64
 from tests.support.reference import central_differences
@@ -293,14 +293,16 @@ def products_recomputed(ffn, matrices, remat, operation):
 
     def operations(remat):
         def loss(*arrays):
-            return jnp.sum(_remat(ffn, remat)(*arrays) ** 2)
+            return jnp.sum(rematerialized(ffn, remat)(*arrays) ** 2)
 
         return str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(*arrays)).count(operation)
 
     return operations(remat) - operations("none")
 
 
-@pytest.mark.parametrize(("remat", "products"), [("full", 2), ("dots", 0)])
+@pytest.mark.parametrize(
+    ("remat", "products"), [("full", 2), ("attention", 2), ("attention+hidden", 0), ("dots", 0)]
+)
 def test_remat_recomputes_no_more_than_of_a_dense_layer(remat, products):
     D, F, E = 128, 128, 3
     dense = {"gate": np.ones((D, F)), "up": np.ones((D, F)), "down": np.ones((F, D))}

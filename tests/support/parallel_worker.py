@@ -21,6 +21,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
+from lory_jax.model.attention import paired  # noqa: E402
 from lory_jax.parallel import make_mesh, place_batch  # noqa: E402
 from lory_jax.training.state import init_state, new_state, state_shardings  # noqa: E402
 from lory_jax.training.step import make_loss_step, make_train_step  # noqa: E402
@@ -63,7 +64,8 @@ def train(config, mesh, microbatches=1):
     state = new_state(config, OPTIMIZER, params_of(config))
     state = jax.device_put(state, state_shardings(config, OPTIMIZER, mesh))
     step = make_train_step(config, OPTIMIZER, mesh, microbatches)
-    tokens = np.random.default_rng(0).integers(0, 40, (STEPS, BATCH, 11)).astype(np.int32)
+    L1 = config.sequence_length + 1
+    tokens = np.random.default_rng(0).integers(0, 40, (STEPS, BATCH, L1)).astype(np.int32)
     place = functools.partial(place_batch, mesh=mesh, axis=config.batch_axis)
     result = {"losses": [], "donated": True}
     with jax.set_mesh(mesh):
@@ -91,8 +93,13 @@ def train(config, mesh, microbatches=1):
     return result
 
 
-def compare(config, single, meshes=MESHES, microbatches=1) -> dict:
-    expected, report = train(config, single), {}
+def run_interpreted(attention, query, key, value, rope, interpret):
+    return attention(query, key, value, rope, True)
+
+
+def compare(config, single, meshes=MESHES, microbatches=1, reference=None) -> dict:
+    """Errors by mesh, against one device with the same config or with that of a reference."""
+    expected, report = train(reference or config, single), {}
     for shape in meshes:
         got = train(config, make_mesh(*shape), microbatches)
         report[str(shape)] = {
@@ -172,6 +179,11 @@ def main() -> None:
     grouped = CONFIG(num_heads=8, num_kv_heads=4, attention_sharding="heads")
     report["lory, grouped heads"] = compare(grouped, single, [(1, 2, 4)])
     report["lory, documents"] = compare(CONFIG(document_mask=True), single, [(2, 2, 2)])
+    # The kernel of a TPU, interpreted: two heads of 64, whose rows are a multiple of 128.
+    paired.paired_attention = functools.partial(run_interpreted, paired.paired_attention)
+    sizes = {"num_experts": 0, "embed_dim": 128, "sequence_length": 128, "num_layers": 1}
+    wide = functools.partial(CONFIG, **sizes)
+    report["dense, paired"] = compare(wide(attention="paired"), single, reference=wide())
     report["uniform"] = compare(CONFIG(routing="uniform"), single, [(2, 2, 2)])
     wide = functools.partial(CONFIG, embed_dim=32, mlp_dim=64)
     report["bytes_over_tensor"] = [bytes_over_tensor(wide(num_experts=E), mesh) for E in (8, 16)]

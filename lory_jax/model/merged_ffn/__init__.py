@@ -19,13 +19,14 @@ from lory_jax.errors import ConfigError
 from lory_jax.model.experts import BIASES, MATRICES, Experts
 from lory_jax.model.merged_ffn.blocks import block_products, whole_products
 from lory_jax.model.merged_ffn.reference import (
+    SAVED_HIDDEN,
     apply_ffn,
     einsum_ffn,
     merge,
     merge_experts,
     swiglu,
 )
-from lory_jax.model.merged_ffn.vjp import SAVED_HIDDEN, Products, products_ffn
+from lory_jax.model.merged_ffn.vjp import Products, products_ffn
 
 __all__ = [
     "IMPLEMENTATIONS",

@@ -8,8 +8,11 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from lory_jax.model.experts import Experts
+
+SAVED_HIDDEN = "ffn_hidden"  # the checkpoint name of gate and up
 
 
 def swiglu(x_xTxD: Array, gate_xDxF: Array, up_xDxF: Array, down_xFxD: Array) -> Array:
@@ -27,8 +30,9 @@ def apply_ffn(x_xTxD: Array, ffn: Mapping[str, Array]) -> Array:
             return output_xTxN
         return output_xTxN + jnp.broadcast_to(bias_xN[..., None, :], output_xTxN.shape)
 
-    hidden_xTxF = jax.nn.silu(product("gate", x_xTxD)) * product("up", x_xTxD)
-    return product("down", hidden_xTxF)
+    gate_xTxF = checkpoint_name(product("gate", x_xTxD), SAVED_HIDDEN)
+    up_xTxF = checkpoint_name(product("up", x_xTxD), SAVED_HIDDEN)
+    return product("down", jax.nn.silu(gate_xTxF) * up_xTxF)
 
 
 def merge(w_Ex: Array, r_SxE: Array) -> Array:
