@@ -4,15 +4,17 @@
     python -m lory_jax.plan --config=configs/lory_0_3b.py:experts=32 --no_compile
 
 For Lory and its dense baseline, it shows the bytes per device and whether they fit, the bytes that
-collectives move, and, from the compiler's own cycle estimates, a lower bound of the step's time and
-an upper bound of MFU. Slices have the cloud's names: v5e-N and v6e-N count chips; v5p-N and tpu7x-N
-count TensorCores, of which a chip has two. Compiling requires libtpu (pip install libtpu);
---no_compile only counts parameters and FLOPs, and requires neither libtpu nor --topology.
+collectives move, and two sums of cycles, the compiler's and the repriced one. From the latter follow
+a lower bound of the step's time and an upper bound of MFU. Slices have the cloud's names: v5e-N and
+v6e-N count chips; v5p-N and tpu7x-N count TensorCores, of which a chip has two. Compiling requires
+libtpu (pip install libtpu); --no_compile only counts parameters and FLOPs, and requires neither
+libtpu nor --topology.
 
-The bounds are as good as the estimates. These cover fusions and copies, and are pessimistic about
-memory-bound ones (see docs/scaling.md). A Pallas kernel counts with its FLOPs at the peak of the
-device; kernels whose FLOPs cannot be counted are listed. Collectives are bounded by their bytes
-over the bandwidth of all links together, and assumed to overlap with computation entirely.
+The compiler's sum adds up its own estimates, and counts Pallas kernels at the peak of the matrix
+unit. It is wrong in both directions (docs/scaling.md). The repriced sum keeps the estimates of
+matrix products, bounds elementwise work by the bytes it moves, and prices every Pallas kernel by
+the instructions that it was compiled to. Collectives are bounded by their bytes over the bandwidth
+of all links together, and assumed to overlap with computation entirely.
 """
 
 import argparse

@@ -11,6 +11,7 @@ from lory_jax.model.flops import flops_per_token, peak_flops
 from lory_jax.planning.collectives import bytes_by_kind_and_axis, find_collectives
 from lory_jax.planning.cycles import count_cycles
 from lory_jax.planning.hlo import executions, parse
+from lory_jax.planning.kernels import Price, price_kernels
 from lory_jax.planning.program import compile_step
 from lory_jax.planning.topology import Device
 
@@ -70,14 +71,16 @@ def plan_step(config: ConfigDict, mesh: Mesh, device: Device) -> dict[str, Any]:
 
 
 def read_program(text: str, config: ConfigDict, mesh: Mesh, device: Device) -> dict[str, Any]:
-    """`collective_bytes` and `estimate`, which bounds the step's time by the compiler's cycles."""
+    """`collective_bytes` and `estimate`, which bounds the step's time by the repriced cycles."""
     module = parse(text)
     runs = executions(module)
     collectives = find_collectives(module, runs, mesh.shape)
-    cycles = count_cycles(module, runs, device.flops_per_cycle)
-    computing = cycles.total / device.clock
+    prices = price_kernels(module, runs, device)
+    cycles = count_cycles(module, runs, device, prices)
+    computing = cycles.repriced_total / device.clock
+    memory = cycles.hbm_bytes / device.hbm_bandwidth
     moving = sum(c.received * c.times for c in collectives) / device.ici_bandwidth
-    seconds = max(computing, moving)
+    seconds = max(computing, memory, moving)
     model_config = ModelConfig.for_platform(config.model, mesh.devices.flat[0].platform)
     tokens = config.train.global_batch_size * model_config.sequence_length
     peak = peak_flops(mesh.devices.flat[0].device_kind)
@@ -85,14 +88,32 @@ def read_program(text: str, config: ConfigDict, mesh: Mesh, device: Device) -> d
     return {
         "collective_bytes": bytes_by_kind_and_axis(collectives),
         "estimate": {
-            "cycles": {**cycles.by_scope, "total": cycles.total},
+            "cycles": {**cycles.compiler, "total": cycles.compiler_total},
+            "repriced_cycles": {**cycles.repriced, "total": cycles.repriced_total},
             "kernel_cycles": dict(cycles.kernels),
+            "kernels": {name: described(price) for name, price in sorted(prices.items())},
             "uncounted_kernels": dict(cycles.uncounted),
             "loops_counted_once": list(runs.unknown_loops),
+            "hbm_bytes": cycles.hbm_bytes,
             "compute_seconds": computing,
+            "hbm_seconds": memory,
             "collective_seconds": moving,
             "step_seconds_lower_bound": seconds,
             "tokens_per_second_per_device_upper_bound": rate,
             "mfu_upper_bound": rate * flops_per_token(model_config) / peak if peak else None,
         },
+    }
+
+
+def described(price: Price) -> dict[str, Any]:
+    """The price of one call of a kernel, as a plan holds it."""
+    return {
+        "cycles": price.cycles,
+        "bound_by": price.bound_by,
+        "bundles": price.bundles,
+        "matrix_unit": price.matrix_unit,
+        "dma": price.dma,
+        "busiest_slot": price.busiest_slot,
+        "counted_always": price.counted_always,
+        "unread": price.unread,
     }

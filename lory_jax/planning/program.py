@@ -69,7 +69,7 @@ def compile_step(config: ConfigDict, mesh: Mesh) -> Program:
             needed = memory_needed(str(error))
             return Program("", arguments, max(0, needed - arguments), time.monotonic() - start)
         try:
-            text = compiled.as_text()
+            text = program_text(compiled)
         except jax.errors.JaxRuntimeError as error:
             raise InputError(
                 f"libtpu {version('libtpu')}: jaxlib {version('jaxlib')} cannot read its program "
@@ -82,6 +82,19 @@ def compile_step(config: ConfigDict, mesh: Mesh) -> Program:
         memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
         time.monotonic() - start,
     )
+
+
+def program_text(compiled: Any) -> str:
+    """The optimised HLO with the values of all constants; `as_text()` leaves out those of arrays.
+
+    Kernels read from such arrays which of their steps to skip.
+    """
+    from jaxlib._hlo import HloPrintOptions
+
+    options = HloPrintOptions()
+    options.print_large_constants = True
+    (module,) = compiled.runtime_executable().hlo_modules()
+    return str(module.to_string(options))
 
 
 def bytes_on_one_device(leaves: Sequence[jax.ShapeDtypeStruct]) -> int:

@@ -35,6 +35,9 @@ class Device:
       ici_bandwidth: bytes per second that all links to other chips can receive together: half of
         the vendor's bidirectional bandwidth per chip.
       hbm_bandwidth: the vendor's peak, in bytes per second between HBM and the device.
+      matrix_side: width of the matrix unit, which holds this many rows and columns of an operand.
+      register_bytes: bytes per cycle that elementwise work moves between on-chip memory and the
+        registers, if HBM does not bound it: one register of 8 x 128 numbers of 32 bits.
       cores: TensorCores of one device; the two of a v5p share a kernel's grid.
     """
 
@@ -45,15 +48,17 @@ class Device:
     flops_per_cycle: int
     ici_bandwidth: float
     hbm_bandwidth: float
+    matrix_side: int
     cores: int = 1
+    register_bytes: int = 4096
 
 
 DEVICES = {
-    "v5e": Device("v5e", 1, int(15.75 * GIB), 1.5e9, 131_072, 200e9, 819e9),
-    "v5p": Device("v5p", 2, int(95.73 * GIB), 1.75e9, 262_144, 600e9, 2765e9, 2),
-    "v6e": Device("v6e", 1, int(31.24 * GIB), 1.75e9, 524_288, 400e9, 1640e9),
+    "v5e": Device("v5e", 1, int(15.75 * GIB), 1.5e9, 131_072, 200e9, 819e9, 128),
+    "v5p": Device("v5p", 2, int(95.73 * GIB), 1.75e9, 262_144, 600e9, 2765e9, 128, 2),
+    "v6e": Device("v6e", 1, int(31.24 * GIB), 1.75e9, 524_288, 400e9, 1640e9, 256),
     # JAX sees each of a TPU7x chip's two TensorCores as a device.
-    "tpu7x": Device("tpu7x", 2, int(94.74 * GIB), 2.2e9, 524_288, 300e9, 3690e9),
+    "tpu7x": Device("tpu7x", 2, int(94.74 * GIB), 2.2e9, 524_288, 300e9, 3690e9, 256),
 }
 
 # The shapes that the cloud offers, in chips, by their number of chips.
@@ -116,3 +121,10 @@ def parse_topology(name: str) -> Topology:
         sizes = ", ".join(str(count * device.units_per_chip) for count in shapes)
         raise ConfigError(f"topology: got {name!r}, must be {found[1]}- and one of {sizes}")
     return Topology(name, f"{generation}:{shapes[chips]}", device)
+
+
+def smallest_topology(device: Device) -> Topology:
+    """The smallest slice of a generation: what is compiled for one device needs no more."""
+    chips = min(SHAPES[device.generation])
+    name = f"{device.generation}-{chips * device.units_per_chip}"
+    return parse_topology(name)
