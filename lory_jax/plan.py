@@ -1,20 +1,25 @@
-"""Predicts what a recipe needs on a TPU slice by compiling its training step; requires no TPU.
+"""Predicts what a recipe needs on TPUs or GPUs by compiling its training step; requires neither.
 
     python -m lory_jax.plan --config=configs/lory_0_3b.py:experts=32 --topology=v5e-256
+    python -m lory_jax.plan --config=configs/lory_0_3b.py:experts=8 --topology=h100-8
     python -m lory_jax.plan --config=configs/lory_0_3b.py:experts=32 --no_compile
 
 For Lory and its dense baseline, it shows the bytes per device and whether they fit, the bytes that
 collectives move, and two sums of cycles, the compiler's and the repriced one. From the latter follow
 a lower bound of the step's time and an upper bound of MFU. Slices have the cloud's names: v5e-N and
-v6e-N count chips; v5p-N and tpu7x-N count TensorCores, of which a chip has two. Compiling requires
-libtpu (pip install libtpu); --no_compile only counts parameters and FLOPs, and requires neither
-libtpu nor --topology.
+v6e-N count chips; v5p-N and tpu7x-N count TensorCores, of which a chip has two. a100-N, h100-N and
+h200-N are one host with N GPUs. Compiling for TPUs requires libtpu (requirements-plan.txt), and for
+GPUs JAX's plug-in for CUDA (requirements-cuda.txt); --no_compile only counts parameters and FLOPs,
+and requires neither of them nor --topology.
 
 The compiler's sum adds up its own estimates, and counts Pallas kernels at the peak of the matrix
 unit. It is wrong in both directions (docs/scaling.md). The repriced sum keeps the estimates of
 matrix products, bounds elementwise work by the bytes it moves, and prices every Pallas kernel by
 the instructions that it was compiled to. Collectives are bounded by their bytes over the bandwidth
 of all links together, and assumed to overlap with computation entirely.
+
+The compiler for GPUs estimates no times. There, every operation counts with the longer of its FLOPs
+at the peak and its bytes at the bandwidth of the memory: a roofline, which no program reaches.
 """
 
 import argparse
@@ -23,6 +28,7 @@ from typing import Any
 
 from lory_jax import cli
 from lory_jax.errors import ConfigError
+from lory_jax.planning.gpus import GpuTopology
 from lory_jax.planning.topology import Topology, parse_topology
 
 
@@ -30,7 +36,7 @@ def main(argv: list[str]) -> None:
     parser = cli.Parser("plan", __doc__)
     parser.add_config_flag()
     add = parser.add_argument
-    add("--topology", metavar="SLICE", help="slice to compile for, such as v5e-256 or v5p-128")
+    add("--topology", metavar="TOPOLOGY", help="what to compile for, such as v5e-256, v5p-128 or h100-8")
     add(
         "--mesh",
         metavar="DATA,FSDP,TENSOR",
@@ -54,7 +60,9 @@ def main(argv: list[str]) -> None:
 
 
 def make_plan(
-    args: argparse.Namespace, topology: Topology | None, mesh_shape: tuple[int, int, int] | None
+    args: argparse.Namespace,
+    topology: Topology | GpuTopology | None,
+    mesh_shape: tuple[int, int, int] | None,
 ) -> None:
     """Counts parameters and FLOPs, compiles the step unless --no_compile is given, and prints."""
     # Imported here so that --help and flag errors do not wait for JAX.
@@ -68,7 +76,9 @@ def make_plan(
     jax.config.update("jax_platforms", "cpu")
     # A plan reports how long compiling takes, so the program must not come from the cache.
     jax.config.update("jax_enable_compilation_cache", False)
-    model_config = ModelConfig.for_platform(args.config.model, "tpu")
+    model_config = ModelConfig.for_platform(
+        args.config.model, topology.platform if topology else "tpu"
+    )
     plan: dict[str, Any] = {
         "parameters": parameter_counts(model_config),
         "flops_per_token": flops_per_token(model_config),

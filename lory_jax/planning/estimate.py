@@ -10,9 +10,11 @@ from lory_jax.model.config import ModelConfig
 from lory_jax.model.flops import flops_per_token, peak_flops
 from lory_jax.planning.collectives import bytes_by_kind_and_axis, find_collectives
 from lory_jax.planning.cycles import count_cycles
-from lory_jax.planning.hlo import executions, parse
+from lory_jax.planning.gpus import Gpu
+from lory_jax.planning.hlo import Executions, Module, executions, parse
 from lory_jax.planning.kernels import Price, price_kernels
 from lory_jax.planning.program import compile_step
+from lory_jax.planning.roofline import roofline
 from lory_jax.planning.topology import Device
 
 # Each device should hold whole tiles of a matrix along D: a TPU's tile of bfloat16 is 16 x 128. If
@@ -45,7 +47,7 @@ def default_mesh(model_config: ModelConfig, sequences: int, devices: int) -> tup
     return rest // fsdp, fsdp, tensor
 
 
-def plan_step(config: ConfigDict, mesh: Mesh, device: Device) -> dict[str, Any]:
+def plan_step(config: ConfigDict, mesh: Mesh, device: Device | Gpu) -> dict[str, Any]:
     """Compiles a recipe's training step for a mesh; returns the fields of a plan that it shows.
 
     Raises:
@@ -70,38 +72,63 @@ def plan_step(config: ConfigDict, mesh: Mesh, device: Device) -> dict[str, Any]:
     return result
 
 
-def read_program(text: str, config: ConfigDict, mesh: Mesh, device: Device) -> dict[str, Any]:
-    """`collective_bytes` and `estimate`, which bounds the step's time by the repriced cycles."""
+def read_program(
+    text: str, config: ConfigDict, mesh: Mesh, device: Device | Gpu
+) -> dict[str, Any]:
+    """`collective_bytes` and `estimate`, which bounds the step's time.
+
+    On TPUs by the repriced cycles, on GPUs by the roofline; both are overlapped by collectives.
+    """
     module = parse(text)
     runs = executions(module)
     collectives = find_collectives(module, runs, mesh.shape)
-    prices = price_kernels(module, runs, device)
-    cycles = count_cycles(module, runs, device, prices)
-    computing = cycles.repriced_total / device.clock
-    memory = cycles.hbm_bytes / device.hbm_bandwidth
-    moving = sum(c.received * c.times for c in collectives) / device.ici_bandwidth
-    seconds = max(computing, memory, moving)
+    received = sum(c.received * c.times for c in collectives)
+    if isinstance(device, Gpu):
+        estimate = _on_gpus(module, runs, device)
+        moving = received / device.link_bandwidth
+    else:
+        estimate = _on_tpus(module, runs, device)
+        moving = received / device.ici_bandwidth
+    estimate |= {"loops_counted_once": list(runs.unknown_loops), "collective_seconds": moving}
+    seconds = max(estimate["compute_seconds"], estimate["hbm_seconds"], moving)
     model_config = ModelConfig.for_platform(config.model, mesh.devices.flat[0].platform)
     tokens = config.train.global_batch_size * model_config.sequence_length
     peak = peak_flops(mesh.devices.flat[0].device_kind)
     rate = tokens / seconds / mesh.devices.size
     return {
         "collective_bytes": bytes_by_kind_and_axis(collectives),
-        "estimate": {
-            "cycles": {**cycles.compiler, "total": cycles.compiler_total},
-            "repriced_cycles": {**cycles.repriced, "total": cycles.repriced_total},
-            "kernel_cycles": dict(cycles.kernels),
-            "kernels": {name: described(price) for name, price in sorted(prices.items())},
-            "uncounted_kernels": dict(cycles.uncounted),
-            "loops_counted_once": list(runs.unknown_loops),
-            "hbm_bytes": cycles.hbm_bytes,
-            "compute_seconds": computing,
-            "hbm_seconds": memory,
-            "collective_seconds": moving,
+        "estimate": estimate
+        | {
             "step_seconds_lower_bound": seconds,
             "tokens_per_second_per_device_upper_bound": rate,
             "mfu_upper_bound": rate * flops_per_token(model_config) / peak if peak else None,
         },
+    }
+
+
+def _on_tpus(module: Module, runs: Executions, device: Device) -> dict[str, Any]:
+    prices = price_kernels(module, runs, device)
+    cycles = count_cycles(module, runs, device, prices)
+    return {
+        "cycles": {**cycles.compiler, "total": cycles.compiler_total},
+        "repriced_cycles": {**cycles.repriced, "total": cycles.repriced_total},
+        "kernel_cycles": dict(cycles.kernels),
+        "kernels": {name: described(price) for name, price in sorted(prices.items())},
+        "uncounted_kernels": dict(cycles.uncounted),
+        "hbm_bytes": cycles.hbm_bytes,
+        "compute_seconds": cycles.repriced_total / device.clock,
+        "hbm_seconds": cycles.hbm_bytes / device.hbm_bandwidth,
+    }
+
+
+def _on_gpus(module: Module, runs: Executions, gpu: Gpu) -> dict[str, Any]:
+    least = roofline(module, runs, gpu)
+    return {
+        "roofline_seconds": {**least.seconds, "total": least.total},
+        "flops": least.flops,
+        "hbm_bytes": least.bytes,
+        "compute_seconds": least.total,
+        "hbm_seconds": least.bytes / gpu.hbm_bandwidth,
     }
 
 

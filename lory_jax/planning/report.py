@@ -51,11 +51,16 @@ def figures_of(plan: Mapping[str, Any]) -> dict[str, str]:
     estimate = plan["estimate"]
     if estimate is None:
         return rows
-    for scope, cycles in estimate["cycles"].items():
+    for scope, seconds in estimate.get("roofline_seconds", {}).items():
+        rows[f"{scope.replace('_', ' ')}, s"] = f"{seconds:.4f}"
+    if "flops" in estimate:
+        rows["products, TFLOP"] = f"{estimate['flops'] / 1e12:.2f}"
+        rows["memory traffic, GB"] = f"{estimate['hbm_bytes'] / 1e9:.1f}"
+    for scope, cycles in estimate.get("cycles", {}).items():
         repriced = estimate["repriced_cycles"][scope]
         name = f"{scope.replace('_', ' ')}, M cycles"
         rows[name] = f"{cycles / 1e6:,.1f} / {repriced / 1e6:,.1f}"
-    for kernel, cycles in estimate["kernel_cycles"].items():
+    for kernel, cycles in estimate.get("kernel_cycles", {}).items():
         rows[f"  of which {kernel}"] = f"{cycles / 1e6:,.1f}"
     rows["computing, s"] = f"{estimate['compute_seconds']:.4f}"
     rows["memory traffic, s"] = f"{estimate['hbm_seconds']:.4f}"
@@ -73,9 +78,9 @@ def omissions_of(plan: Mapping[str, Any]) -> list[str]:
     estimate = plan["estimate"]
     if estimate is None:
         return []
-    uncounted = estimate["uncounted_kernels"].items()
+    uncounted = estimate.get("uncounted_kernels", {}).items()
     lines = [f"not in the compiler's sum: kernel {name}, {calls} calls" for name, calls in uncounted]
-    for name, price in estimate["kernels"].items():
+    for name, price in estimate.get("kernels", {}).items():
         if price["counted_always"]:
             lines.append(
                 f"kernel {name}: {price['counted_always']} conditional parts count as if they "

@@ -1,7 +1,7 @@
-"""TPU topologies by the names that Google Cloud gives them, and what a device of each can do.
+"""Topologies by name, and what a device of each can do: TPUs by the names of Google Cloud.
 
 `v5e-256` and `v6e-64` count chips; `v5p-128` and `tpu7x-128` count TensorCores, of which a chip has
-two.
+two. `gpus.py` has those of GPUs, such as `h100-8`.
 """
 
 import importlib.util
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lory_jax.errors import ConfigError, InputError
+from lory_jax.planning.gpus import GpuTopology, parse_gpus
 
 if TYPE_CHECKING:
     import jax
@@ -79,6 +80,7 @@ class Topology:
     name: str
     libtpu_name: str
     device: Device
+    platform = "tpu"
 
     def devices(self) -> "Sequence[jax.Device]":
         """Descriptions of its devices, for which programs can be compiled.
@@ -102,17 +104,27 @@ class Topology:
         return topologies.get_topology_desc(self.libtpu_name, platform="tpu", **bounds).devices
 
 
-def parse_topology(name: str) -> Topology:
-    """The topology that the cloud calls `name`; does not need libtpu.
+def parse_topology(name: str) -> Topology | GpuTopology:
+    """The topology of a name; needs neither libtpu nor the plug-in for CUDA.
 
     Raises:
       ConfigError: there is no such topology.
+    """
+    return parse_gpus(name) or parse_slice(name)
+
+
+def parse_slice(name: str) -> Topology:
+    """The TPU topology that the cloud calls `name`.
+
+    Raises:
+      ConfigError: there is no such slice.
     """
     found = re.fullmatch(r"(v5e|v5litepod|v5p|v6e|tpu7x)-(\d+)", name)
     if not found:
         raise ConfigError(
             f"topology: got {name!r}, must be the cloud's name of a slice: v5e-CHIPS, v6e-CHIPS, "
-            "v5p-CORES or tpu7x-CORES, such as v5e-256 or v5p-128"
+            "v5p-CORES or tpu7x-CORES, such as v5e-256 or v5p-128; or a host of GPUs: a100-N, "
+            "h100-N or h200-N, such as h100-8"
         )
     generation = found[1].replace("v5litepod", "v5e")
     device, shapes = DEVICES[generation], SHAPES[generation]
@@ -127,4 +139,4 @@ def smallest_topology(device: Device) -> Topology:
     """The smallest slice of a generation: what is compiled for one device needs no more."""
     chips = min(SHAPES[device.generation])
     name = f"{device.generation}-{chips * device.units_per_chip}"
-    return parse_topology(name)
+    return parse_slice(name)
