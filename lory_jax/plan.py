@@ -3,6 +3,8 @@
     python -m lory_jax.plan --config=configs/lory_0_3b.py:experts=32 --topology=v5e-256
     python -m lory_jax.plan --config=configs/lory_0_3b.py:experts=8 --topology=h100-8
     python -m lory_jax.plan --config=configs/lory_0_3b.py:experts=32 --no_compile
+    python -m lory_jax.plan --config=configs/lory_0_3b.py:experts=8 --topology=v5e-64,v5p-128 \\
+        --rank --budget=30 --price=v5e=1.20,v5p=4.20
 
 For Lory and its dense baseline, it shows the bytes per device and whether they fit, the bytes that
 collectives move, and two sums of cycles, the compiler's and the repriced one. From the latter follow
@@ -20,16 +22,22 @@ of all links together, and assumed to overlap with computation entirely.
 
 The compiler for GPUs estimates no times. There, every operation counts with the longer of its FLOPs
 at the peak and its bytes at the bandwidth of the memory: a roofline, which no program reaches.
+
+--rank varies one setting at a time and keeps the best: what is recomputed, the mesh, the number of
+microbatches, and which kernels run. It compiles at most 12 programs per topology, keeps what it
+found in the user's cache directory, so that it resumes, and prints the flags of the best.
 """
 
 import argparse
 import json
+import re
+import sys
 from typing import Any
 
 from lory_jax import cli
 from lory_jax.errors import ConfigError
-from lory_jax.planning.gpus import GpuTopology
-from lory_jax.planning.topology import Topology, parse_topology
+from lory_jax.planning.gpus import GPUS, GpuTopology
+from lory_jax.planning.topology import DEVICES, Topology, parse_topology
 
 
 def main(argv: list[str]) -> None:
@@ -48,15 +56,40 @@ def main(argv: list[str]) -> None:
         action="store_true",
         help="only count parameters and FLOPs, without libtpu and --topology",
     )
+    add(
+        "--rank",
+        action="store_true",
+        help="search remat, mesh, microbatches and kernels by compiling, and rank what fits",
+    )
+    add(
+        "--budget",
+        type=float,
+        default=30.0,
+        metavar="MINUTES",
+        help="--rank: how long to search for each topology (default: 30)",
+    )
+    add(
+        "--price",
+        metavar="CHIP=PRICE,...",
+        help="--rank: price of a chip and hour, such as v5e=1.20,h100=2.99; adds the price of a "
+        "million tokens",
+    )
     add("--json", action="store_true", help="print one JSON object instead of a table")
     args = parser.parse(argv)
     if args.topology is None and not args.no_compile:
         parser.error("--topology: missing; required unless --no_compile is given")
-    make_plan(
-        args,
-        parse_topology(args.topology) if args.topology else None,
-        parse_mesh(args.mesh) if args.mesh else None,
-    )
+    mesh_shape = parse_mesh(args.mesh) if args.mesh else None
+    prices = parse_prices(args.price or "")
+    if args.rank:
+        if args.topology is None or args.no_compile:
+            parser.error("--rank: requires --topology, and compiles")
+        if args.budget <= 0:
+            parser.error(f"--budget: got {args.budget}, must be above 0")
+        rank(args, [parse_topology(name) for name in args.topology.split(",")], mesh_shape, prices)
+        return
+    if args.price:
+        parser.error("--price: requires --rank")
+    make_plan(args, parse_topology(args.topology) if args.topology else None, mesh_shape)
 
 
 def make_plan(
@@ -91,6 +124,48 @@ def make_plan(
     print(plan_table(plan))
     if model_config.num_experts:
         print("\n" + baselines_table(model_config))
+
+
+def rank(
+    args: argparse.Namespace,
+    topologies: list[Topology | GpuTopology],
+    mesh_shape: tuple[int, int, int] | None,
+    prices: dict[str, float],
+) -> None:
+    """Searches each topology, and prints the rankings as they are found."""
+    import jax
+
+    from lory_jax.planning import ranking
+
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)
+
+    def report(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    rankings = []
+    for topology in topologies:
+        found = ranking.search(args.config, topology, mesh_shape, 60 * args.budget, report)
+        rankings.append(ranking.as_json(found, topology))
+        price = prices.get(topology.name.split("-")[0])
+        if not args.json:
+            print(ranking.table(found, topology, price) + "\n", flush=True)
+    if args.json:
+        print(json.dumps(rankings if len(rankings) > 1 else rankings[0], indent=2))
+
+
+def parse_prices(text: str) -> dict[str, float]:
+    """`v5e=1.20,h100=2.99` as numbers by chip."""
+    prices = {}
+    for item in filter(None, text.split(",")):
+        found = re.fullmatch(r"([a-z0-9]+)=(\d+(?:\.\d+)?)", item)
+        if not found or found[1] not in (*DEVICES, *GPUS):
+            chips = ", ".join((*DEVICES, *GPUS))
+            raise ConfigError(
+                f"--price: got {item!r}, must be CHIP=PRICE with a chip of {chips}"
+            )
+        prices[found[1]] = float(found[2])
+    return prices
 
 
 def parse_mesh(text: str) -> tuple[int, int, int]:

@@ -1,5 +1,6 @@
 """The numbers of a plan from a compiled training step: memory, communication, bounds of time."""
 
+import json
 import math
 from typing import Any
 
@@ -8,18 +9,21 @@ from ml_collections import ConfigDict
 
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.flops import flops_per_token, peak_flops
+from lory_jax.planning import store
 from lory_jax.planning.collectives import bytes_by_kind_and_axis, find_collectives
 from lory_jax.planning.cycles import count_cycles
 from lory_jax.planning.gpus import Gpu
 from lory_jax.planning.hlo import Executions, Module, executions, parse
 from lory_jax.planning.kernels import Price, price_kernels
-from lory_jax.planning.program import compile_step
+from lory_jax.planning.program import compile_lowered, lower_step
 from lory_jax.planning.roofline import roofline
 from lory_jax.planning.topology import Device
 
 # Each device should hold whole tiles of a matrix along D: a TPU's tile of bfloat16 is 16 x 128. If
 # tiles are split, the compiler turns gathers and scatters into sums of whole matrices.
 TILE_ROWS = 16
+
+VERSION = 1  # of how a compiled step is read; another one makes kept results void
 
 
 def default_mesh(model_config: ModelConfig, sequences: int, devices: int) -> tuple[int, int, int]:
@@ -47,13 +51,30 @@ def default_mesh(model_config: ModelConfig, sequences: int, devices: int) -> tup
     return rest // fsdp, fsdp, tensor
 
 
-def plan_step(config: ConfigDict, mesh: Mesh, device: Device | Gpu) -> dict[str, Any]:
+def plan_step(
+    config: ConfigDict, mesh: Mesh, device: Device | Gpu, is_kept: bool = False
+) -> dict[str, Any]:
     """Compiles a recipe's training step for a mesh; returns the fields of a plan that it shows.
+
+    Args:
+      config: the recipe.
+      mesh: the devices to compile for.
+      device: what each of them can do.
+      is_kept: read the result from the user's cache if the same program was compiled before, and
+        keep it there (`store.py`).
 
     Raises:
       ConfigError: the recipe does not fit the mesh.
     """
-    program = compile_step(config, mesh)
+    traced = lower_step(config, mesh)
+    key = ""
+    if is_kept:
+        text = traced.lowered.as_text()
+        # What a result depends on beside the program: who compiles and who reads it.
+        key = json.dumps([text, repr(device), dict(mesh.shape), VERSION, store.versions()])
+        if (kept := store.load("steps", key)) is not None:
+            return dict(kept)
+    program = compile_lowered(traced)
     total = program.arguments + program.temporaries
     result: dict[str, Any] = {
         "bytes_per_device": {
@@ -69,6 +90,8 @@ def plan_step(config: ConfigDict, mesh: Mesh, device: Device | Gpu) -> dict[str,
     }
     if program.text:
         result |= read_program(program.text, config, mesh, device)
+    if is_kept:
+        store.save("steps", key, result)
     return result
 
 

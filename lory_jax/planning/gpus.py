@@ -69,6 +69,7 @@ class GpuTopology:
     device: Gpu
     count: int
     platform = "gpu"
+    devices_per_chip = 1
 
     def devices(self) -> "Sequence[jax.Device]":
         """Descriptions of its GPUs, for which programs can be compiled.

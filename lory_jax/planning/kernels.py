@@ -25,7 +25,7 @@ from lory_jax.errors import InputError
 from lory_jax.planning import store
 from lory_jax.planning.bundles import KernelCost, PartsDiffer, dump_arguments, read_kernel
 from lory_jax.planning.hlo import Computation, Executions, Instruction, Module
-from lory_jax.planning.mosaic import KernelWork, read_work
+from lory_jax.planning.mosaic import KernelWork, read_work, text_of
 from lory_jax.planning.topology import Device
 
 TARGET = 'custom_call_target="tpu_custom_call"'
@@ -103,9 +103,11 @@ def price_kernel(
     """
     request = request_of(instruction, computation, device)
     prefetched = prefetched_arrays(instruction, computation, module)
-    key = json.dumps(
-        [request, [None if a is None else a.tolist() for a in prefetched], VERSION, store.versions()]
-    )
+    # Without the places in the source that the kernel's program names: equal kernels price equal.
+    body = base64.b64decode(request["config"]["custom_call_config"]["body"])
+    content = {**request, "config": None, "program": text_of(body)}
+    arrays = [None if a is None else a.tolist() for a in prefetched]
+    key = json.dumps([content, arrays, VERSION, store.versions()])
     kept = store.load("kernels", key)
     if kept is None:
         name = kernel_name(instruction)

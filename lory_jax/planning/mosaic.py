@@ -88,6 +88,11 @@ def read_work(body: bytes, prefetched: Sequence[np.ndarray | None] = ()) -> Kern
     return KernelWork(math.prod(grid), tuple(walk.conditions), tuple(walk.products), moved)
 
 
+def text_of(body: bytes) -> str:
+    """A kernel's program as text, without the places in the source that it came from."""
+    return str(_parse(body).operation.get_asm(enable_debug_info=False))
+
+
 def _parse(body: bytes) -> Any:
     # Private parts of the pinned JAX: no public reader of Mosaic's dialect exists.
     from jax._src.interpreters import mlir

@@ -82,6 +82,11 @@ class Topology:
     device: Device
     platform = "tpu"
 
+    @property
+    def devices_per_chip(self) -> int:
+        """Devices of JAX per chip, which is what the cloud charges for."""
+        return self.device.units_per_chip // self.device.cores
+
     def devices(self) -> "Sequence[jax.Device]":
         """Descriptions of its devices, for which programs can be compiled.
 
