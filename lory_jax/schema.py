@@ -167,7 +167,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
             may_change=True,
         ),
         "merged_ffn": choice_field(
-            "auto is kernel on TPUs if it fits, whole on CPUs, else blocks",
+            "auto is kernel on TPUs if it fits, else blocks; whole on CPUs and GPUs",
             "auto",
             "einsum",
             "whole",

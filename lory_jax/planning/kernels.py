@@ -9,6 +9,7 @@ its blocks at the bandwidth of HBM. Prices are kept by content in the user's cac
 
 import base64
 import json
+import math
 import os
 import re
 import subprocess
@@ -199,9 +200,10 @@ def prefetched_arrays(
         text = _constant(module, computation, operand)
         numbers = re.findall(r"-?\d+|true|false", re.sub(r"/\*.*?\*/", "", text or ""))
         values = [{"true": 1, "false": 0}.get(n) if n[0] in "tf" else int(n) for n in numbers]
-        shape_numbers = [int(size) for size in filter(None, sizes.split(","))]
-        is_complete = len(values) == int(np.prod(shape_numbers))
-        arrays.append(np.array(values).reshape(shape_numbers) if is_complete else None)
+        dimensions = [int(size) for size in filter(None, sizes.split(","))]
+        count = math.prod(dimensions)
+        values = values * count if len(values) == 1 else values  # one for all elements
+        arrays.append(np.array(values).reshape(dimensions) if len(values) == count else None)
     return arrays
 
 
@@ -211,7 +213,7 @@ def _constant(module: Module, computation: Computation, name: str) -> str | None
     opcode = instruction.opcode
     if opcode == "constant":
         return instruction.arguments
-    if opcode in ("copy", "copy-start", "copy-done", "bitcast", "reshape"):
+    if opcode in ("copy", "copy-start", "copy-done", "bitcast", "reshape", "broadcast"):
         return _constant(module, computation, instruction.operands[0])
     if opcode == "get-tuple-element":
         index = int(re.findall(r"\bindex=(\d+)", instruction.attributes)[0])
