@@ -24,8 +24,11 @@ The compiler for GPUs estimates no times. There, every operation counts with the
 at the peak and its bytes at the bandwidth of the memory: a roofline, which no program reaches.
 
 --rank varies one setting at a time and keeps the best: what is recomputed, the mesh, the number of
-microbatches, and which kernels run. It compiles at most 12 programs per topology, keeps what it
-found in the user's cache directory, so that it resumes, and prints the flags of the best.
+microbatches, and which kernels run. It compiles at most 12 programs per topology and prints the
+flags of the best.
+
+What was found about a compiled program is kept in $LORY_PLAN_CACHE, by default lory_jax/plan in the
+user's cache directory, and read from there if the same program is planned again.
 """
 
 import argparse
@@ -107,7 +110,7 @@ def make_plan(
     from lory_jax.planning.report import baselines_table, plan_table
 
     jax.config.update("jax_platforms", "cpu")
-    # A plan reports how long compiling takes, so the program must not come from the cache.
+    # Plans are kept in a cache of their own, with the time that compiling took.
     jax.config.update("jax_enable_compilation_cache", False)
     model_config = ModelConfig.for_platform(
         args.config.model, topology.platform if topology else "tpu"

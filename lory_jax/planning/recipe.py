@@ -20,6 +20,9 @@ def plan_recipe(
 ) -> dict[str, Any]:
     """Compiles a recipe, and its dense baseline if it has experts, for a topology.
 
+    A program that was compiled before is read from the user's cache; `compile_seconds` is what it
+    took then.
+
     Args:
       config: the recipe.
       topology: the slice or host to compile for.
@@ -39,7 +42,7 @@ def plan_recipe(
     plans = []
     for i, (name, version) in enumerate(versions.items()):
         print(f"compiling {i + 1} of {len(versions)}: {name}", file=sys.stderr, flush=True)
-        plans.append(plan_step(version, mesh, topology.device))
+        plans.append(plan_step(version, mesh, topology.device, is_kept=True))
     return {
         "topology": topology.name,
         "device": devices[0].device_kind,

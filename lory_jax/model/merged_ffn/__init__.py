@@ -101,7 +101,7 @@ def resolve_merged_ffn(choice: str, platform: str, T: int, D: int, E: int, items
         # On any TPU: which one it is, is known when the program is traced.
         if platform == "tpu" and not kernel_obstacle(T, D, E, itemsize, SMALLEST_VMEM):
             return "kernel"
-        # On GPUs, a third less traffic than `blocks` for a ninth more memory (docs/performance.md).
+        # On GPUs it moves a third less than `blocks`, and takes more memory (docs/performance.md).
         return "blocks" if platform == "tpu" else "whole"
     if choice == "kernel":
         obstacle = kernel_obstacle(T, D, E, itemsize, LARGEST_VMEM)
