@@ -174,7 +174,8 @@ SCHEMA: dict[str, dict[str, Field]] = {
             may_change=True,
         ),
         "merged_ffn": choice_field(
-            "auto is kernel on TPUs if it fits, whole on CPUs, else blocks; einsum with mlp_bias",
+            "auto is kernel on TPUs if it fits, else blocks; whole on CPUs and GPUs; einsum with "
+            "mlp_bias",
             "auto",
             "einsum",
             "whole",
