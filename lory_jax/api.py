@@ -267,7 +267,7 @@ def load(workdir: str | Path, step: Step = NEWEST) -> Model:
 
 
 def routed_by(
-    model: Model, tokens_BxL: np.ndarray, routing: str, prompt_lengths_B: ArrayLike
+    model: Model, tokens_BxL: np.ndarray, routing: str, prompt_lengths_B: Sequence[int]
 ) -> np.ndarray:
     """The routing weights `[Y, B, N, E]` of inference, "prompt" or "segment", by these prompts."""
     lengths_B = np.asarray(prompt_lengths_B, np.int32)

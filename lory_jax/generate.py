@@ -74,8 +74,8 @@ def main(argv: list[str]) -> None:
         "--ffn",
         choices=("auto", "merged", "experts"),
         default="auto",
-        help="what a step of a batch reads: an FFN merged for each prompt, or all experts, unmerged; "
-        "both compute the same up to rounding (default: auto, what the device does faster)",
+        help="what a step of a batch reads: an FFN merged for each prompt, or all experts, "
+        "unmerged; both compute the same up to rounding (default: auto, the faster one)",
     )
     args = parser.parse(argv)
     if (args.file is None) != (args.out is None):

@@ -57,7 +57,10 @@ class MergedFFN(nnx.Module):
 
     def routing_weights(self, h_BxLxD: Array, routing: Routing) -> Array:
         """`r_BxNxE` of this layer, float32; N is 1 for routing by prompt."""
-        return route.keep_top_k(self._all_weights(h_BxLxD, routing), self.config.top_k_experts)
+        r_BxNxE = self._all_weights(h_BxLxD, routing)
+        if routing.kept is not None:
+            return route.keep_about(r_BxNxE, routing.kept, routing.is_straight_through)
+        return route.keep_top_k(r_BxNxE, self.config.top_k_experts)
 
     def _all_weights(self, h_BxLxD: Array, routing: Routing) -> Array:
         config, lengths = self.config, routing.prompt_lengths_B
