@@ -3,8 +3,9 @@
     python benchmarks/serve.py --workdir=RUN_DIR [--requests=5000] [--clients=50] [--json=FILE]
 
 Starts `lory serve` as a process of its own and sends requests of mixed lengths from many clients at
-a time: streamed and whole, some refused, and every tenth abandoned by a client that goes away. Reads
-/proc/PID of the server after every tenth of the requests, when nothing is running (Linux only).
+a time: streamed and whole, some refused, and every tenth abandoned by a client that goes away. It
+reads /proc/PID of the server after every tenth of the requests, when nothing is running (Linux
+only).
 """
 
 import argparse

@@ -105,6 +105,7 @@ def test_a_bad_line_is_named_before_anything_is_written(model, tmp_path, text, m
     assert os.listdir(tmp_path) == ["prompts.jsonl"]
 
 
+@pytest.mark.faults
 def test_a_killed_command_resumes(tmp_path):
     """With kill -9, in a process of its own."""
     data, run = write_prepared(tmp_path / "data"), tmp_path / "run"
