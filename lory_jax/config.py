@@ -19,6 +19,7 @@ from lory_jax.config_checks import (
     check_phases,
     check_segments,
     check_sparse,
+    check_top_k,
     check_train,
 )
 from lory_jax.errors import ConfigError
@@ -211,6 +212,7 @@ def validate(config: ConfigDict) -> None:
     check_model(config.model)
     check_segments(config.model)
     check_sparse(config.model, config.train)
+    check_top_k(config.model, config.train)
     check_train(config.train)
     if config.model.num_experts:
         check_phases(config.train)

@@ -47,7 +47,11 @@ def main(argv: list[str]) -> None:
     parser = cli.Parser("plan", __doc__)
     parser.add_config_flag()
     add = parser.add_argument
-    add("--topology", metavar="TOPOLOGY", help="what to compile for, such as v5e-256, v5p-128 or h100-8")
+    add(
+        "--topology",
+        metavar="TOPOLOGY",
+        help="what to compile for, such as v5e-256, v5p-128 or h100-8",
+    )
     add(
         "--mesh",
         metavar="DATA,FSDP,TENSOR",
@@ -164,9 +168,7 @@ def parse_prices(text: str) -> dict[str, float]:
         found = re.fullmatch(r"([a-z0-9]+)=(\d+(?:\.\d+)?)", item)
         if not found or found[1] not in (*DEVICES, *GPUS):
             chips = ", ".join((*DEVICES, *GPUS))
-            raise ConfigError(
-                f"--price: got {item!r}, must be CHIP=PRICE with a chip of {chips}"
-            )
+            raise ConfigError(f"--price: got {item!r}, must be CHIP=PRICE with a chip of {chips}")
         prices[found[1]] = float(found[2])
     return prices
 

@@ -52,7 +52,9 @@ def main() -> None:
     plans = plans_of(CASES, args, sys.executable)
     tables = "\n\n".join([memory_table(plans), time_table(plans), cycles_table(plans)])
     replace_marked(PAGE, "tools/scaling.py", tables)
-    replace_marked(PAGE, "tools/scaling.py gpus", gpu_table(plans_of(GPU_CASES, args, args.cuda_python)))
+    replace_marked(
+        PAGE, "tools/scaling.py gpus", gpu_table(plans_of(GPU_CASES, args, args.cuda_python))
+    )
 
 
 def plans_of(

@@ -18,8 +18,8 @@ GATED_PARAMETERS = {"remoe": "l1_weight", "expert_threshold": "threshold"}
 class ModelConfig:
     """The fields of `config.model`; `lory_jax.schema` declares their meaning and defaults.
 
-    `top_k_experts` is not a field of a recipe, because training merges all experts. In a trained
-    model, it keeps only the k largest routing weights, renormalised; 0 keeps all.
+    `top_k_experts` may also be set for a model that was trained with all experts; training itself
+    reaches it step by step (`training/top_k.py`).
     """
 
     vocab_size: int
@@ -42,6 +42,7 @@ class ModelConfig:
     balancing: str
     load_balancing_weight: float
     balancing_rate: float
+    top_k_experts: int
     router_init_scale: float
     ffn_init_scale: float
     expert_init_scale: float
@@ -65,7 +66,6 @@ class ModelConfig:
     document_mask: bool
     bos_id: int
     scan_layers: bool
-    top_k_experts: int = 0
 
     @classmethod
     def for_platform(cls, fields: Mapping[str, Any], platform: str) -> "ModelConfig":

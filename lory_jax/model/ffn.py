@@ -74,7 +74,10 @@ class MergedFFN(nnx.Module):
 
     def routing_weights(self, h_BxLxD: Array, routing: Routing) -> Array:
         """`r_BxNxE` of this layer, float32; N is 1 for routing by prompt."""
-        return route.keep_top_k(self._all_weights(h_BxLxD, routing), self.config.top_k_experts)
+        r_BxNxE = self._all_weights(h_BxLxD, routing)
+        if routing.kept is not None:
+            return route.keep_about(r_BxNxE, routing.kept, routing.is_straight_through)
+        return route.keep_top_k(r_BxNxE, self.config.top_k_experts)
 
     def _all_weights(self, h_BxLxD: Array, routing: Routing) -> Array:
         config, lengths = self.config, routing.prompt_lengths_B
@@ -109,21 +112,25 @@ class MergedFFN(nnx.Module):
         r_BxNxE = self.routing_weights(x_BxLxD, routing)
         if self.config.routing == "uniform":
             return self.averaged(x_BxLxD), Routed(r_BxNxE)
+        return self.merge_and_apply(x_BxLxD, r_BxNxE, routing.kind), Routed(r_BxNxE)
+
+    def merge_and_apply(self, x_BxLxD: Array, r_BxNxE: Array, kind: str) -> Array:
+        """The output of every segment's merged FFN, or of the whole row's if `kind` is "prompt"."""
         B, L, D = x_BxLxD.shape
         N, E = r_BxNxE.shape[1:]
-        T = L if routing.kind == "prompt" else self.config.segment_length
-        x_BxNTxD = jnp.pad(x_BxLxD, ((0, 0), (0, N * T - L), (0, 0)))
+        T = L if kind == "prompt" else self.config.segment_length
         # One FFN for all L tokens of a row needs little merging, but is too large for the kernels.
         implementation = self.config.merged_ffn
-        if routing.kind == "prompt" and not self.config.mlp_bias:
+        if kind == "prompt" and not self.config.mlp_bias:
             implementation = "blocks"
+        x_BxNTxD = jnp.pad(x_BxLxD, ((0, 0), (0, N * T - L), (0, 0)))
         y_SxTxD = merged_ffn(
             x_BxNTxD.reshape(B * N, T, D),
             self.experts(),
             r_BxNxE.reshape(B * N, E),
             implementation,
         )
-        return y_SxTxD.reshape(B, N * T, D)[:, :L], Routed(r_BxNxE)
+        return y_SxTxD.reshape(B, N * T, D)[:, :L]
 
     def averaged(self, x_BxLxD: Array) -> Array:
         """The FFN of the experts' mean, which is merged once for all tokens."""

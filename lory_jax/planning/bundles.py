@@ -63,9 +63,7 @@ def dump_arguments(directory: Path) -> str:
     )
 
 
-def read_kernel(
-    directory: Path, name: str, conditions: Sequence[float | None] = ()
-) -> KernelCost:
+def read_kernel(directory: Path, name: str, conditions: Sequence[float | None] = ()) -> KernelCost:
     """The cost of one call of a kernel, from a dump of a program with no other of its name.
 
     Args:
@@ -166,9 +164,7 @@ def parse_bundles(text: str) -> list[Bundle]:
     return [Bundle(match[1] or "", match[2]) for match in found if match]
 
 
-def repetitions(
-    bundles: list[Bundle], shares: Mapping[int, float] | None = None
-) -> list[float]:
+def repetitions(bundles: list[Bundle], shares: Mapping[int, float] | None = None) -> list[float]:
     """How often each bundle runs.
 
     Args:

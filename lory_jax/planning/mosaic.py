@@ -274,7 +274,9 @@ def _product(operation: Any, times: float) -> Product:
         for found in re.findall(r"\[([\d, ]*)\]", numbers)
     ]
     contracted, _, left_rest, right_rest, _, batch = lists[:6]
-    precision = str(operation.attributes["precision"]) if "precision" in operation.attributes else ""
+    precision = (
+        str(operation.attributes["precision"]) if "precision" in operation.attributes else ""
+    )
     return Product(
         m=math.prod(left[i] for i in left_rest),
         k=math.prod(left[i] for i in contracted),

@@ -78,9 +78,7 @@ def product_flops(instruction: Instruction, computation: Computation, module: Mo
     if instruction.opcode == "dot":
         return _dot_flops(instruction, computation, r"lhs_contracting_dims=\{([\d,]*)\}")
     if _GEMM.search(instruction.attributes):
-        return _dot_flops(
-            instruction, computation, r'"lhs_contracting_dimensions":\["([\d",]*)"\]'
-        )
+        return _dot_flops(instruction, computation, r'"lhs_contracting_dimensions":\["([\d",]*)"\]')
     attention = _ATTENTION.search(instruction.attributes)
     if attention:
         sizes = re.findall(

@@ -18,7 +18,7 @@ def body_of(function, *shapes):
     """The program of the only kernel of a function, as it is lowered for TPUs."""
     arguments = [jax.ShapeDtypeStruct(shape, kind) for shape, kind in shapes]
     text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
-    return base64.b64decode(re.findall(r'body\\22: \\22([^\\]*)\\22', text)[0])
+    return base64.b64decode(re.findall(r"body\\22: \\22([^\\]*)\\22", text)[0])
 
 
 def kernel(i_ref, x_ref, y_ref, o_ref, *, turns):
