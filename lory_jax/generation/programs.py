@@ -225,14 +225,13 @@ def make_decoder(
         if is_merged:
             has_rows = ffns[0]["gate"].ndim == 3  # or all share one FFN, and so their borders
             choose = functools.partial(_choose, at_border_B if has_rows else at_border_B[0])
-            fresh = ffns_of(weights_of(params, routed))
-            return jax.tree.map(choose, fresh, ffns), cache
+            return jax.tree.map(choose, ffns_of(weights_of(params, routed)), ffns), cache
         assert cache.routing is not None
-        fresh = tuple(
+        routed_again = tuple(
             jnp.where(at_border_B[:, None], new_BxE, old_BxE)
             for new_BxE, old_BxE in zip(_unstack(routed), cache.routing, strict=True)
         )
-        return ffns, cache._replace(routing=fresh)
+        return ffns, cache._replace(routing=routed_again)
 
     # Only the FFNs are donated: some of the other weights are the trained parameters, and so are
     # FFNs that no merge has made.

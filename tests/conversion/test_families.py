@@ -1,6 +1,7 @@
 """Families beside plain LLaMA: the logits of transformers, there and back, upcycled and trained."""
 
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -13,7 +14,7 @@ import lory_jax
 from lory_jax.conversion import runs
 from lory_jax.conversion.hf_directory import read_llama_directory, write_llama_directory
 from lory_jax.errors import InputError
-from lory_jax.generation.programs import make_decoder
+from lory_jax.generation.loop import decode
 from lory_jax.parallel import make_mesh
 from tests.conversion.test_hf_directory import TOKENIZER, VOCAB, edit_config, their_logits
 from tests.support.models import forward, random_tokens
@@ -150,26 +151,27 @@ def test_upcycled_and_trained(family, data, tmp_path):
 
 def assert_decodes_its_logits(model, prompts):
     """Token by token, each row decodes what the whole sequence gives."""
-    for routing in ("prompt", "segment"):
-        ids = [model.encode(text) for text in prompts]
-        decoder = make_decoder(model.config, routing)
-        lengths = np.array([len(row) for row in ids])
-        padded = np.zeros((len(ids), max(lengths)), np.int32)
-        for row, known in zip(padded, ids, strict=True):
-            row[: len(known)] = known
-        logits, weights, cache = decoder.prefill(model.params, padded, lengths, LENGTH, False)
-        while max(map(len, ids)) < LENGTH - 1:
-            longest = max(map(len, ids))
-            rows = np.array([row + [0] * (longest - len(row)) for row in ids])
-            whole = model.logits(rows, routing, lengths)
-            now = [whole[i, len(row) - 1] for i, row in enumerate(ids)]
-            np.testing.assert_allclose(logits, now, atol=1e-4)
-            ids = [[*row, int(np.argmax(of_row))] for row, of_row in zip(ids, now, strict=True)]
-            borders = np.array([len(row) - 1 for row in ids]) % model.config.segment_length == 0
-            if cache.totals is not None and borders.any():
-                weights, cache = decoder.remerge(model.params, weights, cache)
-            last = np.array([row[-1] for row in ids], np.int32)
-            logits, cache = decoder.step(weights, cache, last)
+    ids = [model.encode(text) for text in prompts]
+    lengths = np.array([len(row) for row in ids])
+    steps = LENGTH - max(lengths)
+    for routing, ffn in itertools.product(("prompt", "segment"), ("merged", "experts")):
+        seen = []
+
+        def choose(logits, positions, seen=seen):
+            seen.append(np.asarray(logits))
+            return logits.argmax(axis=-1)
+
+        drawn = decode(
+            model.config, model.params, ids, choose, max_new_tokens=steps, routing=routing, ffn=ffn
+        )
+        tokens = np.stack(list(drawn), axis=1)
+        rows = np.zeros((len(ids), LENGTH), np.int32)
+        for row, prompt, new in zip(rows, ids, tokens, strict=True):
+            row[: len(prompt) + steps] = [*prompt, *new]
+        whole = model.logits(rows, routing, lengths)
+        for i, length in enumerate(lengths):
+            for step, logits in enumerate(seen):
+                np.testing.assert_allclose(logits[i], whole[i, length - 1 + step], atol=1e-4)
 
 
 def trained_run(tmp_path):
