@@ -2,11 +2,13 @@
 
     python benchmarks/decode.py [--json=FILE] [--batches=1,8,32] [--experts=8] [--rounds=3]
 
-Ours, merged per row and merged once for all rows, against our own dense model and against
-transformers' LLaMA of the same shape and weights, all in float32 on this machine and in one run:
-rounds take turns, and the best median step of each counts, so that other work on the machine
-disturbs all alike. transformers runs the leanest loop it has: its model with a cache and an argmax.
-Needs torch and transformers (requirements-dev.txt).
+Ours with an FFN merged for each row, with unmerged experts, and merged once for all rows, against
+our own dense model and against transformers' LLaMA of the same shape and weights, all in float32 on
+this machine and in one run: rounds take turns, and the best median step of each counts, so that
+other work on the machine disturbs all alike. transformers runs the leanest loop it has: its model
+with a cache and an argmax. The machine's own limits are measured beside them, and with them the
+least time that the FFNs of each mode take. Needs torch and transformers (requirements-dev.txt);
+tools/decoding.py writes the table of docs/benchmarks.md.
 """
 
 import argparse
@@ -28,6 +30,7 @@ import numpy as np
 
 from lory_jax.config import base_config
 from lory_jax.conversion.hf_directory import write_llama_directory
+from lory_jax.generation.cost import choose_ffn, step_costs
 from lory_jax.generation.loop import decode
 from lory_jax.generation.programs import make_decoder
 from lory_jax.model.config import ModelConfig
@@ -48,7 +51,8 @@ FIELDS = dict(
     merged_ffn="blocks",
 )
 SHAPE = ("num_layers", "embed_dim", "num_heads", "mlp_dim", "vocab_size")
-OURS, SHARED, DENSE, THEIRS = "Lory", "Lory, one merge", "dense", "transformers"
+MERGED, EXPERTS = "merged per row", "unmerged experts"
+SHARED, DENSE, THEIRS = "one merge", "dense", "transformers"
 
 
 def main() -> None:
@@ -70,15 +74,20 @@ def main() -> None:
         "model": {name: getattr(lory, name) for name in SHAPE},
         "experts": args.experts,
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "device": jax.devices()[0].device_kind,
         "prefill_seconds": prefill_seconds(params, args.rounds),
+        "limits": machine_limits(lory, args.rounds),
         "tokens_per_second": {},
+        "ffn_bound": {},
+        "chosen": {},
     }
     prompts = np.random.default_rng(0).integers(2, lory.vocab_size, (max(batches), PROMPT))
     for batch in batches:
         own, same = prompts[:batch].tolist(), [prompts[0].tolist()] * batch
         runs: dict[str, Callable[[], Iterator[Any]]] = {
-            OURS: lambda own=own: ours(lory, params[lory], own),
-            SHARED: lambda same=same: ours(lory, params[lory], same),
+            MERGED: lambda own=own: ours(lory, params[lory], own, "merged"),
+            EXPERTS: lambda own=own: ours(lory, params[lory], own, "experts"),
+            SHARED: lambda same=same: ours(lory, params[lory], same, "merged"),
             DENSE: lambda own=own: ours(dense, params[dense], own),
             THEIRS: lambda own=own: theirs(llama, own),
         }
@@ -90,6 +99,8 @@ def main() -> None:
         result["tokens_per_second"][batch] = {
             name: batch / min(found[1:]) for name, found in steps.items()
         }
+        result["ffn_bound"][batch] = ffn_bounds(lory, result["limits"], batch)
+        result["chosen"][batch] = choose_ffn("auto", lory, rows=batch, ffns=batch)
         print(f"batch {batch} done", result["tokens_per_second"][batch], file=sys.stderr)
     print(table(result))
     if args.json:
@@ -98,9 +109,53 @@ def main() -> None:
         os.replace(temporary, args.json)
 
 
-def ours(config: ModelConfig, params: Any, prompts: list[list[int]]) -> Iterator[Any]:
+def ours(
+    config: ModelConfig, params: Any, prompts: list[list[int]], ffn: str = "auto"
+) -> Iterator[Any]:
     greedy = jax.jit(lambda logits_BxV, _: jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32))
-    return decode(config, params, prompts, greedy, max_new_tokens=NEW)
+    return decode(config, params, prompts, greedy, max_new_tokens=NEW, ffn=ffn)
+
+
+def machine_limits(config: ModelConfig, rounds: int) -> dict[str, float]:
+    """What XLA's products of the experts' sizes reach: bytes per second with one row of input, and
+    FLOP per second with 64."""
+    w = jnp.ones((config.num_experts * config.embed_dim, config.mlp_dim))
+    product = jax.jit(jnp.matmul)
+    seconds = {}
+    for rows in (1, 64):
+        x, times = jnp.ones((rows, w.shape[0])), []
+        for _ in range(10 * rounds):
+            start = time.perf_counter()
+            product(x, w).block_until_ready()
+            times.append(time.perf_counter() - start)
+        seconds[rows] = min(times)
+    return {"bytes_per_second": w.nbytes / seconds[1], "flops": 2 * 64 * w.size / seconds[64]}
+
+
+def ffn_bounds(config: ModelConfig, limits: dict[str, float], batch: int) -> dict[str, float]:
+    """The most tokens per second that each mode's FFNs alone allow on a machine of these limits."""
+    itemsize = jnp.dtype(config.compute_dtype).itemsize
+    costs = step_costs(
+        limits["flops"] / limits["bytes_per_second"],
+        itemsize,
+        rows=batch,
+        ffns=batch,
+        experts=config.num_experts,
+        merges_per_step=0,
+    )
+    shared, _ = step_costs(
+        limits["flops"] / limits["bytes_per_second"],
+        itemsize,
+        rows=batch,
+        ffns=1,
+        experts=config.num_experts,
+        merges_per_step=0,
+    )
+    weights = 3 * config.embed_dim * config.mlp_dim * config.num_layers
+    return {
+        name: batch * limits["bytes_per_second"] / (cost * weights)
+        for name, cost in zip((MERGED, EXPERTS, SHARED), (*costs, shared), strict=True)
+    }
 
 
 def theirs(llama: Any, prompts: list[list[int]]) -> Iterator[Any]:
@@ -144,9 +199,9 @@ def prefill_seconds(params: dict[ModelConfig, Any], rounds: int) -> dict[str, fl
     for _ in range(rounds + 1):
         for (config, mine), name in zip(params.items(), found, strict=True):
             start = time.perf_counter()
-            jax.block_until_ready(
-                make_decoder(config, "prompt").prefill(mine, tokens, lengths, 64, True)
-            )
+            decoder = make_decoder(config, "prompt")
+            _, merged, _ = state = decoder.prefill(mine, tokens, lengths, 64, None)
+            jax.block_until_ready((state, decoder.weights(mine, merged)))
             found[name].append(time.perf_counter() - start)
     return {name: min(times[1:]) for name, times in found.items()}
 
@@ -159,7 +214,7 @@ def table(result: dict[str, Any]) -> str:
         f"{1e3 * prefill['dense']:.0f} ms dense",
         "",
         f"tokens per second (over {THEIRS})",
-        "batch" + "".join(f"{name:>22}" for name in (OURS, SHARED, DENSE, THEIRS)),
+        "batch" + "".join(f"{name:>22}" for name in (MERGED, EXPERTS, SHARED, DENSE, THEIRS)),
     ]
     for batch, row in result["tokens_per_second"].items():
         cells = [f"{rate:.0f} ({rate / row[THEIRS]:.2f})" for rate in row.values()]

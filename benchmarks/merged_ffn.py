@@ -2,13 +2,15 @@
 
     python benchmarks/merged_ffn.py                        times it here
     python benchmarks/merged_ffn.py --topology=v5e-1       asks the TPU compiler; needs libtpu
+    python benchmarks/merged_ffn.py --topology=h100-1      asks the GPU compiler; needs jax[cuda12]
 
 Here: forward, and forward and backward, the implementations taking turns; the median of the ratios
 to the dense FFN of the same turn, and the quartiles. With large pages of memory, as in launch/.
 
-With --topology: cycles of forward and backward on one device, from the compiler's estimates for its
-own operations and from the final bundles of the Pallas kernels (lory_jax/planning), bytes to and
-from HBM, and temporaries. The slice only says which TPU: one layer on one device is compiled.
+With --topology: forward and backward on one device, without one. For TPUs, cycles from the
+compiler's estimates for its own operations and from the prices of the Pallas kernels, bytes to and
+from HBM, and temporaries. For GPUs, the roofline of every operation instead of cycles. The name only
+says which device: one layer on one device is compiled (lory_jax/planning).
 
 Experts are in float32, [E, D, F], as the model stores them; with --gathered they arrive as they
 leave the all-gather over `fsdp`: in the compute type and laid out, which each device did for its
@@ -16,26 +18,21 @@ own part, so that neither the conversion nor the transposition of whole matrices
 """
 
 import argparse
-import atexit
 import json
 import os
-import shutil
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-DUMP = Path(tempfile.gettempdir()) / f"merged_ffn-{os.getpid()}"  # the compiler's bundles
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--topology", help="a TPU slice, such as v5e-1, v5p-8 or v6e-1")
+    parser.add_argument("--topology", help="such as v5e-1, v5p-8, v6e-1 or h100-1")
     parser.add_argument("--implementations", help="default: all that run there")
     parser.add_argument("--experts", default="8,32")
     parser.add_argument("--segments", help="per device (default: 32 here, 16,64,128 on TPUs)")
@@ -48,11 +45,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     args = parser.parse_args()
     if args.topology:
-        from lory_jax.planning.bundles import dump_arguments
-
         os.environ["JAX_PLATFORMS"] = "cpu"
-        os.environ["LIBTPU_INIT_ARGS"] = dump_arguments(DUMP)  # read when libtpu is loaded
-        atexit.register(shutil.rmtree, DUMP, ignore_errors=True)
     elif "GLIBC_TUNABLES" not in os.environ:  # read by glibc when a process starts
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.argv])
@@ -216,7 +209,8 @@ def compile_layers(
 
     topology = parse_topology(args.topology)
     dense: dict[str, Any] = {}
-    for name in ["dense", *(args.implementations or "einsum,whole,blocks,kernel").split(",")]:
+    default = "einsum,whole,blocks" + (",kernel" if topology.platform == "tpu" else "")
+    for name in ["dense", *(args.implementations or default).split(",")]:
         # E and where experts come from are nothing to the dense layer.
         case: dict[str, Any] = {"implementation": name, **shape}
         case |= {"dtype": args.dtype or "bfloat16", "topology": args.topology}
@@ -226,7 +220,8 @@ def compile_layers(
         if row is None:
             row = case | compiled_figures(args, shape, name, topology)
             if dense:
-                row["over_dense"] = row["cycles"] / dense["cycles"]
+                time_of = "cycles" if "cycles" in row else "roofline_seconds"
+                row["over_dense"] = row[time_of] / dense[time_of]
                 row["bytes_over_dense"] = row["hbm_GB"] / dense["hbm_GB"]
             rows.append(row)
             report(row)
@@ -241,15 +236,15 @@ def compiled_figures(
     import jax
 
     from lory_jax.parallel import make_mesh
-    from lory_jax.planning.cycles import count_cycles
     from lory_jax.planning.hlo import executions, parse
+    from lory_jax.planning.program import program_text
+    from lory_jax.planning.roofline import roofline
     from lory_jax.planning.traffic import hbm_bytes
 
     dtype = args.dtype or "bfloat16"
-    shutil.rmtree(DUMP, ignore_errors=True)
     begin = time.monotonic()
     device = topology.devices()[0]
-    # The mesh tells what is traced which TPU it is for.
+    # The mesh tells what is traced which device it is for.
     with jax.set_mesh(make_mesh(1, 1, 1, [device])):
         compiled = (
             jax.jit(layer_program(name, args.gathered))
@@ -257,20 +252,51 @@ def compiled_figures(
             .compile()
         )
     seconds = time.monotonic() - begin
-    module = parse(compiled.as_text())
+    module = parse(program_text(compiled))
     runs = executions(module)
-    cycles = count_cycles(module, runs, topology.device.flops_per_cycle)
-    assert not runs.unknown_loops and not cycles.uncounted
-    xla = cycles.total - sum(cycles.kernels.values())
-    kernels = {}
-    if cycles.kernels:
-        kernels = kernel_costs(module, topology.device)
-    return {
-        "cycles": xla + sum(k["cycles"] * k["calls"] for k in kernels.values()),
-        "xla_cycles": xla,
-        "hbm_GB": hbm_bytes(module, runs) / 1e9,
+    assert not runs.unknown_loops
+    figures: dict[str, Any]
+    if topology.platform == "gpu":
+        least = roofline(module, runs, topology.device)
+        figures = {"roofline_seconds": least.total, "hbm_GB": least.bytes / 1e9}
+        figures["tflop"] = least.flops / 1e12
+    else:
+        figures = on_tpu(module, runs, topology.device)
+        figures["hbm_GB"] = hbm_bytes(module, runs) / 1e9
+    return figures | {
         "temporaries_MB": compiled.memory_analysis().temp_size_in_bytes / 1e6,
         "compile_seconds": round(seconds, 1),
+    }
+
+
+def on_tpu(module: Any, runs: Any, device: Any) -> dict[str, Any]:
+    """Cycles: XLA's by the compiler and kernels by their prices; both repriced; each kernel's."""
+    from lory_jax.planning.cycles import count_cycles, estimated_cycles
+    from lory_jax.planning.kernels import kernel_name, price_kernels
+
+    prices = price_kernels(module, runs, device)
+    cycles = count_cycles(module, runs, device, prices)
+    xla = 0
+    kernels: dict[str, Any] = {}
+    for name, computation in module.computations.items():
+        if name in runs.fused:
+            continue
+        for instruction in computation.instructions.values():
+            xla += (estimated_cycles(instruction) or 0) * runs.times[name]
+            if instruction.name not in prices:
+                continue
+            price = prices[instruction.name]
+            assert not price.unread and not price.counted_always
+            cost = kernels.setdefault(kernel_name(instruction), {"calls": 0})
+            cost["calls"] += 1
+            cost |= {"cycles": price.cycles, "bundles": price.bundles}
+            cost |= {"matrix_unit": price.matrix_unit, "dma": price.dma}
+            cost |= {"bound_by": price.bound_by, "busiest_slot": price.busiest_slot}
+            cost["busy"] = dict(price.busy)
+    return {
+        "cycles": xla + sum(cycles.kernels.values()),
+        "xla_cycles": float(xla),
+        "repriced_cycles": cycles.repriced_total,
         "kernels": kernels,
     }
 
@@ -317,44 +343,6 @@ def described(
     weights = dtype if gathered and name != "dense" else "float32"
     matrices = {matrix: describe(size, weights) for matrix, size in experts.items()}
     return describe(x, dtype), describe(x, dtype), matrices, describe(r, "float32")
-
-
-def kernel_costs(module: Any, device: Any) -> dict[str, Any]:
-    """Per kernel: calls, and the cycles of one by bundles, by the matrix unit and by DMA."""
-    import re
-
-    from lory_jax.planning.bundles import base_name, read_kernel
-
-    costs: dict[str, Any] = {}
-    for computation in module.computations.values():
-        for instruction in computation.instructions.values():
-            if 'custom_call_target="tpu_custom_call"' not in instruction.attributes:
-                continue
-            name = base_name(instruction.name)
-            if name in costs:
-                costs[name]["calls"] += 1
-                continue
-            read = read_kernel(DUMP, instruction.name)
-            found = re.search(r'"cost_estimate":\{(.*?)\}', instruction.attributes)
-            assert found is not None
-            work, moved = (
-                int(re.findall(rf'"{field}":"?(\d+)', found[1])[0])
-                for field in ("flops", "bytes_accessed")
-            )
-            # The cores of a chip share the outermost dimension of the grid.
-            by = {
-                "bundles": read.bundles / device.cores,
-                "matrix_unit": work / device.flops_per_cycle,
-                "dma": moved / device.hbm_bandwidth * device.clock,
-            }
-            costs[name] = {"calls": 1, "cycles": max(by.values()), **by}
-            costs[name]["bound_by"] = max(by, key=lambda key: by[key])
-            costs[name]["busiest_slot"] = read.limiting_slot
-            costs[name]["busy"] = {
-                kind: round(share, 2) for kind, share in read.busy.items() if share > 0.01
-            }
-
-    return costs
 
 
 if __name__ == "__main__":

@@ -1,26 +1,29 @@
 """What `prepare` costs at several sizes: memory, CPU time and its exponent, time for neighbours.
 
-    python benchmarks/prepare.py --documents=100000,300000 --scratch=DIR
+    python benchmarks/prepare.py --documents=100000,300000,1000000 --scratch=DIR --json=FILE
 
-Makes documents of about 900 bytes in 400 topics, prepares each corpus by the local engine with a
-tokenizer trained on a smaller one, and prints a table in Markdown. The exponent is that of CPU
-time from the smallest corpus to the largest; the peak is that of any one process.
+Makes documents of about 1,000 bytes in 400 topics, prepares each corpus by the local engine with a
+tokenizer trained on a smaller one, and prints CPU-seconds and peak memory of every stage.
+tools/preparation.py makes the table of docs/data.md from the JSON. CPU-seconds are those that the
+tasks' markers say, so a run that was interrupted resumes with the same figures.
 """
 
 import argparse
+import datetime
 import json
-import math
+import os
+import platform
 import random
-import resource
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 TOPICS, WORDS_PER_TOPIC, WORDS = 400, 120, 160
 FILES_EVERY = 20_000
 FIRST = 10_000  # documents that the tokenizer of all sizes is trained on
-STAGES = ("read", "fit", "encode", "assign", "order")
 
 
 def write_corpus(directory: Path, documents: int) -> None:
@@ -49,74 +52,93 @@ def write_corpus(directory: Path, documents: int) -> None:
                 file.write(json.dumps(record) + "\n")
 
 
-def measure(
-    scratch: Path, documents: int, workers: int, tokenizer: Path | None
-) -> dict[str, float]:
-    """Prepares a corpus, and reads the stages' manifests just before they are removed."""
+def measure(scratch: Path, documents: int, workers: int, tokenizer: Path | None) -> dict[str, Any]:
+    """Prepares a corpus, and reads the stages' markers before the work would be removed."""
     corpus, out = scratch / f"corpus-{documents}", scratch / f"data-{documents}"
     if not corpus.exists():
         write_corpus(corpus, documents)
     shutil.rmtree(out, ignore_errors=True)
     work = scratch / f"work-{documents}"
-    shutil.rmtree(work, ignore_errors=True)
-    command = [
-        *(sys.executable, "-m", "lory_jax.prepare", f"--source={corpus}", f"--out={out}"),
-        *(f"--work={work}", "--config=lory_0_3b", "--config.model.sequence_length=1024"),
+    flags = [
+        *(f"--source={corpus}", f"--out={out}", f"--work={work}"),
+        *("--config=lory_0_3b", "--config.model.sequence_length=1024"),
         *("--config.model.vocab_size=8192", f"--workers={workers}"),
         *([f"--tokenizer={tokenizer}"] if tokenizer else []),
     ]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     code = (
-        "import sys, shutil; from lory_jax import cli, prepare\n"
+        "from lory_jax import cli, prepare\n"
         "from lory_jax.preparation import pipeline\n"
-        "pipeline._remove = lambda work: None\n"  # the manifests are wanted
+        "pipeline._remove = lambda work: None\n"  # the markers are wanted
         "cli.run(prepare.main)\n"
     )
-    subprocess.run([sys.executable, "-c", code, *command[3:]], check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    stages = {name: json.loads((work / f"{name}.json").read_text()) for name in STAGES}
-    neighbours = [
-        json.loads(path.read_text())["values"]["neighbour_cpu_seconds"]
-        for path in (work / "order").glob("*.json")
-    ]
-    similarity = json.loads((out / "manifest.json").read_text())["similarity"]["similar"]
+    subprocess.run([sys.executable, "-c", code, *flags], check=True)
+    row = _from_markers(work)
+    manifest = json.loads((out / "manifest.json").read_text())
     shutil.rmtree(work)
-    return {
+    return row | {
         "documents": documents,
-        **{name: stage["cpu_seconds"] for name, stage in stages.items()},
-        "cpu": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-        "peak": max(stage["peak_mib"] for stage in stages.values()),
-        "neighbours": 1000 * sum(neighbours) / stages["order"]["rows"],
-        "shards": stages["order"]["tasks"],
-        "cosine": similarity["mean_cosine"],
+        "cpu_seconds": round(sum(stage["cpu_seconds"] for stage in row["stages"].values()), 1),
+        "mean_cosine": manifest["similarity"]["similar"]["mean_cosine"],
+        "tokens": sum(d["tokens"] for d in manifest["counts"]["train"]["domains"].values()),
+        "left_out": manifest.get("dropped", {}),
+    }
+
+
+def _from_markers(work: Path) -> dict[str, Any]:
+    from lory_jax.preparation.stages import STAGES
+
+    markers = {
+        stage.name: [json.loads(path.read_text()) for path in (work / stage.name).glob("*.json")]
+        for stage in STAGES
+    }
+    orders = markers["order"]
+    neighbours = sum(marker["values"]["neighbour_cpu_seconds"] for marker in orders)
+    ordered = sum(m["rows"] + m["values"]["near_duplicates"] for m in orders)
+    return {
+        "stages": {
+            name: {
+                "tasks": len(of_stage),
+                "cpu_seconds": round(sum(marker["cpu_seconds"] for marker in of_stage), 1),
+                "peak_mib": max(marker["peak_mib"] for marker in of_stage),
+            }
+            for name, of_stage in markers.items()
+        },
+        "neighbour_ms": round(1000 * neighbours / ordered, 3),
+        "largest_shard": max(m["rows"] + m["values"]["near_duplicates"] for m in orders),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What a reader needs to know about where figures come from."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "processor": names[0] if names else platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("numpy", "scann", "tokenizers")},
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--documents", default="100000,300000")
-    parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument("--documents", default="100000,300000,1000000")
+    parser.add_argument("--scratch", type=Path, required=True, metavar="DIR")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    sizes = [int(size) for size in args.documents.split(",")]
-    measure(args.scratch, FIRST, args.workers, None)
-    tokenizer = args.scratch / f"data-{FIRST}" / "tokenizer.json"
-    rows = [measure(args.scratch, size, args.workers, tokenizer) for size in sizes]
-    print(
-        "| documents | read | fit | encode | assign | order | all CPU-s | peak MiB | "
-        "neighbours, ms a document | shards | mean cosine |"
-    )
-    print("|---" * 11 + "|")
-    for row in rows:
-        stages = " | ".join(f"{row[name]:.1f}" for name in STAGES)
-        print(
-            f"| {row['documents']:,.0f} | {stages} | {row['cpu']:.0f} | {row['peak']:,.0f} | "
-            f"{row['neighbours']:.3f} | {row['shards']:.0f} | {row['cosine']} |"
-        )
-    if len(rows) > 1:
-        first, last = rows[0], rows[-1]
-        growth = math.log(last["documents"] / first["documents"])
-        print(f"exponent of CPU time: {math.log(last['cpu'] / first['cpu']) / growth:.2f}")
+    tokenizer = args.scratch / "tokenizer.json"
+    if not tokenizer.exists():
+        measure(args.scratch, FIRST, args.workers, None)
+        shutil.copyfile(args.scratch / f"data-{FIRST}" / "tokenizer.json", tokenizer)
+    rows = []
+    for size in map(int, args.documents.split(",")):
+        rows.append(measure(args.scratch, size, args.workers, tokenizer))
+        print(json.dumps(rows[-1], indent=1), flush=True)
+        if args.json:
+            result = {"machine": machine(), "workers": args.workers, "rows": rows}
+            args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

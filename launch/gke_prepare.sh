@@ -16,7 +16,11 @@ esac
 shift
 : "${IMAGE:?the image to run}"
 stages=(plan read deduplicate split select fit encode cluster assign balance order evaluation finish)
-arguments=$(printf ', "%s"' "$@")
+arguments=
+for argument in "$@"; do # as strings of YAML
+  argument=${argument//\\/\\\\}
+  arguments+=", \"${argument//\"/\\\"}\""
+done
 
 for stage in "${stages[@]}"; do
   pods=$jobs
@@ -41,5 +45,10 @@ spec:
           resources: {requests: {cpu: "${CPU:-1}", memory: "${MEMORY:-4Gi}"}}
           command: ["sh", "-c", "exec python -m lory_jax.prepare \"\$@\" --stage=$stage --task=\$JOB_COMPLETION_INDEX/$pods", "prepare"$arguments]
 JOB
-  kubectl wait --for=condition=complete --timeout=-1s "job/$name"
+  until kubectl wait --for=condition=complete --timeout=60s "job/$name" 2>/dev/null; do
+    if kubectl wait --for=condition=failed --timeout=1s "job/$name" 2>/dev/null; then
+      echo "stage $stage failed; see: kubectl logs job/$name" >&2
+      exit 1
+    fi
+  done
 done

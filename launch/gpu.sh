@@ -7,6 +7,8 @@
 # One host     bash launch/gpu.sh train --config=configs/lory_0_3b.py --data=D --workdir=W
 # Many hosts   on each of N hosts, with its own I from 0 to N - 1:
 #              bash launch/gpu.sh --hosts=N --host=I --coordinator=HOST0:PORT train ...
+# Measure      bash launch/gpu.sh bench --minutes=25     one GPU, everything in order of worth
+#              bash launch/gpu.sh bench --dry-run        the same script at toy size, on a CPU
 # SLURM        one task per host: srun --ntasks-per-node=1 --gpus-per-node=8 bash launch/gpu.sh train ...
 #
 # Options
@@ -66,6 +68,14 @@ fi
 coordinator=${coordinator:-localhost:$PORT}
 verb=$1
 shift
+
+# ---------------------------------------------------------------- measurements
+# They require few packages, so an image that has them is used as it is.
+if [ "$verb" = bench ]; then
+  PY=${PYTHON:-python3}
+  "$PY" -c 'import jax, flax, optax, orbax.checkpoint' 2>/dev/null || setup requirements-cuda.txt
+  exec "$PY" benchmarks/gpu.py "$@"
+fi
 
 # ---------------------------------------------------------------- set-up
 setup requirements-cuda.txt

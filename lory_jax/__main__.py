@@ -14,6 +14,7 @@ VERBS = (
     "evaluate",
     "analyze",
     "generate",
+    "serve",
     "convert",
     "compare",
     "plan",

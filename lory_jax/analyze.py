@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 
 from lory_jax import cli
-from lory_jax.storage import local_path, write_atomically
+from lory_jax.storage import check_writable, local_path, write_atomically
 
 PAGE, TEXT_PAGE = "analysis.html", "text.html"
 
@@ -39,6 +39,8 @@ def main(argv: list[str]) -> None:
         help="show which experts each segment of FILE uses",
     )
     args = parser.parse(argv)
+    if args.seed < 0:
+        parser.error(f"--seed: got {args.seed}, must be an integer of at least 0")
     out = args.out or args.workdir / "analysis"
     if args.text:
         write_text_page(args, out)
@@ -54,7 +56,9 @@ def write_analysis(args: argparse.Namespace, out: Path) -> None:
     from lory_jax.report.analysis import analysis_page
     from lory_jax.run.directory import RunDirectory
 
+    check_writable(out / ANALYSIS, "out")
     analysis = analyze_run(RunDirectory(args.workdir, args.step), args.data, args.seed)
+    print(distance_table(analysis["routing_distance"]))
     out.mkdir(parents=True, exist_ok=True)
     for name, picture in (
         ("routing_weights", plots.routing_heat_map(analysis["routing_weights"])),
@@ -64,7 +68,6 @@ def write_analysis(args: argparse.Namespace, out: Path) -> None:
         plots.write_png(picture, out / f"{name}.png")
     write_atomically(out / PAGE, analysis_page(analysis))
     write_atomically(out / ANALYSIS, json.dumps(analysis, indent=1) + "\n")
-    print(distance_table(analysis["routing_distance"]))
     print(f"wrote {out / PAGE}, {out / ANALYSIS} and its pictures")
 
 
@@ -77,11 +80,12 @@ def write_text_page(args: argparse.Namespace, out: Path) -> None:
     from lory_jax.analysis.texts import strongest_experts, text_segments
     from lory_jax.report.analysis import text_page
 
+    check_writable(out / TEXT_PAGE, "out")
     segments, r_YxNxE = text_segments(api.load(args.workdir, args.step), text)
+    print(strongest_experts(r_YxNxE))
     out.mkdir(parents=True, exist_ok=True)
     page = text_page(f"Which experts read {args.text.name}", segments, r_YxNxE)
     write_atomically(out / TEXT_PAGE, page)
-    print(strongest_experts(r_YxNxE))
     print(f"wrote {out / TEXT_PAGE}")
 
 

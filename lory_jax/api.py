@@ -155,6 +155,7 @@ class Model:
         routing: str = "prompt",
         seed: int = 0,
         stop: Sequence[str] = (),
+        ffn: str = "auto",
     ) -> list[str]:
         """Continues each prompt; returns the continuations alone.
 
@@ -171,12 +172,15 @@ class Model:
           routing: "prompt" merges the experts once, "segment" again at every segment border.
           seed: decides the draws.
           stop: texts that end a continuation; they are cut off.
+          ffn: "merged" merges an FFN for each prompt, "experts" leaves the experts unmerged, which
+            computes the same up to rounding and reads E FFNs however many prompts there are; "auto"
+            takes what the device does faster.
 
         Raises:
           InputError: a setting is out of its range, or the model cannot read that many tokens.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        settings = Settings(max_new_tokens, temperature, top_k, top_p, routing, seed, stop)
+        settings = Settings(max_new_tokens, temperature, top_k, top_p, routing, seed, stop, ffn)
         steps = self._continue(texts, settings)
         return ["".join(pieces) for pieces in zip(*steps, strict=True)]
 
@@ -191,9 +195,10 @@ class Model:
         routing: str = "prompt",
         seed: int = 0,
         stop: Sequence[str] = (),
+        ffn: str = "auto",
     ) -> Iterator[str]:
         """Yields the continuation of one prompt piece by piece; the arguments of `generate`."""
-        settings = Settings(max_new_tokens, temperature, top_k, top_p, routing, seed, stop)
+        settings = Settings(max_new_tokens, temperature, top_k, top_p, routing, seed, stop, ffn)
         for (piece,) in self._continue([prompt], settings):
             if piece:
                 yield piece
@@ -259,6 +264,14 @@ def load(workdir: str | Path, step: Step = NEWEST) -> Model:
     start_process()
     trained = run.load_params(make_mesh(data=1, fsdp=0, tensor=1))
     return Model(trained.model_config, trained.params, run.tokenizer, trained.step)
+
+
+def routed_by(
+    model: Model, tokens_BxL: np.ndarray, routing: str, prompt_lengths_B: Sequence[int]
+) -> np.ndarray:
+    """The routing weights `[Y, B, N, E]` of inference, "prompt" or "segment", by these prompts."""
+    lengths_B = np.asarray(prompt_lengths_B, np.int32)
+    return np.asarray(_forward(model.config, routing)(model.params, tokens_BxL, lengths_B)[1])
 
 
 @functools.lru_cache(maxsize=8)

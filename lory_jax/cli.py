@@ -141,7 +141,12 @@ def run(main: Callable[[list[str]], None]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
     try:
         with interrupts.raised():
-            main(sys.argv[1:])
+            try:
+                main(sys.argv[1:])
+            except SystemExit:  # of --help
+                sys.stdout.flush()
+                raise
+            sys.stdout.flush()
     except InputError as error:
         print_error(error)
         sys.exit(error.status)
@@ -149,9 +154,19 @@ def run(main: Callable[[list[str]], None]) -> None:
         interrupts.print_interrupted()
         sys.exit(interrupts.STATUS)
     except BrokenPipeError:  # the reader of our output went away, e.g. `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         sys.exit(141)
     except OSError as error:  # a disk that is full, read-only or gone, a file that is not ours
+        try:
+            sys.stdout.flush()
+        except OSError:  # the output goes to a file on that disk
+            error.filename = error.filename or "standard output"
+            _discard_output()
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         sys.exit(InputError.status)
+
+
+def _discard_output() -> None:
+    """What could not be written to standard output is not tried again at the end of the process."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lory_jax import cli
 from lory_jax.errors import ConfigError
-from lory_jax.storage import local_path, write_atomically
+from lory_jax.storage import check_writable, local_path, storage_path, write_atomically
 
 
 def main(argv: list[str]) -> None:
@@ -45,6 +45,8 @@ def main(argv: list[str]) -> None:
 def write_report(args: argparse.Namespace) -> None:
     """Reads the runs, compares them, and writes the report."""
     workdirs = named_directories(args.runs)
+    json_path, html_path = (Path(f"{args.out}{suffix}") for suffix in (".json", ".html"))
+    check_writable(json_path, "out")
 
     # Imported here so that --help and flag errors do not wait for JAX and matplotlib.
     from lory_jax.comparison.figures import compare_runs, headline
@@ -64,11 +66,10 @@ def write_report(args: argparse.Namespace) -> None:
         {name: run.metrics for name, run in runs.items()},
         {name: run.analysis for name, run in runs.items() if run.analysis},
     )
+    print(headline(report))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    json_path, html_path = (Path(f"{args.out}{suffix}") for suffix in (".json", ".html"))
     write_atomically(json_path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     write_atomically(html_path, page)
-    print(headline(report))
     print(f"figures: {json_path}\nreport:  {html_path}")
 
 
@@ -82,7 +83,7 @@ def named_directories(items: list[str]) -> dict[str, Path]:
             raise ConfigError(f"runs: got {item!r}, must be NAME=RUN_DIR or RUN_DIR")
         if name in workdirs:
             raise ConfigError(f"runs: got the name {name!r} twice; tell them apart with NAME=")
-        workdirs[name] = Path(path)
+        workdirs[name] = storage_path(path)
     return workdirs
 
 

@@ -19,6 +19,7 @@ from lory_jax.config_checks import (
     check_phases,
     check_segments,
     check_sparse,
+    check_top_k,
     check_train,
 )
 from lory_jax.errors import ConfigError
@@ -211,6 +212,7 @@ def validate(config: ConfigDict) -> None:
     check_model(config.model)
     check_segments(config.model)
     check_sparse(config.model, config.train)
+    check_top_k(config.model, config.train)
     check_train(config.train)
     if config.model.num_experts:
         check_phases(config.train)
@@ -223,14 +225,19 @@ def validate(config: ConfigDict) -> None:
         )
 
 
+def check_fields(section: str, fields: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` unless each field of a section is usable by itself."""
+    for name, field in SCHEMA[section].items():
+        if not field.check(fields[name]):
+            raise ConfigError(_wrong(f"{section}.{name}", fields[name], field.accepts))
+
+
 def check_model_fields(fields: Mapping[str, Any]) -> None:
     """Raises `ConfigError` unless each field of `config.model` is usable, and all fit together.
 
     For the config of a run, whose fields may be those of an earlier version.
     """
-    for name, field in SCHEMA["model"].items():
-        if not field.check(fields[name]):
-            raise ConfigError(_wrong(f"model.{name}", fields[name], field.accepts))
+    check_fields("model", fields)
     check_model(ConfigDict({name: fields[name] for name in SCHEMA["model"]}))
 
 

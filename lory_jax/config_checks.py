@@ -55,6 +55,28 @@ def check_segments(model: ConfigDict) -> None:
         )
 
 
+def check_top_k(model: ConfigDict, train: ConfigDict) -> None:
+    """Merges can keep as many experts as there are; a dense model (no experts) ignores it."""
+    k, experts = model.top_k_experts, model.num_experts
+    if not (k and experts):
+        return
+    if k > experts:
+        raise ConfigError(
+            f"config.model.top_k_experts: got {k}; must be at most config.model.num_experts "
+            f"({experts}), or 0 for all"
+        )
+    if model.routing not in MERGED or model.routing == "uniform":
+        raise ConfigError(
+            f"config.model.top_k_experts: got {k}; must be 0 with config.model.routing="
+            f"{model.routing}, which has no weights to merge by"
+        )
+    if train.top_k_anneal_start > train.top_k_anneal_end:
+        raise ConfigError(
+            f"config.train.top_k_anneal_start: got {train.top_k_anneal_start}; must be at most "
+            f"config.train.top_k_anneal_end ({train.top_k_anneal_end})"
+        )
+
+
 def check_train(train: ConfigDict) -> None:
     """A batch is divided into microbatches; the moments of AdamW must fade."""
     if train.global_batch_size % train.microbatches:
@@ -89,6 +111,11 @@ def check_sparse(model: ConfigDict, train: ConfigDict) -> None:
         )
     if model.routing not in SPARSE:
         return
+    if model.mlp_bias:
+        raise ConfigError(
+            "config.model.mlp_bias: got True; must be false with config.model.routing="
+            f"{model.routing}: the sparse baselines have no biases"
+        )
     factor, experts = model.capacity_factor, model.num_experts
     choices = TOKEN_CHOICE.get(model.routing, max(1, round(factor)))
     if model.routing in GATED:

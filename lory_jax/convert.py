@@ -2,8 +2,10 @@
 
     python -m lory_jax.convert to-hf --workdir=RUN_DIR --out=DIR --prompt=TEXT
     python -m lory_jax.convert from-hf --hf=DIR --workdir=RUN_DIR --experts=8
+    python -m lory_jax.convert prune --workdir=RUN_DIR --out=OTHER_RUN --domain=NAME --experts=2
 
-`to-hf --help` and `from-hf --help` explain their flags; docs/interchange.md has examples.
+`to-hf --help`, `from-hf --help` and `prune --help` explain their flags; docs/interchange.md has
+examples.
 """
 
 from lory_jax import cli
@@ -12,8 +14,8 @@ from lory_jax.storage import local_path
 
 def main(argv: list[str]) -> None:
     parser = cli.Parser("convert", __doc__)
-    parser.add_argument("direction", choices=("to-hf", "from-hf"))
-    verb = {"to-hf": to_hf, "from-hf": from_hf}
+    parser.add_argument("direction", choices=("to-hf", "from-hf", "prune"))
+    verb = {"to-hf": to_hf, "from-hf": from_hf, "prune": prune}
     verb[parser.parse_args(argv[:1]).direction](argv[1:])
 
 
@@ -91,6 +93,36 @@ def from_hf(argv: list[str]) -> None:
 
     runs.import_llama(args.hf, args.workdir, args.experts, args.seed, args.bos_id, args.eos_id)
     print(f"wrote {args.workdir}")
+
+
+def prune(argv: list[str]) -> None:
+    parser = cli.Parser(
+        "convert prune",
+        "Makes a run directory at step 0 that holds, in every layer, only the experts that the "
+        "segments of a domain weight most. train --init_from=OTHER_RUN trains it further.",
+    )
+    add = parser.add_argument
+    add("--workdir", required=True, type=local_path, help="the run directory of train")
+    parser.add_step_flag()
+    add("--out", required=True, type=local_path, metavar="OTHER_RUN", help="the directory to make")
+    add("--domain", required=True, metavar="NAME", help="a domain of the run's data")
+    add("--experts", required=True, type=int, help="experts to keep in every layer")
+    add("--data", type=local_path, metavar="DIR", help="where the prepared data are now, if moved")
+    args = parser.parse(argv)
+
+    # Imported here, after the flags are checked, so that the command line answers fast.
+    from lory_jax.conversion.prune import prune_run
+    from lory_jax.run.directory import RunDirectory
+
+    run = RunDirectory(args.workdir, args.step)
+    found = prune_run(run, args.out, args.domain, args.experts, args.data)
+    shares = ", ".join(f"{share:.2f}" for share in found.kept_Y)
+    print(f"share of the routing of {args.domain} that is kept, by layer: {shares}")
+    print(
+        f"parameters: {found.bytes_before / 2**20:,.1f} MiB before, "
+        f"{found.bytes_after / 2**20:,.1f} MiB now"
+    )
+    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ class Field:
       may_change: whether a run may be resumed with another value, because the field decides how
         the run is computed, logged or saved, not what is computed.
       is_size: whether every saved config has it; a config without it is damaged, not old.
+      choices: the values it accepts, where these are names.
     """
 
     default: Any
@@ -30,6 +31,7 @@ class Field:
     is_architecture: bool = False
     may_change: bool = False
     is_size: bool = False
+    choices: tuple[str, ...] = ()
 
 
 def int_field(default: int, meaning: str, low: int, **properties: bool) -> Field:
@@ -62,7 +64,8 @@ def choice_field(meaning: str, *choices: str, **properties: bool) -> Field:
     def check(value: Any) -> bool:
         return isinstance(value, str) and value in choices
 
-    return Field(choices[0], meaning, "one of " + ", ".join(choices), check, **properties)
+    accepts = "one of " + ", ".join(choices)
+    return Field(choices[0], meaning, accepts, check, choices=choices, **properties)
 
 
 def bool_field(default: bool, meaning: str, **properties: bool) -> Field:

@@ -1,7 +1,8 @@
 """Every config field, declared once: default, meaning, check, and what a change of it does.
 
-This is the only place that lists fields. Other code asks: `find_field`, `fields_where`,
-`section_defaults`, `may_change`. The file imports nothing heavy, so that `--help` is fast.
+This file, with running_fields.py, is the only place that lists fields. Other code asks:
+`find_field`, `fields_where`, `section_defaults`, `may_change`. It imports nothing heavy, so that
+`--help` is fast.
 """
 
 import difflib
@@ -11,6 +12,7 @@ from lory_jax.data.mixture import is_mixture
 from lory_jax.errors import ConfigError, shorten
 from lory_jax.fields import Field, all_may_change, bool_field, choice_field, float_field, int_field
 from lory_jax.model.routing_rules import MERGED, SPARSE
+from lory_jax.running_fields import CHECKPOINT, PARALLEL
 
 SCHEMA: dict[str, dict[str, Field]] = {
     "model": {
@@ -35,6 +37,9 @@ SCHEMA: dict[str, dict[str, Field]] = {
             "qkv",
             "all",
             is_architecture=True,
+        ),
+        "mlp_bias": bool_field(
+            False, "the FFN, and each expert, has biases, merged alike", is_architecture=True
         ),
         "mlp_dim": int_field(
             2816,
@@ -83,6 +88,11 @@ SCHEMA: dict[str, dict[str, Field]] = {
         ),
         "balancing_rate": float_field(
             1e-3, "balancing=loss_free: how far a step moves the bias of an expert", 0.0
+        ),
+        "top_k_experts": int_field(
+            0,
+            "experts that a merge keeps: the K of largest weight, renormalised; 0 keeps all",
+            0,
         ),
         "router_init_scale": float_field(
             0.23, "the router is initialised from N(0, (scale/sqrt(D))^2)", 0.0
@@ -155,19 +165,24 @@ SCHEMA: dict[str, dict[str, Field]] = {
         ),
         "compute_dtype": choice_field("type of matrix products", "bfloat16", "float32"),
         "remat": choice_field(
-            "what the backward pass recomputes per layer", "none", "full", "dots", may_change=True
+            "what the backward pass keeps of a layer: all, only its input (full), products (dots), "
+            "or, beside its input, the flash kernel's result, q, k and v, the FFN's gate and up",
+            *("none", "full", "dots", "attention", "attention+qkv", "attention+hidden"),
+            may_change=True,
         ),
         "attention": choice_field(
-            "auto is cudnn on GPUs (xla with document_mask, which cudnn cannot compute), splash on "
-            "TPUs, else xla",
+            "auto is cudnn on GPUs (xla with document_mask, which cudnn cannot compute), paired on "
+            "TPUs where it can run (heads 64 wide), splash where not, else xla",
             "auto",
             "xla",
             "cudnn",
             "splash",
+            "paired",
             may_change=True,
         ),
         "merged_ffn": choice_field(
-            "auto is kernel on TPUs if it fits, whole on CPUs, else blocks",
+            "auto is kernel on TPUs if it fits, else blocks; whole on CPUs and GPUs; einsum with "
+            "mlp_bias",
             "auto",
             "einsum",
             "whole",
@@ -215,6 +230,22 @@ SCHEMA: dict[str, dict[str, Field]] = {
             0.0,
             1.0,
         ),
+        "top_k_anneal_start": float_field(
+            0.0,
+            "share of the steps after which the number of merged experts falls, linearly, from E "
+            "to config.model.top_k_experts",
+            0.0,
+            1.0,
+        ),
+        "top_k_anneal_end": float_field(
+            0.5, "share of the steps after which it has reached top_k_experts", 0.0, 1.0
+        ),
+        "top_k_gradient": choice_field(
+            "what routers learn from with top_k_experts: the renormalised weights of the experts "
+            "that are kept, or, straight through, those of all experts",
+            "renormalised",
+            "straight_through",
+        ),
         "beta1": float_field(0.9, "AdamW: decay of the first moment", 0.0, 1.0),
         "beta2": float_field(0.95, "AdamW: decay of the second moment", 0.0, 1.0),
         "epsilon": float_field(1e-8, "AdamW: added to the root of the second moment", 0.0),
@@ -235,28 +266,8 @@ SCHEMA: dict[str, dict[str, Field]] = {
             may_change=True,
         ),
     },
-    "checkpoint": all_may_change(
-        {
-            "every_steps": int_field(1000, "steps between checkpoints", 1),
-            "every_minutes": float_field(
-                0.0, "also save a checkpoint after this many minutes; 0 turns this off", 0.0
-            ),
-            "keep": int_field(2, "newest checkpoints to keep", 1),
-            "keep_best": int_field(
-                0, "also keep this many checkpoints of lowest validation loss", 0
-            ),
-            "keep_every_steps": int_field(
-                0, "also keep checkpoints at multiples of this many steps; 0 turns this off", 0
-            ),
-        }
-    ),
-    "parallel": all_may_change(
-        {
-            "data": int_field(1, "devices on the mesh axis data", 1),
-            "fsdp": int_field(0, "devices on the mesh axis fsdp; 0 means all that remain", 0),
-            "tensor": int_field(1, "devices on the mesh axis tensor", 1),
-        }
-    ),
+    "checkpoint": CHECKPOINT,
+    "parallel": PARALLEL,
     # Read by `prepare`; a run is bound to its data by the hash of their manifest.
     "data": all_may_change(
         {
@@ -280,7 +291,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
                 20_000_000, "bytes of training text that the tokenizer is trained on", 1
             ),
             "shard_documents": int_field(
-                200_000, "training documents that are put in order together, at most", 2
+                100_000, "training documents that are put in order together, at most", 2
             ),
             "drop_near_duplicates": bool_field(
                 True, "leave out documents that repeat a neighbour almost word for word"

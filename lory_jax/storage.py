@@ -4,6 +4,7 @@ docs/storage.md says which part of a run requires a local copy, and why.
 """
 
 import argparse
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -13,6 +14,7 @@ import shutil
 import tempfile
 import time
 import weakref
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import cast
@@ -79,6 +81,28 @@ def is_inside(name: str) -> bool:
     return not path.is_absolute() and ".." not in path.parts and path.name != ""
 
 
+def check_links(directory: Path) -> None:
+    """Raises `InputError` if a symbolic link below a local directory leads out of it.
+
+    What was unpacked from an archive may hold such links: what is then read or written would be
+    files elsewhere. The directory itself may be a link.
+    """
+    root = directory.resolve()
+    for folder, folders, files in os.walk(directory):
+        for name in (*folders, *files):
+            check_link(Path(folder, name), root)
+
+
+def check_link(path: Path, root: Path) -> None:
+    """`check_links` of one path below the resolved directory `root`."""
+    try:
+        is_outside = not path.resolve().is_relative_to(root)
+    except RuntimeError:  # a loop of links
+        is_outside = True
+    if is_outside:
+        raise InputError(f"{path}: a symbolic link that leads out of {root}; must stay inside it")
+
+
 def cache_directory() -> Path:
     """Returns $LORY_CACHE (default: lory_jax in the user's cache directory), created if missing."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lory_jax"
@@ -94,8 +118,25 @@ def write_atomically(path: Path, contents: str | bytes) -> None:
         path.write_bytes(data)
         return
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    try:
+        with naming(path):
+            temporary.write_bytes(data)
+            temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the system say what could not be written: those of a full disk name no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def check_writable(path: Path, argument: str) -> None:

@@ -5,9 +5,11 @@ details; here the right behaviour is stated once.
 """
 
 import errno
+import importlib
 import json
 import os
 import random
+import re
 import subprocess
 import time
 
@@ -18,12 +20,14 @@ import transformers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 import lory_jax
-from lory_jax import cli
+from lory_jax import analyze, cli, evaluate, generate, plan, prepare, train
+from lory_jax.__main__ import VERBS
 from lory_jax.config import load_config
 from lory_jax.conversion import runs
 from lory_jax.data.manifest import domain_directory
 from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.errors import ConfigError, InputError
+from lory_jax.generation.settings import Settings
 from lory_jax.preparation.documents import split_long
 from lory_jax.preparation.embedding.lsa import TOKEN, Embedder, _tokens
 from lory_jax.preparation.packing import tokenize, write_shards
@@ -428,6 +432,42 @@ def test_a_phase_or_number_that_swallows_the_run(field, value, named, tmp_path):
         load_config(f"{recipe}:experts=0", overrides)  # a dense model has no such phase
 
 
+@pytest.mark.parametrize(
+    ("verb_main", "arguments", "named"),
+    [
+        (plan.main, ["--topology=v5e-4", "--mesh=1," + "9" * 5000 + ",1"], "--mesh"),
+        (plan.main, ["--topology=v5e-4", "--mesh=1,²,1"], "--mesh"),
+        (plan.main, ["--topology=v5e-" + "9" * 5000], "topology"),
+        (analyze.main, ["--workdir=w", "--seed=-1"], "--seed"),
+        (prepare.main, ["--out=o", "--task=" + "9" * 5000 + "/2"], "--task"),
+        (prepare.main, ["--out=o", "--workers=²"], "--workers"),
+        (prepare.main, ["--out=o", "--max_rejected=nan"], "--max_rejected"),
+        (evaluate.main, ["--workdir=w", "--top_k_experts=²"], "--top_k_experts"),
+        (train.main, ["--data=d", "--workdir=w", "--profile=" + "9" * 5000 + ":1"], "--profile"),
+        (generate.main, ["--workdir=w", "--prompt=a", "--seed=" + "9" * 5000], "--seed"),
+        (generate.main, ["--workdir=w", "--prompt=a", "--step=" + "9" * 5000], "--step"),
+    ],
+    ids=range(11),
+)
+def test_a_flag_with_a_number_that_overflows(verb_main, arguments, named):
+    if verb_main in (plan.main, train.main):
+        arguments = [f"--config={ROOT / 'configs' / 'local.py'}", *arguments]
+    with pytest.raises(ConfigError, match=named) as caught:
+        verb_main(arguments)
+    assert len(str(caught.value)) <= 1500
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"seed": 2**63}, {"temperature": float("inf")}, {"top_p": float("nan")}, {"top_k": -(2**70)}],
+    ids=str,
+)
+def test_a_setting_of_generation_that_overflows(settings):
+    with pytest.raises(InputError, match=next(iter(settings))):
+        Settings(**settings)
+    Settings(seed=2**63 - 1, top_k=2**70, temperature=1e300)
+
+
 # ---------------------------------------------------------------- paths, terminals and disks
 
 
@@ -437,6 +477,39 @@ def test_home_directories_and_spaces_in_paths(tmp_path, monkeypatch):
     for text in ("", "a\0b", "~nobody-of-this-name/x"):
         with pytest.raises(InputError, match=r"must be the path|unknown user"):
             storage_path(text)
+
+
+PATHS = (
+    *("out", "workdir", "data", "text", "hf", "tokenizer", "encoder", "work", "init_from"),
+    *("include_path", "tasks_data", "fetch_tasks", "perplexity_sets", "scratch"),
+)
+
+
+@pytest.mark.parametrize("name", [*VERBS, "convert to-hf", "convert from-hf"])
+def test_home_directories_and_spaces_in_every_path_flag(name, tmp_path, monkeypatch):
+    """A shell leaves the ~ of --flag=~/x as it is, so each flag that names a path expands it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parsers = []
+
+    def parse(parser, argv):
+        parsers.append(parser)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.Parser, "parse", parse)
+    verb_name, _, direction = name.partition(" ")
+    argv = [direction] if direction else ["to-hf"] if name == "convert" else []
+    with pytest.raises(KeyboardInterrupt):
+        importlib.import_module(f"lory_jax.{verb_name}").main(argv)
+    for action in parsers[0]._actions:
+        if action.dest in PATHS:
+            assert action.type("~/a b") == tmp_path / "a b", action.dest
+        elif action.dest not in (
+            "source",
+            "config",
+            "tasks",
+            "runs",
+        ):  # expanded later
+            assert not re.search("DIR|FILE|path", str(action.metavar)), action.dest
 
 
 def test_a_terminal_that_is_not_utf8(tmp_path):

@@ -336,9 +336,7 @@ def test_a_config_is_a_config_dict_that_can_be_copied_and_asked():
 
 
 def test_the_model_has_the_fields_of_the_schema_and_no_defaults():
-    """Apart from `top_k_experts`, which is not a recipe's."""
     fields = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
-    assert fields.pop("top_k_experts") == 0
     assert fields == dict.fromkeys(SCHEMA["model"], dataclasses.MISSING)
 
 

@@ -137,7 +137,7 @@ def unknown_in(line: str) -> list[str]:
     name, rest = found.groups()
     if name not in VERBS:
         return [name]
-    kind = re.match(r" (to-hf|from-hf)\b", rest) if name == "convert" else None
+    kind = re.match(r" (to-hf|from-hf|prune)\b", rest) if name == "convert" else None
     known = flags_of(name, *([kind.group(1)] if kind else []))
     return [f"{name} {flag}" for flag in FLAG.findall(rest) if flag not in known]
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.tiny import verb_environment, write_prepared, write_recipe
+from tests.support.tiny import ROOT, verb_environment, write_prepared, write_recipe
+from tests.support.verbs import WRITERS, Site
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,34 @@ def test_a_signal_is_quiet(site, name, number):
 def test_a_signal_is_quiet_at_any_moment(site, name):
     moments = [0.05 * i for i in range(60)]
     assert assert_quiet(commands(site)[name], moments, signal.SIGINT) >= 10
+
+
+@pytest.fixture(scope="module")
+def complete_site(tmp_path_factory):
+    made = Site(tmp_path_factory.mktemp("complete"))
+    made.complete()
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*WRITERS, "plan", "generate"])
+def test_ctrl_c_ends_every_verb_in_one_line(complete_site, name, tmp_path):
+    stopped = 0
+    for number, seconds in enumerate([0.0, 0.1, 0.4, 1.0, 1.8, 3.0, 5.0]):
+        out = tmp_path / str(number)
+        out.mkdir()
+        verb, arguments = name.partition(" ")[0], [f"--config={ROOT / 'configs' / 'local.py'}"]
+        if name == "plan":
+            arguments += ["--no_compile"]
+        elif name == "generate":
+            arguments = [f"--workdir={complete_site.root / 'run'}", "--prompt=a"]
+        else:
+            arguments = complete_site.commands(out)[name][1]
+        command = [sys.executable, "-X", "importtime", "-m", "lory_jax", verb, *arguments]
+        stopped += assert_quiet(command, [seconds], signal.SIGINT)
+        left = [path for path in out.rglob("*") if ".tmp" in path.name]
+        assert name in ("train", "prepare") or not left, left  # those two resume
+    assert stopped >= 3
 
 
 IN_MAIN = """

@@ -40,6 +40,7 @@ def ranges(items: list[str]) -> dict[str, Requirement]:
         ("requirements-eval.txt", EXTRAS["eval"]),
         ("requirements-storage.txt", EXTRAS["storage"]),
         ("requirements-formats.txt", EXTRAS["formats"]),
+        ("requirements-serve.txt", EXTRAS["serve"]),
         ("requirements-dev.txt", EXTRAS["dev"]),
     ],
 )

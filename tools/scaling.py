@@ -1,10 +1,12 @@
-"""Plans the recipes for TPU slices and writes the tables of docs/scaling.md.
+"""Plans the recipes for TPU slices and GPUs, and writes the tables of docs/scaling.md.
 
-    python tools/scaling.py [--again]
+    python tools/scaling.py [--again | --no_compile] [--cuda_python=PATH]
 
-Compiles the plans that are missing in docs/plans (with --again all of them: ten minutes on two
-cores), and writes the tables between the two marks in docs/scaling.md. Requires libtpu
-(requirements-plan.txt).
+Compiles the plans that docs/plans lacks or holds without the repriced sum (with --again all of them:
+ten minutes on two cores; with --no_compile none), and writes the tables between the marks in
+docs/scaling.md. Plans for TPUs require libtpu (requirements-plan.txt), those for GPUs an environment
+with JAX's plug-in for CUDA (requirements-cuda.txt), whose interpreter --cuda_python names; without
+it, the plans for GPUs stay as they are.
 """
 
 import argparse
@@ -29,29 +31,61 @@ CASES: list[tuple[str, int, str, tuple[str, ...]]] = [
     ("lory_1_5b", 32, "v5p-128", ()),
     ("lory_1_5b", 32, "v6e-64", ()),
 ]
+GPU_CASES: list[tuple[str, int, str, tuple[str, ...]]] = [
+    ("lory_0_3b", 8, "h100-8", ()),
+    ("lory_0_3b", 8, "h100-8", ("--config.model.merged_ffn=blocks",)),
+    ("lory_0_3b", 32, "h100-8", ()),
+    ("lory_0_3b", 8, "a100-8", ()),
+    ("lory_0_3b", 8, "h200-8", ()),
+]
+SUFFIXES = {(): "", LONG_SEGMENTS: "_t512", ("--config.model.merged_ffn=blocks",): "_blocks"}
+LABELS = {"": "", "_t512": ", T=512", "_blocks": ", blocks"}
 SIZES = {"lory_0_3b": "0.3B", "lory_1_5b": "1.5B"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--again", action="store_true", help="compile everything again")
-    again = parser.parse_args().again
-    plans = []
-    for i, (recipe, experts, topology, fields) in enumerate(CASES):
-        name = f"{SIZES[recipe]}/{experts}E" + (", T=512" if fields else "")
-        suffix = "_t512" if fields else ""
-        path = PLANS / f"{recipe}_{experts}e_{topology}{suffix}.json"
-        if again or not path.exists():
-            print(f"{i + 1} of {len(CASES)}: {name}, {topology}", flush=True)
-            write(path, compile_plan(recipe, experts, topology, fields))
-        plans.append((name, json.loads(path.read_text())))
+    parser.add_argument("--no_compile", action="store_true", help="only write the tables")
+    parser.add_argument("--cuda_python", help="interpreter with jax[cuda12], for GPUs")
+    args = parser.parse_args()
+    plans = plans_of(CASES, args, sys.executable)
     tables = "\n\n".join([memory_table(plans), time_table(plans), cycles_table(plans)])
     replace_marked(PAGE, "tools/scaling.py", tables)
+    replace_marked(
+        PAGE, "tools/scaling.py gpus", gpu_table(plans_of(GPU_CASES, args, args.cuda_python))
+    )
 
 
-def compile_plan(recipe: str, experts: int, topology: str, fields: tuple[str, ...]) -> str:
+def plans_of(
+    cases: list[tuple[str, int, str, tuple[str, ...]]], args: argparse.Namespace, python: str | None
+) -> "Plans":
+    """The plans of docs/plans by name; compiles those that are to be compiled."""
+    plans = []
+    for i, (recipe, experts, topology, fields) in enumerate(cases):
+        suffix = SUFFIXES[fields]
+        name = f"{SIZES[recipe]}/{experts}E{LABELS[suffix]}"
+        path = PLANS / f"{recipe}_{experts}e_{topology}{suffix}.json"
+        is_due = args.again or not path.exists() or is_old(json.loads(path.read_text()))
+        if is_due and python and not args.no_compile:
+            print(f"{i + 1} of {len(cases)}: {name}, {topology}", flush=True)
+            write(path, compile_plan(python, recipe, experts, topology, fields))
+        if path.exists():
+            plans.append((name, json.loads(path.read_text())))
+    return plans
+
+
+def is_old(plan: dict[str, Any]) -> bool:
+    """Whether a plan is of a version that did not reprice."""
+    estimate = plan["estimate"] or {}
+    return "repriced_cycles" not in estimate and "roofline_seconds" not in estimate
+
+
+def compile_plan(
+    python: str, recipe: str, experts: int, topology: str, fields: tuple[str, ...]
+) -> str:
     """The output of `plan --json`."""
-    command = [sys.executable, "-m", "lory_jax.plan", "--json", f"--topology={topology}"]
+    command = [python, "-m", "lory_jax.plan", "--json", f"--topology={topology}"]
     command += [f"--config=configs/{recipe}.py:experts={experts}", *fields]
     return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
 
@@ -99,15 +133,47 @@ def time_table(plans: Plans) -> str:
 
 
 def cycles_table(plans: Plans) -> str:
+    """The compiler's cycles, and the repriced ones after a stroke, by scope."""
     rows = []
     for name, plan in plans:
         for version, label in ((plan, name), (plan["dense"], "its dense baseline")):
-            if version["estimate"]:
-                cycles = version["estimate"]["cycles"].values()
-                rows.append([label, plan["topology"], *(f"{count / 1e6:,.0f}" for count in cycles)])
+            if estimate := version["estimate"]:
+                repriced = estimate.get("repriced_cycles", {})
+                rows.append(
+                    [label, plan["topology"]]
+                    + [
+                        f"{count / 1e6:,.0f} / "
+                        + (f"{repriced[scope] / 1e6:,.0f}" if repriced else "-")
+                        for scope, count in estimate["cycles"].items()
+                    ]
+                )
     scopes = next(plan["estimate"]["cycles"] for _, plan in plans if plan["estimate"])
-    header = ["M cycles a step", "slice", *(scope.replace("_", " ") for scope in scopes)]
-    return markdown(header, rows)
+    header = ["M cycles a step, compiler / repriced", "slice"]
+    return markdown([*header, *(scope.replace("_", " ") for scope in scopes)], rows)
+
+
+def gpu_table(plans: Plans) -> str:
+    """Memory, traffic and the roofline on GPUs, beside the dense baseline."""
+    rows = []
+    for name, plan in plans:
+        for version, label in ((plan, name), (plan["dense"], "its dense baseline")):
+            memory, estimate = version["bytes_per_device"], version["estimate"]
+            mfu = estimate["mfu_upper_bound"]
+            rows.append(
+                [
+                    label,
+                    plan["topology"],
+                    f"{memory['total'] / 2**30:.1f} of {memory['limit'] / 2**30:.0f}",
+                    "yes" if memory["fits"] else "**no**",
+                    f"{estimate['flops'] / 1e12:,.0f}",
+                    f"{estimate['hbm_bytes'] / 1e12:.2f}",
+                    f"{estimate['compute_seconds']:.2f}",
+                    f"{estimate['collective_seconds']:.3f}",
+                    "unknown" if mfu is None else f"{mfu:.0%}",
+                ]
+            )
+    header = ["model", "GPUs", "GiB per GPU", "fits", "TFLOP", "memory traffic, TB"]
+    return markdown([*header, "roofline, s", "NVLink, s", "MFU at most"], rows)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def analyze_run(run: RunDirectory, data: Path | None = None, seed: int = 0) -> d
     if model.config.sequence_length <= model.config.segment_length:
         raise InputError(f"{run}: instances have only one segment, so none is routed by another")
     sets = run.open_data(data).held_out_with_instances("test")
-    by_segment = segment_weights(model, sets, run.config["train"]["global_batch_size"])
+    by_segment = segment_weights(model, sets, run.train_config["global_batch_size"])
     weights = instance_weights(by_segment)
     return {
         "step": model.step,

@@ -61,7 +61,7 @@ def compare_runs(runs: Mapping[str, FinishedRun], data: PreparedData) -> dict[st
 
 def describe_run(run: FinishedRun) -> dict[str, Any]:
     """Size, cost and settings of a run."""
-    last, train = run.metrics[-1], run.config["train"]
+    last, train = run.metrics[-1], run.directory.train_config
     dropped = [line["dropped_tokens"] for line in run.metrics if "dropped_tokens" in line]
     return {
         "parameters": parameter_counts(run.model_config),

@@ -1,16 +1,21 @@
 """What a finished run holds for a comparison, and whether runs can be compared."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lory_jax.analysis.routing import ANALYSIS
 from lory_jax.errors import InputError
+from lory_jax.evaluation.tables import MEASURES
 from lory_jax.json_text import parse_object
 from lory_jax.model.config import ModelConfig
 from lory_jax.run.directory import RunDirectory
 from lory_jax.run.step_choice import NEWEST
+
+FACTS = ("geometric_mean", "instances", "routing", "seconds", "split", "step", "tasks")
+EVALUATION_KEYS = (*MEASURES, *FACTS)
+ANALYSIS_KEYS = ("routing_distance", "routing_weights", "step", "utilisation")
 
 
 @dataclass(frozen=True)
@@ -39,14 +44,14 @@ def read_finished_run(run: RunDirectory) -> FinishedRun:
     metrics, trained = run.read_metrics(), run.model_config
     if not metrics:
         raise InputError(f"{run}: no step has been trained yet")
-    evaluation = _read_result(run.evaluation_file, "evaluate")
+    evaluation = _read_result(run.evaluation_file, "evaluate", EVALUATION_KEYS)
     # The best checkpoint, or one chosen by number, may be older than the last step.
     if evaluation.get("checkpoint", NEWEST) == NEWEST:
         _check_step(run.evaluation_file, "evaluate", evaluation, metrics[-1]["step"], "trained")
     analysis = None
     if trained.num_experts:
         path = run.analysis / ANALYSIS
-        analysis = _read_result(path, "analyze")
+        analysis = _read_result(path, "analyze", ANALYSIS_KEYS)
         _check_step(path, "analyze", analysis, evaluation["step"], "evaluated")
     return FinishedRun(run, run.config, trained, metrics, evaluation, analysis)
 
@@ -59,10 +64,13 @@ def _check_step(path: Path, verb: str, result: dict[str, Any], step: int, was: s
         )
 
 
-def _read_result(path: Path, verb: str) -> dict[str, Any]:
-    """What a command wrote about a run."""
+def _read_result(path: Path, verb: str, keys: Sequence[str]) -> dict[str, Any]:
+    """What a command wrote about a run, with all of these keys."""
     try:
-        return parse_object(path.read_bytes(), path)
+        found = parse_object(path.read_bytes(), path)
+        if missing := [key for key in keys if key not in found]:
+            raise InputError(f"{path}: has no {missing[0]}")
+        return found
     except FileNotFoundError:
         raise InputError(f"{path}: missing; run {verb} on this run first") from None
     except InputError as error:

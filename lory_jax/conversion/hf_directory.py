@@ -45,6 +45,7 @@ from lory_jax.errors import InputError
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.transformer import Params, build
 from lory_jax.parallel import shardings
+from lory_jax.storage import naming
 
 CONFIG, GENERATION, CARD = "config.json", "generation_config.json", "README.md"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -85,13 +86,15 @@ def write_llama_directory(
     temporary = temporary_sibling(out)
     temporary.mkdir()
     try:
-        write_object(temporary / CONFIG, config_json(model_config, dtype, tokenizer.special))
-        write_object(temporary / GENERATION, _generation_fields(tokenizer))
-        (temporary / CARD).write_text(card, encoding="utf-8")
-        _write_tokenizer(temporary, tokenizer, model_config.sequence_length)
-        write_safetensors(temporary, _entries(model_config, params, DTYPES[dtype]), max_shard_bytes)
-        _check_written(temporary, model_config, tokenizer)
-        temporary.replace(out)
+        with naming(out):
+            write_object(temporary / CONFIG, config_json(model_config, dtype, tokenizer.special))
+            write_object(temporary / GENERATION, _generation_fields(tokenizer))
+            (temporary / CARD).write_text(card, encoding="utf-8")
+            _write_tokenizer(temporary, tokenizer, model_config.sequence_length)
+            entries = _entries(model_config, params, DTYPES[dtype])
+            write_safetensors(temporary, entries, max_shard_bytes)
+            _check_written(temporary, model_config, tokenizer)
+            temporary.replace(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -35,7 +35,6 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # field that is not here (dropout, cache settings) does not change the logits.
 PLAIN_VALUES: dict[str, Any] = {
     "hidden_act": "silu",
-    "mlp_bias": False,
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
 }
@@ -102,7 +101,7 @@ def llama_tensors(model_config: ModelConfig) -> list[Tensor]:
             for name, path, shape, inputs in layer
         ),
         *(
-            Tensor(f"model.layers.{y}.self_attn.{name}.bias", path, y, shape, 0)
+            Tensor(f"model.layers.{y}.{name}.bias", path, y, shape, 0)
             for y in range(model_config.num_layers)
             for name, path, shape in _biases(model_config)
         ),
@@ -114,16 +113,21 @@ def llama_tensors(model_config: ModelConfig) -> list[Tensor]:
 def _biases(
     model_config: ModelConfig,
 ) -> list[tuple[str, tuple[str, ...], tuple[int, ...]]]:
-    """The biases of a layer's attention: Hugging Face's name, our path and our shape."""
-    D, H, G = model_config.embed_dim, model_config.num_heads, model_config.kv_heads
-    K = model_config.head_width
-    biases: list[tuple[str, tuple[str, ...], tuple[int, ...]]] = [
-        ("q_proj", ("layers", "attention", "query_bias"), (H, K)),
-        ("k_proj", ("layers", "attention", "key_bias"), (G, K)),
-        ("v_proj", ("layers", "attention", "value_bias"), (G, K)),
-        ("o_proj", ("layers", "attention", "output_bias"), (D,)),
+    """The biases of a layer: Hugging Face's name, our path and our shape."""
+    D, F, K = model_config.embed_dim, model_config.mlp_dim, model_config.head_width
+    H, G = model_config.num_heads, model_config.kv_heads
+    attention: list[tuple[str, tuple[str, ...], tuple[int, ...]]] = [
+        ("self_attn.q_proj", ("layers", "attention", "query_bias"), (H, K)),
+        ("self_attn.k_proj", ("layers", "attention", "key_bias"), (G, K)),
+        ("self_attn.v_proj", ("layers", "attention", "value_bias"), (G, K)),
+        ("self_attn.o_proj", ("layers", "attention", "output_bias"), (D,)),
     ]
-    return biases[: {"none": 0, "qkv": 3, "all": 4}[model_config.attention_bias]]
+    ffn = [
+        (f"mlp.{name}_proj", ("layers", "ffn", f"{name}_bias"), (size,))
+        for name, size in (("gate", F), ("up", F), ("down", D))
+    ]
+    count = {"none": 0, "qkv": 3, "all": 4}[model_config.attention_bias]
+    return attention[:count] + (ffn if model_config.mlp_bias else [])
 
 
 def is_ignored(name: str) -> bool:
@@ -138,10 +142,20 @@ def config_json(model_config: ModelConfig, dtype: str, special: SpecialTokens) -
     """The contents of config.json for a model whose tensors are stored as `dtype`.
 
     The model is a LLaMA, unless its biases are those of Qwen2, which LLaMA does not have.
+
+    Raises:
+      InputError: no family has these biases.
     """
     rope = rope_parameters(model_config)
     family = "qwen2" if model_config.attention_bias == "qkv" else "llama"
-    own = {"use_sliding_window": False} if family == "qwen2" else {"mlp_bias": False}
+    if family == "qwen2" and model_config.mlp_bias:
+        raise InputError(
+            "config.model.mlp_bias: got True, but with attention_bias=qkv the model is a Qwen2, "
+            "whose FFN has no biases; cannot be exported"
+        )
+    own: dict[str, Any] = {"use_sliding_window": False}
+    if family == "llama":
+        own = {"mlp_bias": model_config.mlp_bias}
     return {
         "architectures": [FAMILIES[family][0]],
         "model_type": family,
@@ -203,6 +217,9 @@ def model_fields(contents: Mapping[str, Any], name: str) -> dict[str, Any]:
     length = size(contents, "max_position_embeddings", name)
     layers = size(contents, "num_hidden_layers", name)
     _check_window(contents, family, layers, length, name)
+    mlp_bias = flag(contents, "mlp_bias", name)
+    if mlp_bias and family != "llama":
+        raise InputError(f"{name}: mlp_bias: got True; must be false with model_type {family!r}")
     bias = {"llama": "all" if flag(contents, "attention_bias", name) else "none", "qwen2": "qkv"}
     return {
         "vocab_size": size(contents, "vocab_size", name),
@@ -212,6 +229,7 @@ def model_fields(contents: Mapping[str, Any], name: str) -> dict[str, Any]:
         "num_kv_heads": 0 if kv_heads == num_heads else kv_heads,
         "head_dim": 0 if head_dim * num_heads == embed_dim else head_dim,
         "attention_bias": bias.get(family, "none"),
+        "mlp_bias": mlp_bias,
         "tie_embeddings": flag(contents, "tie_word_embeddings", name),
         "mlp_dim": size(contents, "intermediate_size", name),
         "sequence_length": length,

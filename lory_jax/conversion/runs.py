@@ -102,7 +102,7 @@ def _merged_by(
         )
     ((name, value),) = given.items()
     if name == "domain":
-        rows = _validation_instances(run, value, data)
+        rows = validation_instances(run, value, data)
         what = f"the mean routing of the domain {value!r} ({len(rows)} validation instances)"
         return MergedBy(what, None, domain_routing(config, params, rows))
     tokens = model.encode(value)
@@ -110,7 +110,8 @@ def _merged_by(
     return MergedBy(what, value, text_routing(config, params, tokens))
 
 
-def _validation_instances(run: RunDirectory, domain: str, data: Path | None) -> np.ndarray:
+def validation_instances(run: RunDirectory, domain: str, data: Path | None) -> np.ndarray:
+    """The validation instances `[N, L]` of a domain of the run's data."""
     sets = run.open_data(data).held_out_with_instances("validation")
     if domain not in sets:
         raise InputError(f"domain: got {domain!r}, must be one of {', '.join(sorted(sets))}")

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +14,14 @@ from jax.sharding import Mesh
 from lory_jax.config import base_config, validate
 from lory_jax.conversion.hf_directory import LlamaDirectory, check_absent, temporary_sibling
 from lory_jax.data.manifest import TOKENIZER_NAME
+from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.transformer import Params, build, init_params
 from lory_jax.parallel import shardings
 from lory_jax.run.checkpoints import Checkpoints
-from lory_jax.run.directory import CONFIG
+from lory_jax.run.directory import CONFIG, DATASET, Dataset
 from lory_jax.run.phases import EXPERTS
+from lory_jax.storage import naming
 from lory_jax.training.upcycle import upcycle_params
 
 EVALUATION_BATCH = 8  # instances; it is not known here how many fit into memory in training
@@ -51,15 +55,36 @@ def write_start(
         with_experts = dataclasses.replace(directory.model_config, num_experts=num_experts)
         params = upcycled(params, with_experts, mesh, seed)
 
+    write_run(workdir, config.to_dict(), directory.tokenizer, params)
+
+
+def write_run(
+    workdir: Path,
+    config: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    params: Params,
+    dataset: Dataset | None = None,
+) -> None:
+    """Writes a run directory with one checkpoint, of step 0, that appears complete or not at all.
+
+    Args:
+      workdir: the directory to make.
+      config: all sections.
+      tokenizer: the run's.
+      params: parameters alone: a run that starts from them has fresh moments of AdamW.
+      dataset: the prepared data that the run records; None for none.
+    """
     workdir.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_sibling(workdir)
     temporary.mkdir()
     try:
-        directory.tokenizer.save(temporary / TOKENIZER_NAME)
-        text = json.dumps(config.to_dict(), indent=1) + "\n"
-        (temporary / CONFIG).write_text(text, encoding="utf-8")
+        with naming(workdir):
+            tokenizer.save(temporary / TOKENIZER_NAME)
+            (temporary / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+            if dataset is not None:
+                text = json.dumps(dataset._asdict(), indent=1) + "\n"
+                (temporary / DATASET).write_text(text, encoding="utf-8")
         checkpoints = Checkpoints(temporary / "checkpoints", keep=1)
-        # Parameters alone: a run that starts from them has fresh moments of AdamW.
         checkpoints.save({"step": jnp.zeros((), jnp.int32), "params": params}, EXPERTS)
         checkpoints.close()
         temporary.replace(workdir)

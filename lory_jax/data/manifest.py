@@ -16,7 +16,7 @@ import numpy as np
 from lory_jax.data.instances import token_dtype
 from lory_jax.errors import InputError
 from lory_jax.json_text import parse_json
-from lory_jax.storage import is_inside
+from lory_jax.storage import check_link, is_inside
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
@@ -92,9 +92,11 @@ class Manifest:
         Only files whose name begins with `prefix`, such as "train/", are checked.
 
         Raises:
-          InputError: names the first file that is missing or differs.
+          InputError: names the first file that is missing or differs, or is a link that leads out.
         """
+        root = directory.resolve()
         for name in self.names(prefix):
+            check_link(directory / name, root)
             _verify_file(directory / name, self.files[name], hashes)
 
 

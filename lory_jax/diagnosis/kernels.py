@@ -11,12 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
-from lory_jax.model.attention import attend, causal_attention
+from lory_jax.model.attention import Attention, attend
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.merged_ffn import merged_ffn
+from lory_jax.model.parameters import Initializer
 from lory_jax.parallel import replicated
 from lory_jax.training.loss import mean_loss
 
@@ -64,19 +66,33 @@ def largest_error(
 
 
 def attention_error(model_config: ModelConfig, mesh: Mesh) -> float:
-    """Compares the attention of this platform with attention over the full matrix of scores."""
-    L = min(model_config.sequence_length, MAX_LENGTH)
-    heads, head_width = model_config.num_heads, model_config.head_width
-    shape = (mesh.size, L, heads, head_width)
+    """Compares a layer's attention, rotation and projections included, with the whole matrix of
+    scores."""
+    L, D = min(model_config.sequence_length, MAX_LENGTH), model_config.embed_dim
+    rope = model_config.rope
 
-    def whole(*arrays: Array) -> Array:
+    def layer(key: Array) -> Attention:
+        sizes = (D, model_config.num_heads, model_config.kv_heads, model_config.head_width)
+        return Attention(Initializer(key), *sizes, 1.0, model_config.attention_bias)
+
+    graph = nnx.split(nnx.eval_shape(functools.partial(layer, jax.random.key(0))))[0]
+
+    def kernel(x_BxLxD: Array, params: Any) -> Array:
+        return nnx.merge(graph, params)(x_BxLxD, rope, model_config.attention)
+
+    def whole(x_BxLxD: Array, params: Any) -> Array:
+        attention = nnx.merge(graph, params)
+        positions_BxL = jnp.broadcast_to(jnp.arange(L), x_BxLxD.shape[:2])
+        arrays = attention.project(x_BxLxD, positions_BxL, rope)
         query, key, value = (x.swapaxes(1, 2) for x in arrays)
-        return attend(query, key, value, jnp.tril(jnp.ones((L, L), bool))).swapaxes(1, 2)
+        values_BxHxLxK = attend(query, key, value, jnp.tril(jnp.ones((L, L), bool)))
+        return attention.combine(values_BxHxLxK.swapaxes(1, 2))
 
-    def inputs(key: Array) -> tuple[Array, ...]:
-        return tuple(jax.random.normal(k, shape) for k in jax.random.split(key, 3))
+    def inputs(key: Array) -> tuple[Any, ...]:
+        of_x, of_params = jax.random.split(key)
+        params = nnx.to_pure_dict(nnx.state(layer(of_params)))
+        return jax.random.normal(of_x, (mesh.size, L, D)), params
 
-    kernel = functools.partial(causal_attention, implementation=model_config.attention)
     return largest_error(kernel, whole, inputs, model_config.compute_dtype, mesh)
 
 

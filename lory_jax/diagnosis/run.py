@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 
-from lory_jax.config import section_defaults
 from lory_jax.data.manifest import MANIFEST_NAME, TOKENIZER_NAME
 from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.diagnosis.findings import Findings
@@ -34,16 +33,16 @@ def examine_run(run: RunDirectory, data: Path | None, findings: Findings) -> Non
     Raises:
       InputError: `workdir` is not a run directory.
     """
-    config, trained = run.config, run.model_config
+    train, trained = run.train_config, run.model_config
     kind = f"Lory with {trained.num_experts} experts" if trained.num_experts else "a dense model"
-    findings.ok(f"{CONFIG}: {kind}, {config['train']['steps']:,} steps")
+    findings.ok(f"{CONFIG}: {kind}, {train['steps']:,} steps")
     if process := run.lock_holder():
         findings.note(f"a run is training in it right now ({process}), so its files change")
     check_tokenizer(run, findings)
     check_data(run, data, findings)
-    meta, has_any = check_checkpoints(run, config["train"], trained, findings)
+    meta, has_any = check_checkpoints(run, train, trained, findings)
     check_metrics(run, meta["step"] if meta else 0, findings)
-    findings.say(prospect(run, config["train"]["steps"], meta, has_any))
+    findings.say(prospect(run, train["steps"], meta, has_any))
 
 
 def check_tokenizer(run: RunDirectory, findings: Findings) -> None:
@@ -90,7 +89,7 @@ def check_checkpoints(
     if not directory.is_dir():
         return None, False
     mesh = make_mesh(data=1, fsdp=0, tensor=1)
-    optimizer = make_optimizer(section_defaults("train") | train)
+    optimizer = make_optimizer(train)
 
     def target(meta: Meta) -> dict[str, Any]:
         phase_model_config = phase_config(trained, meta["phase"])

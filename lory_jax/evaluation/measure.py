@@ -75,7 +75,7 @@ def open_model(run: RunDirectory, batch_size: int | None = None) -> EvaluatedMod
     """
     mesh = make_mesh(data=1, fsdp=0, tensor=1)
     trained = run.load_params(mesh)
-    batch_size = batch_size or run.config["train"]["global_batch_size"]
+    batch_size = batch_size or run.train_config["global_batch_size"]
     if batch_size % jax.device_count():
         raise InputError(
             f"batch_size: got {batch_size}, must be a multiple of the {jax.device_count()} devices"

@@ -1,9 +1,10 @@
 """The one generation loop: token by token, row by row, until every row has ended.
 
-`continue_prompts` is what the Python API, the command `generate` and the evaluation harness call.
-It turns the tokens of `decode` into text, and ends each row at a stop text, at the end of its
-document or at its limit. The compiled programs are in `programs.py`; together they compute what
-`Transformer(tokens, Routing(kind, prompt_lengths_B))` computes for the whole sequence at once.
+`continue_prompts` is what the Python API, the command `generate` and the evaluation harness call
+(text_batch.py is for prompts that come and go). It turns the tokens of `decode` into text, and ends
+each row at a stop text, at the end of its document or at its limit. The compiled programs are in
+`programs.py`; together they compute what `Transformer(tokens, Routing(kind, prompt_lengths_B))`
+computes for the whole sequence at once.
 
 Letters: B batch, P padded prompt length, V vocabulary.
 """
@@ -19,7 +20,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.errors import InputError
-from lory_jax.generation.programs import make_decoder
+from lory_jax.generation.cost import choose_ffn
+from lory_jax.generation.ffn import share
+from lory_jax.generation.programs import make_decoder, spread
 from lory_jax.generation.sampling import position_keys, sample
 from lory_jax.generation.settings import Settings
 from lory_jax.model.config import ModelConfig
@@ -84,6 +87,7 @@ def continue_prompts(
         choose,
         max_new_tokens=[*limits, *[1] * filling],
         routing=settings.routing,
+        ffn=settings.ffn,
     ):
         yield [row.add(token) for row, token in zip(rows, tokens_B.tolist(), strict=False)]
         if all(row.is_done for row in rows):
@@ -95,11 +99,15 @@ class GrowingText:
 
     Attributes:
       is_done: whether it has ended, after which tokens are ignored.
+      finish_reason: why it has ended: "stop" at EOS or a stop text, "length" at the limit.
+      num_tokens: tokens that were read.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], limit: int):
         """Starts empty; the text ends before one of `stop`, at EOS or after `limit` tokens."""
         self.is_done = False
+        self.finish_reason = "length"
+        self.num_tokens = 0
         self._tokenizer, self._stop, self._tokens_left = tokenizer, stop, limit
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""  # text that may turn out to be the beginning of a stop
@@ -110,13 +118,16 @@ class GrowingText:
         if self.is_done:
             return ""
         self._tokens_left -= 1
+        self.num_tokens += 1
         is_end = token in self._tokenizer.eos_ids
+        if is_end:
+            self.finish_reason = "stop"
         data = b"" if is_end else self._tokenizer.decode_bytes([token])
         self.is_done = is_end or self._tokens_left == 0
         text = self._held + self._decoder.decode(data, final=self.is_done)
         stops = [text.index(stop) for stop in self._stop if stop in text]
         if stops:
-            self.is_done = True
+            self.is_done, self.finish_reason = True, "stop"
             return text[: min(stops)]
         certain = len(text) if self.is_done else max(0, len(text) - self._longest_stop + 1)
         self._held = text[certain:]
@@ -134,17 +145,20 @@ def decode(
     *,
     max_new_tokens: int | Sequence[int],
     routing: str = "prompt",
+    ffn: str = "auto",
 ) -> Iterator[np.ndarray]:
     """Continues a batch of prompts, one token of every row at a time.
 
     Args:
       config, params: the model; parameters on a mesh stay there.
-      prompts: token ids of each row, BOS included; at least one, of any lengths.
+      prompts: token ids of each row, BOS included; at least one, of any lengths. Equal ones are
+        read once and, as long as the prompt routes them, share a merge.
       choose: `(logits_BxV, positions_B) -> tokens_B`, where positions are those of the new tokens.
       max_new_tokens: how many tokens to yield, for all rows or for each; stop iterating to stop
         earlier. Rows go on until the last has its tokens, and what they yield beyond their own
         number is meaningless.
       routing: "prompt" or "segment"; a dense model ignores it.
+      ffn: "merged", "experts" or "auto", as in `Settings`; a dense or sparse model ignores it.
 
     Yields:
       int32 `[B]`: the next token of every row.
@@ -154,28 +168,34 @@ def decode(
     """
     limit = config.sequence_length
     lengths_B, new_B = _checked_lengths(prompts, max_new_tokens, limit)
-    tokens_BxP = np.zeros((len(prompts), _padded(int(lengths_B.max()), limit)), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens_BxP[row, : len(prompt)] = prompt
+    numbers: dict[tuple[int, ...], int] = {}
+    owner_B = np.array([numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts])
+    lengths_R = np.array([len(prompt) for prompt in numbers], np.int32)
+    tokens_RxP = np.zeros((len(numbers), padded(int(lengths_R.max()), limit)), np.int32)
+    for row, prompt in enumerate(numbers):
+        tokens_RxP[row, : len(prompt)] = prompt
 
-    decoder = make_decoder(config, routing, mesh_of(params))
+    reroutes = routing == "segment"
+    mesh = mesh_of(params)
+    borders = len(set((lengths_B % config.segment_length).tolist())) if reroutes else 0
+    ffns = len(prompts) if reroutes else len(numbers)
+    ffn = choose_ffn(ffn, config, rows=len(prompts), ffns=ffns, borders=borders)
+    decoder = make_decoder(config, routing, mesh, ffn)
     # What a row writes beyond the cache, after its own last token, is dropped.
-    cache_length = _padded(int((lengths_B + new_B).max()), limit)
-    # Rows with the same prompt share their routing until their own segments route them.
-    shared = (
-        routing == "prompt"
-        and not config.is_sparse
-        and all(list(p) == list(prompts[0]) for p in prompts)
-    )
-    logits_BxV, weights, cache = decoder.prefill(
-        params, tokens_BxP, lengths_B, cache_length, shared
-    )
+    cache_length = padded(int((lengths_B + new_B).max()), limit)
+    logits_BxV, merged, cache = decoder.prefill(params, tokens_RxP, lengths_R, cache_length, None)
+    if len(numbers) < len(prompts):
+        logits_BxV, merged, cache = spread(owner_B, logits_BxV, merged, cache, reroutes)
+        if merged is not None and len(numbers) > 1 and not reroutes:
+            cache = cache._replace(sharing=share(owner_B))
+    weights = decoder.weights(params, merged)
+    del merged  # as large as all FFNs of the batch
     tokens_B = choose(logits_BxV, lengths_B)
     yield np.asarray(tokens_B)
     for count in range(1, int(new_B.max())):
         positions_B = lengths_B + count - 1  # positions of tokens_B, which the step reads
         if cache.totals is not None and (positions_B % config.segment_length == 0).any():
-            weights, cache = decoder.remerge(params, weights, cache)
+            weights, cache = decoder.reroute(params, weights, cache)
         logits_BxV, cache = decoder.step(weights, cache, tokens_B)
         tokens_B = choose(logits_BxV, positions_B + 1)
         yield np.asarray(tokens_B)
@@ -213,5 +233,6 @@ def _checked_lengths(
     return np.array(lengths, np.int32), np.array(max_new_tokens, np.int32)
 
 
-def _padded(length: int, limit: int) -> int:
+def padded(length: int, limit: int) -> int:
+    """The length rounded up to one of few sizes, at most `limit`."""
     return min(-(-length // SHAPE_MULTIPLE) * SHAPE_MULTIPLE, limit)

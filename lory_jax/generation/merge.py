@@ -21,7 +21,6 @@ from lory_jax.model.merged_ffn import merge
 from lory_jax.model.routing import Routing, keep_top_k
 from lory_jax.model.transformer import Params, assemble, build
 from lory_jax.parallel import shardings
-from lory_jax.training.upcycle import FFN_MATRICES
 
 BATCH = 8
 
@@ -89,12 +88,13 @@ def merged_params(config: ModelConfig, params: Params, r_YxE: np.ndarray, mesh: 
     def convert(params: Params, r_YxE: Array) -> Params:
         ffn = params["layers"]["ffn"]
 
-        def merge_layer(w_ExMxN: Array, r_E: Array) -> Array:
+        def merge_layer(w_Ex: Array, r_E: Array) -> Array:
             # The result is kept, so accelerators must not round float32 products.
             with jax.default_matmul_precision("highest"):
-                return merge(w_ExMxN, r_E[None])[0]
+                return merge(w_Ex, r_E[None])[0]
 
-        merged = {name: jax.vmap(merge_layer)(ffn[name], r_YxE) for name in FFN_MATRICES}
+        names = build(dense)[1]["layers"]["ffn"]
+        merged = {name: jax.vmap(merge_layer)(ffn[name], r_YxE) for name in names}
         return {**params, "layers": {**params["layers"], "ffn": merged}}
 
     pinned = jax.jit(convert, out_shardings=shardings(build(dense)[1], mesh))

@@ -1,23 +1,22 @@
-"""The three compiled programs of decoding: read the prompts, take one step, merge again.
+"""The compiled programs of decoding: read prompts, take one step, route again, change rows.
 
-`prefill` reads the prompts in one pass. In every layer it computes the routing weights and merges
-the experts by them. It returns the weights of a dense LLaMA, layer by layer, in the compute type:
-`step` is that model's step with a KV cache, the same program whether an FFN was merged or trained.
-Rows with different prompts have an FFN each; rows that share the routing share one.
+`prefill` reads the prompts in one pass. In every layer it computes the routing weights, and merges
+the experts by them unless they stay unmerged (`ffn.py` has the arithmetic, `cost.py` the choice).
+`step` is then a dense LLaMA's with a KV cache, the same program whether an FFN was merged or
+trained; rows with different prompts have an FFN each, and rows that share the routing share one.
+With unmerged experts, each row keeps its routing weights instead, and one FFN serves all rows.
 
-Routing by prompt (paper, section 2.2: inference) merges only once. Routing by segment (its table 9)
-merges again at every segment border: `remerge` only requires the hidden states of the segment that
+Routing by prompt (paper, section 2.2: inference) routes only once. Routing by segment (its table 9)
+routes again at every segment border: `reroute` only requires the hidden states of the segment that
 has just ended, whose sums `step` keeps.
 
-Layers are unrolled. A scan would copy the weights and the cache of every layer out of their stacks
-in every step, which doubles the time of a step on a CPU.
-
-On a mesh, weights keep their sharding from training (embed on `fsdp`, mlp on `tensor`) and
-activations are moved between devices, so any batch size works.
+Layers are unrolled in `step` (weights.py says why). On a mesh, weights keep their sharding from
+training (embed on `fsdp`, mlp on `tensor`) and activations are moved between devices, so any batch
+size works.
 
 Letters: B batch, P padded prompt length, M positions in the cache, Y layers, D model, F FFN,
 H heads, G heads of keys and values, K head width, V vocabulary, E experts, T tokens per segment,
-R rows that own an FFN (B, or 1 that all share).
+R FFNs that rows own or share.
 
 The sparse baselines merge nothing. Where tokens are routed, `step` is the trained model's own;
 where segments are routed, each row keeps its distribution over experts.
@@ -32,18 +31,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
+from lory_jax.generation.ffn import EXPERTS, MERGED, Sharing, next_ffn, prompt_ffn, step_ffn
 from lory_jax.generation.settings import check_routing
-from lory_jax.model.attention import attend, causal_attention, document_starts
+from lory_jax.generation.weights import ffns_of, pin, pin_merged, served_weights, with_ffns
+from lory_jax.model.attention import attend, blocked_attention, document_starts
 from lory_jax.model.config import ModelConfig
-from lory_jax.model.ffn import DenseFFN, MergedFFN, SparseFFN
-from lory_jax.model.merged_ffn import merge_experts, swiglu
-from lory_jax.model.routing import Routing, keep_top_k, route
-from lory_jax.model.routing_rules import ADAPTED
+from lory_jax.model.ffn import MergedFFN
+from lory_jax.model.routing import keep_top_k, route
 from lory_jax.model.transformer import Params, Transformer, assemble, build, rms_norm
-from lory_jax.parallel import partition_spec
 
 CACHE_AXES = ("fsdp", "tensor")  # mesh axes that shard the heads of keys, if they divide
 
@@ -54,55 +52,74 @@ class Cache(NamedTuple):
     positions_B: the position of each row's next token.
     starts_B: the position at which each row's document begins; None without a document mask.
     keys, values: `[B, G, M, K]` of the positions so far, in the compute type.
-    probabilities: float32 `[B, E]`, the router's probabilities in the current segment, for the
-      baseline whose segments choose experts; otherwise None.
+    routing: float32 `[B, E]`, the weights of rows whose experts are not merged or, in the baseline
+      whose segments choose experts, the router's probabilities in the current segment; otherwise
+      None.
     totals: float32 `[B, D]`, sums of the FFN inputs over the current segment; None where segments
       do not route.
+    sharing: which rows share a merged FFN; None if all do, or none do.
     """
 
     positions_B: Array
     starts_B: Array | None
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
-    probabilities: tuple[Array, ...] | None
+    routing: tuple[Array, ...] | None
     totals: tuple[Array, ...] | None
+    sharing: Sharing | None = None
 
 
 class Decoder(NamedTuple):
     """The programs; those that read a cache donate it.
 
-    prefill: `(params, tokens_BxP, lengths_B, M, shared)` to the logits after each prompt, the
-      weights and the cache. `shared` says that row 0 routes all rows.
+    prefill: `(params, tokens_BxP, lengths_B, M, given_YxE)` to the logits after each prompt, their
+      merged FFNs (`[Y, B, ...]`, None where nothing is merged) and the cache. `given_YxE` are
+      routing weights that replace those of the prompts, or None; it requires routing by prompt.
+    weights: `(params, merged)` to the weights that `step` reads.
     step: `(weights, cache, tokens_B)` to the logits after those tokens and the cache.
-    remerge: `(params, weights, cache)` to the weights and the cache, the FFNs of rows at a segment
-      border merged anew.
+    reroute: `(params, weights, cache)` to the weights and the cache, with rows at a segment border
+      routed anew.
+    place: `(weights, logits_BxV, cache, row, logits_1xV, merged, cache of one row)` to the batch's
+      weights, logits and cache with that row in place of its own.
     """
 
-    prefill: Callable[[Params, ArrayLike, ArrayLike, int, bool], tuple[Array, Params, Cache]]
+    prefill: Callable[
+        [Params, ArrayLike, ArrayLike, int, ArrayLike | None], tuple[Array, Params, Cache]
+    ]
+    weights: Callable[[Params, Params | None], Params]
     step: Callable[[Params, Cache, Array], tuple[Array, Cache]]
-    remerge: Callable[[Params, Params, Cache], tuple[Params, Cache]]
+    reroute: Callable[[Params, Params, Cache], tuple[Params, Cache]]
+    place: Callable[..., tuple[Params, Array, Cache]]
 
 
 @functools.lru_cache(maxsize=8)
-def make_decoder(config: ModelConfig, routing: str, mesh: Mesh | None = None) -> Decoder:
+def make_decoder(
+    config: ModelConfig, routing: str, mesh: Mesh | None = None, ffn: str = MERGED
+) -> Decoder:
     """The programs that decode with a model, routed by "prompt" or by "segment".
 
-    `mesh` is the one the parameters are on; None is a single device.
+    `mesh` is the one the parameters are on; None is a single device. `ffn` says whether experts are
+    "merged" for each row or stay "experts"; it makes no difference to a dense or sparse model.
     """
     check_routing(routing)
     graph, _ = build(config)
-    kept = config
-    if not config.is_sparse:
-        kept = dataclasses.replace(config, num_experts=0, top_k_experts=0)
-    served = functools.partial(_served, kept, mesh)
+    is_lory = config.num_experts > 0 and not config.is_sparse
+    is_merged = is_lory and ffn != EXPERTS
+    served = config
+    if is_merged:
+        served = dataclasses.replace(config, num_experts=0, top_k_experts=0)
     T, epsilon, rope = config.segment_length, config.norm_epsilon, config.rope
     has_segments = config.num_experts > 0 and not config.routes_tokens
     reroutes = routing == "segment" and has_segments and config.routing != "uniform"
 
     # ------------------------------------------------------------------ the prompt, in one pass
     def prefill(
-        params: Params, tokens_BxP: Array, lengths_B: Array, cache_length: int, shared: bool
-    ) -> tuple[Array, Params, Cache]:
+        params: Params,
+        tokens_BxP: Array,
+        lengths_B: Array,
+        cache_length: int,
+        given_YxE: Array | None = None,
+    ) -> tuple[Array, Any, Cache]:
         model = assemble(graph, params)
         layer_graph, layers = _split_layers(model)
         B, P = tokens_BxP.shape
@@ -113,19 +130,20 @@ def make_decoder(config: ModelConfig, routing: str, mesh: Mesh | None = None) ->
             padding = ((0, 0), (0, cache_length - P), (0, 0), (0, 0))
             return jnp.pad(x_BxPxGxK, padding).swapaxes(1, 2)
 
-        def run_layer(x_BxPxD: Array, layer: Params) -> tuple[Array, Any]:
+        def run_layer(x_BxPxD: Array, inputs: tuple[Params, Array | None]) -> tuple[Array, Any]:
+            layer, given_E = inputs
             block = nnx.merge(layer_graph, layer)
             h_BxPxD = rms_norm(x_BxPxD, block.attention_norm[...], epsilon)
             query, key, value = block.attention.project(h_BxPxD, positions_BxP, rope)
-            heads_BxPxHxK = causal_attention(query, key, value, starts_BxL=starts_BxP)
+            heads_BxPxHxK = blocked_attention(query, key, value, starts_BxL=starts_BxP)
             x_BxPxD += block.attention.combine(heads_BxPxHxK)
             h_BxPxD = rms_norm(x_BxPxD, block.ffn_norm[...], epsilon)
-            y_BxPxD, merged = _prompt_ffn(block.ffn, h_BxPxD, routing, lengths_B, shared)
+            y_BxPxD, routed = prompt_ffn(block.ffn, h_BxPxD, routing, lengths_B, is_merged, given_E)
             total_BxD = _running_total(h_BxPxD, lengths_B, T) if reroutes else None
-            return x_BxPxD + y_BxPxD, (to_cache(key), to_cache(value), merged, total_BxD)
+            return x_BxPxD + y_BxPxD, (to_cache(key), to_cache(value), routed, total_BxD)
 
-        x_BxPxD, (key, value, merged, total) = jax.lax.scan(
-            run_layer, model.embed(tokens_BxP), layers
+        x_BxPxD, (key, value, routed, total) = jax.lax.scan(
+            run_layer, model.embed(tokens_BxP), (layers, given_YxE)
         )
         last_Bx1xD = x_BxPxD[jnp.arange(B), lengths_B - 1][:, None]
         cache = Cache(
@@ -133,21 +151,24 @@ def make_decoder(config: ModelConfig, routing: str, mesh: Mesh | None = None) ->
             None if starts_BxP is None else starts_BxP[jnp.arange(B), lengths_B - 1],
             _pin_cache(_unstack(key), mesh),
             _pin_cache(_unstack(value), mesh),
-            _unstack(merged) if config.is_sparse and has_segments else None,
+            None if routed is None or is_merged else _unstack(routed),
             None if total is None else _unstack(total),
         )
-        is_merged = has_segments and not config.is_sparse
-        weights = served(params, merged if is_merged else params["layers"]["ffn"])
-        return model.unembed(model.normalize(last_Bx1xD))[:, 0], weights, cache
+        logits_BxV = model.unembed(model.normalize(last_Bx1xD))[:, 0]
+        return logits_BxV, pin_merged(routed, mesh) if is_merged else None, cache
+
+    def weights_of(params: Params, merged: Params | None) -> Params:
+        ffn = params["layers"]["ffn"] if merged is None else merged
+        return served_weights(served, mesh, params, ffn)
 
     # ------------------------------------------------------------------ one token of every row
-    kept_graph, _ = build(kept)
-    stack = nnx.eval_shape(lambda: Transformer(kept, jax.random.key(0)))
+    served_graph, _ = build(served)
+    stack = nnx.eval_shape(lambda: Transformer(served, jax.random.key(0)))
     block_graph, _ = _split_layers(stack)
 
     def step(weights: Params, cache: Cache, tokens_B: Array) -> tuple[Array, Cache]:
         # The stacked layers are not used here, so any single layer can take their place.
-        model = assemble(kept_graph, {**weights, "layers": weights["layers"][0]})
+        model = assemble(served_graph, {**weights, "layers": weights["layers"][0]})
         positions_B = cache.positions_B
         M = cache.keys[0].shape[-2]
         starts_B = cache.starts_B
@@ -159,8 +180,8 @@ def make_decoder(config: ModelConfig, routing: str, mesh: Mesh | None = None) ->
         x_Bx1xD = model.embed(tokens_B[:, None])
         keys, values, inputs = [], [], []
         none = (None,) * config.num_layers
-        for layer, key_BxGxMxK, value_BxGxMxK, p_BxE in zip(
-            weights["layers"], cache.keys, cache.values, cache.probabilities or none, strict=True
+        for layer, key_BxGxMxK, value_BxGxMxK, r_BxE in zip(
+            weights["layers"], cache.keys, cache.values, cache.routing or none, strict=True
         ):
             block = nnx.merge(block_graph, layer)
             h_Bx1xD = rms_norm(x_Bx1xD, block.attention_norm[...], epsilon)
@@ -173,7 +194,7 @@ def make_decoder(config: ModelConfig, routing: str, mesh: Mesh | None = None) ->
             attended_BxHx1xK = attend(query, keys[-1], values[-1], mask_Bx1x1xM)
             x_Bx1xD += block.attention.combine(attended_BxHx1xK.swapaxes(1, 2))
             h_Bx1xD = rms_norm(x_Bx1xD, block.ffn_norm[...], epsilon)
-            x_Bx1xD += _apply(block.ffn, h_Bx1xD, p_BxE)
+            x_Bx1xD += step_ffn(block.ffn, h_Bx1xD, r_BxE, cache.sharing)
             inputs.append(h_Bx1xD[:, 0])
         totals = cache.totals
         if totals is not None:
@@ -186,83 +207,91 @@ def make_decoder(config: ModelConfig, routing: str, mesh: Mesh | None = None) ->
         return logits_BxV, cache._replace(positions_B=positions_B + 1, starts_B=starts_B)
 
     # ------------------------------------------------------------------ a segment border
-    def merge_again(params: Params, ffns: Any, cache: Cache) -> tuple[Any, Cache]:
+    def route_again(params: Params, ffns: Any, cache: Cache) -> tuple[Any, Cache]:
         assert cache.totals is not None
         layer_graph, layers = _split_layers(assemble(graph, params))
         at_border_B = cache.positions_B % T == 0
 
-        def merge_layer(_: None, inputs: tuple[Params, Array]) -> tuple[None, Any]:
+        def route_layer(_: None, inputs: tuple[Params, Array]) -> tuple[None, Any]:
             layer, total_BxD = inputs
             ffn = nnx.merge(layer_graph, layer).ffn
             assert isinstance(ffn, MergedFFN)
             r_BxE = keep_top_k(route(total_BxD / T, ffn.router[...]), config.top_k_experts)
-            return None, _merge(ffn, r_BxE)
+            return None, next_ffn(ffn, r_BxE, is_merged)
 
-        _, merged = jax.lax.scan(merge_layer, None, (layers, jnp.stack(cache.totals)))
+        _, routed = jax.lax.scan(route_layer, None, (layers, jnp.stack(cache.totals)))
         totals = tuple(jnp.where(at_border_B[:, None], 0.0, total) for total in cache.totals)
         cache = cache._replace(totals=totals)
-        if cache.probabilities is not None:
-            chosen = tuple(
-                jnp.where(at_border_B[:, None], new, old)
-                for new, old in zip(_unstack(merged), cache.probabilities, strict=True)
-            )
-            return ffns, cache._replace(probabilities=chosen)
-        fresh = tuple(layer["ffn"] for layer in served(params, merged)["layers"])
-        return jax.tree.map(functools.partial(_choose, at_border_B), fresh, ffns), cache
-
-    # Only the FFNs are donated: some of the other weights are the trained parameters.
-    jitted_merge_again = jax.jit(merge_again, donate_argnums=(1, 2))
-
-    def remerge(params: Params, weights: Params, cache: Cache) -> tuple[Params, Cache]:
-        ffns = tuple(layer["ffn"] for layer in weights["layers"])
-        ffns, cache = jitted_merge_again(params, ffns, cache)
-        layers = tuple(
-            {**layer, "ffn": ffn} for layer, ffn in zip(weights["layers"], ffns, strict=True)
+        if is_merged:
+            has_rows = ffns[0]["gate"].ndim == 3  # or all share one FFN, and so their borders
+            choose = functools.partial(_choose, at_border_B if has_rows else at_border_B[0])
+            return jax.tree.map(choose, ffns_of(weights_of(params, routed)), ffns), cache
+        assert cache.routing is not None
+        routed_again = tuple(
+            jnp.where(at_border_B[:, None], new_BxE, old_BxE)
+            for new_BxE, old_BxE in zip(_unstack(routed), cache.routing, strict=True)
         )
-        return {**weights, "layers": layers}, cache
+        return ffns, cache._replace(routing=routed_again)
+
+    # Only the FFNs are donated: some of the other weights are the trained parameters, and so are
+    # FFNs that no merge has made.
+    donated = (1, 2) if is_merged else 2
+    jitted_route_again = jax.jit(route_again, donate_argnums=donated)
+
+    def reroute(params: Params, weights: Params, cache: Cache) -> tuple[Params, Cache]:
+        ffns, cache = jitted_route_again(params, ffns_of(weights) if is_merged else None, cache)
+        return with_ffns(weights, ffns) if is_merged else weights, cache
+
+    # ------------------------------------------------------------------ another row
+    def place_row(
+        ffns: Any,
+        logits_BxV: Array,
+        cache: Cache,
+        row: Array,
+        logits: Array,
+        merged: Any,
+        of: Cache,
+    ) -> tuple[Any, Array, Cache]:
+        def put(batch: Array, one: Array) -> Array:
+            return batch.at[row].set(one[0].astype(batch.dtype))
+
+        if is_merged:
+            own = tuple(jax.tree.map(lambda w, y=y: w[y], merged) for y in range(config.num_layers))
+            # The only row of a batch owns its FFN, which then has no axis of rows.
+            ffns = jax.tree.map(lambda w, o: put(w, o) if w.ndim == o.ndim else o[0], ffns, own)
+        return ffns, put(logits_BxV, logits), jax.tree.map(put, cache, of)
+
+    jitted_place_row = jax.jit(place_row, donate_argnums=(0, 1, 2) if is_merged else (1, 2))
+
+    def place(weights: Params, *arguments: Any) -> tuple[Params, Array, Cache]:
+        ffns = ffns_of(weights) if is_merged else None
+        ffns, logits_BxV, cache = jitted_place_row(ffns, *arguments)
+        return with_ffns(weights, ffns) if is_merged else weights, logits_BxV, cache
 
     return Decoder(
-        jax.jit(prefill, static_argnums=(3, 4)), jax.jit(step, donate_argnums=1), remerge
+        jax.jit(prefill, static_argnums=3),
+        jax.jit(weights_of),
+        jax.jit(step, donate_argnums=1),
+        reroute,
+        place,
     )
 
 
-# ---------------------------------------------------------------- merging
+@functools.partial(jax.jit, static_argnames="spread_ffns")
+def spread(
+    owner_B: Array, logits_RxV: Array, merged: Params | None, cache: Cache, spread_ffns: bool
+) -> tuple[Array, Params | None, Cache]:
+    """The state of B rows from that of R different prompts; `owner_B` says which prompt is whose.
+
+    `spread_ffns` gives every row its own FFN, which rows whose segments route them need.
+    """
+    logits_BxV, cache = jax.tree.map(lambda x: x[owner_B], (logits_RxV, cache))
+    if spread_ffns:
+        merged = jax.tree.map(lambda w_YxRx: w_YxRx[:, owner_B], merged)
+    return logits_BxV, merged, cache
 
 
-def _prompt_ffn(
-    ffn: DenseFFN | MergedFFN, h_BxPxD: Array, kind: str, lengths_B: Array, shared: bool
-) -> tuple[Array, Any]:
-    """The FFN's output for the prompt, and the result of `_merge` for the tokens after it."""
-    if isinstance(ffn, DenseFFN) or ffn.config.routes_tokens:
-        return _apply(ffn, h_BxPxD, None), None
-    routing = Routing(kind, lengths_B)
-    if kind == "prompt":
-        r_BxE = ffn.routing_weights(h_BxPxD, routing)[:, 0]
-        if isinstance(ffn, SparseFFN):
-            return _apply(ffn, h_BxPxD, r_BxE), r_BxE
-        merged = _merge(ffn, r_BxE[:1] if shared else r_BxE)
-        return swiglu(h_BxPxD, merged["gate"], merged["up"], merged["down"]), merged
-    y_BxPxD, routed = ffn(h_BxPxD, routing)
-    last_B = (lengths_B - 1) // ffn.config.segment_length
-    return y_BxPxD, _merge(ffn, routed.weights_BxNxE[jnp.arange(len(lengths_B)), last_B])
-
-
-def _apply(ffn: DenseFFN | MergedFFN, h_BxLxD: Array, p_BxE: Array | None) -> Array:
-    """Applies an FFN, merged or not; `p_BxE` chooses experts for each row, None for each token."""
-    if isinstance(ffn, DenseFFN):
-        return ffn(h_BxLxD)
-    if p_BxE is None:
-        return ffn(h_BxLxD, Routing("prompt"))[0]
-    assert isinstance(ffn, SparseFFN)
-    return ffn.choose(h_BxLxD, p_BxE[:, None])
-
-
-def _merge(ffn: MergedFFN, r_RxE: Array) -> Any:
-    """The merged FFNs of R rows, or, where experts are chosen instead, the probabilities."""
-    if isinstance(ffn, SparseFFN):
-        return r_RxE
-    dtype = ffn.config.compute_dtype
-    return merge_experts({name: w.astype(dtype) for name, w in ffn.experts().items()}, r_RxE)
+# ---------------------------------------------------------------- small parts
 
 
 def _running_total(h_BxPxD: Array, lengths_B: Array, segment_length: int) -> Array:
@@ -273,54 +302,10 @@ def _running_total(h_BxPxD: Array, lengths_B: Array, segment_length: int) -> Arr
     return jnp.sum(jnp.where(counts_BxP[..., None], h_BxPxD.astype(jnp.float32), 0.0), axis=1)
 
 
-def _choose(is_new_B: Array, new: Array, old: Array) -> Array:
-    """The new FFNs where `is_new_B`; an FFN that all rows share (`[D, F]`) follows row 0."""
-    rows = jnp.expand_dims(is_new_B, tuple(range(1, old.ndim))) if old.ndim == 3 else is_new_B[0]
+def _choose(is_new: Array, new: Array, old: Array) -> Array:
+    """The new FFNs where `is_new`, which holds a value for each row, or one for all."""
+    rows = jnp.expand_dims(is_new, tuple(range(1, old.ndim)) if is_new.ndim else ())
     return jnp.where(rows, new, old)
-
-
-# ---------------------------------------------------------------- the weights of the dense model
-
-
-def _served(kept: ModelConfig, mesh: Mesh | None, params: Params, ffn: Params) -> Params:
-    """The dense model that decodes: these FFNs in the trained parameters, in the compute type.
-
-    `ffn` holds `[Y, D, F]` matrices or, one for each of R rows, `[Y, R, D, F]`; R = 1 is dropped.
-    """
-    _, axes = build(kept)
-    merged_axes = axes["layers"]["ffn"]
-
-    def of_row(w: Array) -> Array:
-        return w[:, 0] if w.ndim == 4 and w.shape[1] == 1 and not kept.is_sparse else w
-
-    ffn = {name: of_row(ffn[name]) for name in merged_axes}
-    if ffn["gate"].ndim == 4 and not kept.is_sparse:
-        merged_axes = {name: ("layers", "whole", *rest) for name, (_, *rest) in merged_axes.items()}
-    layers = {**params["layers"], "ffn": ffn}
-    layer_axes = {**axes["layers"], "ffn": merged_axes}
-    found = _in_compute_type(kept, {**params, "layers": layers})
-    return {
-        **found,
-        "layers": tuple(
-            jax.tree.map(
-                lambda w, names, y=y: _pin(w[y], partition_spec(names[1:]), mesh),
-                found["layers"],
-                layer_axes,
-            )
-            for y in range(kept.num_layers)
-        ),
-    }
-
-
-def _in_compute_type(config: ModelConfig, params: Params) -> Params:
-    """Casts matrices once to the compute type; norms and routers are used in float32."""
-
-    def convert(path: Any, w: Array) -> Array:
-        name = path[-1].key
-        is_float32 = name.endswith("norm") or name == "router" or name in ADAPTED
-        return w if is_float32 else w.astype(config.compute_dtype)
-
-    return jax.tree_util.tree_map_with_path(convert, params)
 
 
 def _split_layers(model: Transformer) -> tuple[nnx.GraphDef, Any]:
@@ -337,14 +322,10 @@ def _write(cached_BxGxMxK: Array, new_BxGx1xK: Array, positions_B: Array) -> Arr
     return cached_BxGxMxK.at[rows, :, positions_B].set(new_BxGx1xK[:, :, 0])
 
 
-def _pin(x: Array, spec: PartitionSpec, mesh: Mesh | None) -> Array:
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-
 def _pin_cache(cached: tuple[Array, ...], mesh: Mesh | None) -> tuple[Array, ...]:
     if mesh is None:
         return cached
     devices = mesh.shape["fsdp"] * mesh.shape["tensor"]
     divides = cached[0].shape[1] % devices == 0
     spec = PartitionSpec(None, CACHE_AXES) if divides else PartitionSpec()
-    return tuple(_pin(x_BxGxMxK, spec, mesh) for x_BxGxMxK in cached)
+    return tuple(pin(x_BxGxMxK, spec, mesh) for x_BxGxMxK in cached)

@@ -5,12 +5,12 @@ Every row has its own key, so what is drawn for a row does not depend on its bat
 Letters: B batch, V vocabulary.
 """
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from lory_jax.errors import InputError
 
@@ -25,16 +25,16 @@ def check_settings(temperature: float, top_k: int, top_p: float) -> None:
         raise InputError(f"top_p: got {top_p}, must be above 0 and at most 1 (all tokens)")
 
 
-@functools.partial(jax.jit, static_argnames=("temperature", "top_k", "top_p"))
+@jax.jit
 def sample(
     logits_BxV: Array,
     keys_B: Array,
     *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    temperature: ArrayLike = 1.0,
+    top_k: ArrayLike = 0,
+    top_p: ArrayLike = 1.0,
 ) -> Array:
-    """Draws one token per row.
+    """Draws one token per row. The three settings are numbers, or arrays with one for each row.
 
     Args:
       logits_BxV: unnormalised log-probabilities.
@@ -47,21 +47,32 @@ def sample(
     Returns:
       int32 `[B]`.
     """
-    if temperature == 0:
-        return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
-    V = logits_BxV.shape[-1]
-    order_BxV = jnp.argsort(logits_BxV, axis=-1, descending=True, stable=True)
-    scores_BxV = jnp.take_along_axis(logits_BxV, order_BxV, axis=-1) / temperature
-    if top_k:
-        scores_BxV = jnp.where(jnp.arange(V)[None] < top_k, scores_BxV, -jnp.inf)
-    if top_p < 1:
+    B, V = logits_BxV.shape
+    temperature_B, top_k_B, top_p_B = (
+        jnp.broadcast_to(setting, B) for setting in (temperature, top_k, top_p)
+    )
+    best_B = jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
+    is_greedy_B = temperature_B == 0
+
+    def draw() -> Array:
+        divisor_B = jnp.where(is_greedy_B, 1.0, temperature_B)
+        order_BxV = jnp.argsort(logits_BxV, axis=-1, descending=True, stable=True)
+        scores_BxV = jnp.take_along_axis(logits_BxV, order_BxV, axis=-1) / divisor_B[:, None]
+        rank_1xV = jnp.arange(V)[None]
+        is_kept_BxV = (rank_1xV < top_k_B[:, None]) | (top_k_B == 0)[:, None]
+        scores_BxV = jnp.where(is_kept_BxV, scores_BxV, -jnp.inf)
         probability_BxV = jax.nn.softmax(scores_BxV, axis=-1)
         before_BxV = jnp.cumsum(probability_BxV, axis=-1) - probability_BxV
-        # The first is always kept, even if rounding makes the sum before it nonzero.
-        is_kept_BxV = (before_BxV < top_p) | (jnp.arange(V)[None] == 0)
+        # All are kept at 1, where the sum before a token may be rounded to 1. The first is always
+        # kept, even if rounding makes the sum before it nonzero.
+        is_kept_BxV = (before_BxV < top_p_B[:, None]) | (top_p_B >= 1)[:, None] | (rank_1xV == 0)
         scores_BxV = jnp.where(is_kept_BxV, scores_BxV, -jnp.inf)
-    rank_B = jax.vmap(jax.random.categorical)(keys_B, scores_BxV)
-    return jnp.take_along_axis(order_BxV, rank_B[:, None], axis=-1)[:, 0].astype(jnp.int32)
+        drawn_B = jax.vmap(jax.random.categorical)(keys_B, scores_BxV)
+        token_B = jnp.take_along_axis(order_BxV, drawn_B[:, None], axis=-1)[:, 0]
+        return jnp.where(is_greedy_B, best_B, token_B.astype(jnp.int32))
+
+    # Sorting the vocabulary takes longer than a step of a small model.
+    return jax.lax.cond(jnp.all(is_greedy_B), lambda: best_B, draw)
 
 
 @jax.jit

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lory_jax.model.attention import resolve_attention
+from lory_jax.model.attention import AttentionShape, resolve_attention
 from lory_jax.model.merged_ffn import resolve_merged_ffn
 from lory_jax.model.rope import Rope
 from lory_jax.model.routing_rules import SPARSE, TOKEN_CHOICE
@@ -18,8 +18,8 @@ GATED_PARAMETERS = {"remoe": "l1_weight", "expert_threshold": "threshold"}
 class ModelConfig:
     """The fields of `config.model`; `lory_jax.schema` declares their meaning and defaults.
 
-    `top_k_experts` is not a field of a recipe, because training merges all experts. In a trained
-    model, it keeps only the k largest routing weights, renormalised; 0 keeps all.
+    `top_k_experts` may also be set for a model that was trained with all experts; training itself
+    reaches it step by step (`training/top_k.py`).
     """
 
     vocab_size: int
@@ -29,6 +29,7 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     attention_bias: str
+    mlp_bias: bool
     mlp_dim: int
     num_experts: int
     sequence_length: int
@@ -41,6 +42,7 @@ class ModelConfig:
     balancing: str
     load_balancing_weight: float
     balancing_rate: float
+    top_k_experts: int
     router_init_scale: float
     ffn_init_scale: float
     expert_init_scale: float
@@ -64,7 +66,6 @@ class ModelConfig:
     document_mask: bool
     bos_id: int
     scan_layers: bool
-    top_k_experts: int = 0
 
     @classmethod
     def for_platform(cls, fields: Mapping[str, Any], platform: str) -> "ModelConfig":
@@ -73,8 +74,15 @@ class ModelConfig:
         Raises:
           ConfigError: the platform cannot run the requested implementation.
         """
+        shape = AttentionShape(
+            heads=fields["num_heads"],
+            kv_heads=fields["num_kv_heads"] or fields["num_heads"],
+            head_width=fields["head_dim"] or fields["embed_dim"] // fields["num_heads"],
+            length=fields["sequence_length"],
+            sharding=fields["attention_sharding"],
+        )
         attention = resolve_attention(
-            fields["attention"], platform, fields["compute_dtype"], fields["document_mask"]
+            fields["attention"], platform, fields["compute_dtype"], shape, fields["document_mask"]
         )
         # 0 stands for a default that could be spelled out, so that equal models have equal configs.
         grouped, width = fields["num_kv_heads"], fields["head_dim"]
@@ -89,6 +97,7 @@ class ModelConfig:
                 fields["embed_dim"],
                 fields["num_experts"],
                 jnp.dtype(fields["compute_dtype"]).itemsize,
+                fields["mlp_bias"],
             )
         resolved = {"attention": attention, "merged_ffn": ffn}
         resolved |= {"num_kv_heads": num_kv_heads, "head_dim": head_dim}

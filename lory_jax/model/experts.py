@@ -1,8 +1,9 @@
 """The experts of a layer: their matrices, logical axes, and layout on a mesh.
 
-Every expert has a SwiGLU FFN of three matrices. Each device holds the same slice of F of every
-expert (paper, section 6: expert-wise model parallelism): D is split over FSDP and gathered where it
-is needed; F is split over TENSOR, over which activations are communicated and parameters never are.
+Every expert has a SwiGLU FFN of three matrices, with biases where `config.model.mlp_bias` says so.
+Each device holds the same slice of F of every expert (paper, section 6: expert-wise model
+parallelism): D is split over FSDP and gathered where it is needed; F is split over TENSOR, over
+which activations are communicated and parameters never are.
 
 Letters: S segments, T tokens per segment, B batch, D model, F FFN, E experts.
 """
@@ -13,12 +14,20 @@ from jax import Array
 
 from lory_jax.parallel import RULES, partition_spec
 
-Experts = Mapping[str, Array]  # {"gate": [E, D, F], "up": [E, D, F], "down": [E, F, D]}
+# {"gate": [E, D, F], "up": [E, D, F], "down": [E, F, D]}; perhaps {"gate_bias": [E, F], ...}, too
+Experts = Mapping[str, Array]
 
 # The logical axes of every matrix, without the experts' own axis; a dense FFN has them too.
 DENSE_AXES = {"gate": ("embed", "mlp"), "up": ("embed", "mlp"), "down": ("mlp", "embed")}
 AXES = {name: ("experts", *axes) for name, axes in DENSE_AXES.items()}
 MATRICES = tuple(AXES)
+# A bias has the axis of its matrix's outputs.
+BIASES = tuple(f"{name}_bias" for name in MATRICES)
+DENSE_BIAS_AXES = {
+    bias: ("mlp",) if DENSE_AXES[name][-1] == "mlp" else ("norm",)
+    for name, bias in zip(MATRICES, BIASES, strict=True)
+}
+BIAS_AXES = {name: ("experts", *axes) for name, axes in DENSE_BIAS_AXES.items()}
 D_AXIS = {name: axes.index("embed") for name, axes in AXES.items()}
 
 # Mesh axes that D and F are split over, and those over which gradients are summed beside FSDP.

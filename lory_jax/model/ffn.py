@@ -11,8 +11,15 @@ from jax import Array
 
 from lory_jax.model import routing as route
 from lory_jax.model.config import ModelConfig
-from lory_jax.model.experts import AXES, DENSE_AXES, MATRICES
-from lory_jax.model.merged_ffn import merged_ffn, swiglu
+from lory_jax.model.experts import (
+    AXES,
+    BIAS_AXES,
+    BIASES,
+    DENSE_AXES,
+    DENSE_BIAS_AXES,
+    MATRICES,
+)
+from lory_jax.model.merged_ffn import apply_ffn, merged_ffn
 from lory_jax.model.parameters import Initializer
 from lory_jax.model.routing import Routed, Routing
 from lory_jax.model.routing_rules import DROPLESS, GATED, MERGED, SPARSE, TOKEN_CHOICE
@@ -29,12 +36,17 @@ class DenseFFN(nnx.Module):
         self.gate = init.matrix((D, F), DENSE_AXES["gate"], fan_in=D, scale=scale)
         self.up = init.matrix((D, F), DENSE_AXES["up"], fan_in=D, scale=scale)
         self.down = init.matrix((F, D), DENSE_AXES["down"], fan_in=F, scale=scale * output_scale)
+        self.names = MATRICES
+        if config.mlp_bias:
+            self.names += BIASES
+            for name, size in zip(BIASES, (F, F, D), strict=True):
+                setattr(self, name, init.constant((size,), DENSE_BIAS_AXES[name], 0.0))
 
     def __call__(self, x_BxLxD: Array) -> Array:
         x_BxLxD = constrain(x_BxLxD, "moe_batch", "length", "activation_embed")
-        weights = (w[...].astype(x_BxLxD.dtype) for w in (self.gate, self.up, self.down))
+        ffn = {name: getattr(self, name)[...].astype(x_BxLxD.dtype) for name in self.names}
         with jax.named_scope("dense_ffn"):
-            return swiglu(x_BxLxD, *weights)
+            return apply_ffn(x_BxLxD, ffn)
 
 
 class MergedFFN(nnx.Module):
@@ -50,14 +62,22 @@ class MergedFFN(nnx.Module):
         self.gate = init.matrix((E, D, F), AXES["gate"], fan_in=D, scale=scale)
         self.up = init.matrix((E, D, F), AXES["up"], fan_in=D, scale=scale)
         self.down = init.matrix((E, F, D), AXES["down"], fan_in=F, scale=scale * output_scale)
+        self.names = MATRICES
+        if config.mlp_bias:
+            self.names += BIASES
+            for name, size in zip(BIASES, (F, F, D), strict=True):
+                setattr(self, name, init.constant((E, size), BIAS_AXES[name], 0.0))
 
     def experts(self) -> dict[str, Array]:
         """The experts in the layout of `merged_ffn`."""
-        return {"gate": self.gate[...], "up": self.up[...], "down": self.down[...]}
+        return {name: getattr(self, name)[...] for name in self.names}
 
     def routing_weights(self, h_BxLxD: Array, routing: Routing) -> Array:
         """`r_BxNxE` of this layer, float32; N is 1 for routing by prompt."""
-        return route.keep_top_k(self._all_weights(h_BxLxD, routing), self.config.top_k_experts)
+        r_BxNxE = self._all_weights(h_BxLxD, routing)
+        if routing.kept is not None:
+            return route.keep_about(r_BxNxE, routing.kept, routing.is_straight_through)
+        return route.keep_top_k(r_BxNxE, self.config.top_k_experts)
 
     def _all_weights(self, h_BxLxD: Array, routing: Routing) -> Array:
         config, lengths = self.config, routing.prompt_lengths_B
@@ -92,27 +112,33 @@ class MergedFFN(nnx.Module):
         r_BxNxE = self.routing_weights(x_BxLxD, routing)
         if self.config.routing == "uniform":
             return self.averaged(x_BxLxD), Routed(r_BxNxE)
+        return self.merge_and_apply(x_BxLxD, r_BxNxE, routing.kind), Routed(r_BxNxE)
+
+    def merge_and_apply(self, x_BxLxD: Array, r_BxNxE: Array, kind: str) -> Array:
+        """The output of every segment's merged FFN, or of the whole row's if `kind` is "prompt"."""
         B, L, D = x_BxLxD.shape
         N, E = r_BxNxE.shape[1:]
-        T = L if routing.kind == "prompt" else self.config.segment_length
-        x_BxNTxD = jnp.pad(x_BxLxD, ((0, 0), (0, N * T - L), (0, 0)))
+        T = L if kind == "prompt" else self.config.segment_length
         # One FFN for all L tokens of a row needs little merging, but is too large for the kernels.
-        implementation = "blocks" if routing.kind == "prompt" else self.config.merged_ffn
+        implementation = self.config.merged_ffn
+        if kind == "prompt" and not self.config.mlp_bias:
+            implementation = "blocks"
+        x_BxNTxD = jnp.pad(x_BxLxD, ((0, 0), (0, N * T - L), (0, 0)))
         y_SxTxD = merged_ffn(
             x_BxNTxD.reshape(B * N, T, D),
             self.experts(),
             r_BxNxE.reshape(B * N, E),
             implementation,
         )
-        return y_SxTxD.reshape(B, N * T, D)[:, :L], Routed(r_BxNxE)
+        return y_SxTxD.reshape(B, N * T, D)[:, :L]
 
     def averaged(self, x_BxLxD: Array) -> Array:
         """The FFN of the experts' mean, which is merged once for all tokens."""
-        matrices = [
-            jnp.mean(self.experts()[name], axis=0).astype(x_BxLxD.dtype) for name in MATRICES
-        ]
+        mean = {
+            name: jnp.mean(w, axis=0).astype(x_BxLxD.dtype) for name, w in self.experts().items()
+        }
         with jax.named_scope("dense_ffn"):
-            return swiglu(x_BxLxD, *matrices)
+            return apply_ffn(x_BxLxD, mean)
 
 
 class SparseFFN(MergedFFN):

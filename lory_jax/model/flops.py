@@ -30,6 +30,21 @@ PEAK_FLOPS = {
     "NVIDIA H200": 989e12,
 }
 
+# Bytes per second between memory and chip, from the same data sheets.
+PEAK_BANDWIDTH = {
+    "TPU v4": 1.2e12,
+    "TPU v5 lite": 819e9,
+    "TPU v5e": 819e9,
+    "TPU v5": 2765e9,
+    "TPU v5p": 2765e9,
+    "TPU v6 lite": 1640e9,
+    "TPU v6e": 1640e9,
+    "NVIDIA A100-SXM4-40GB": 1555e9,
+    "NVIDIA A100-SXM4-80GB": 2039e9,
+    "NVIDIA H100 80GB HBM3": 3350e9,
+    "NVIDIA H200": 4800e9,
+}
+
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
     """The `total` number of parameters, and the `active` ones, which a token passes through.
@@ -39,7 +54,7 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     D, F, V, Y = config.embed_dim, config.mlp_dim, config.vocab_size, config.num_layers
     tables = (1 if config.tie_embeddings else 2) * V * D
     outside = tables + D + Y * (_attention_parameters(config) + 2 * D)
-    ffn = 3 * D * F
+    ffn = 3 * D * F + (2 * F + D if config.mlp_bias else 0)
     experts = config.num_experts * (ffn + D) if config.num_experts else ffn
     if config.adapted_parameter:
         experts += 1 if config.adapted_parameter == "l1_weight" else config.num_experts
@@ -100,3 +115,8 @@ def _attention_parameters(config: ModelConfig) -> int:
 def peak_flops(device_kind: str) -> float | None:
     """bf16 FLOP/s of one device, or None where the kind is not in the table (CPUs)."""
     return PEAK_FLOPS.get(device_kind)
+
+
+def peak_bandwidth(device_kind: str) -> float | None:
+    """Bytes per second of one device's memory, or None where the kind is not in the table."""
+    return PEAK_BANDWIDTH.get(device_kind)

@@ -66,6 +66,17 @@ class Rope:
         kept_K2 = jnp.clip((turns_K2 - low) / (high - low), 0.0, 1.0)
         return frequency_K2 * (kept_K2 + (1 - kept_K2) / self.factor)
 
+    def rotation(self, positions_xL: Array, head_width: int) -> tuple[Array, Array]:
+        """Cosines and sines of the angles of all pairs, times the amplitude: `[..., L, K/2]`."""
+        frequency_K2 = self.frequencies(head_width)
+        angle_xLxK2 = positions_xL.astype(jnp.float32)[..., None] * jnp.broadcast_to(
+            frequency_K2, (*positions_xL.shape, head_width // 2)
+        )
+        cos, sin = jnp.cos(angle_xLxK2), jnp.sin(angle_xLxK2)
+        if self.amplitude != 1.0:
+            cos, sin = cos * self.amplitude, sin * self.amplitude
+        return cos, sin
+
     def _yarn_border(self, turns: float, head_width: int) -> float:
         """The index of the pair that turns so often within `original_length`."""
         pairs = head_width * math.log(self.original_length / (turns * 2 * math.pi))
@@ -74,11 +85,12 @@ class Rope:
 
 def rotate(x_BxLxHxK: Array, positions_BxL: Array, rope: Rope) -> Array:
     """Rotary embedding in the half-rotation form; `positions_BxL` are integers from 0."""
-    frequency_1x1x1xK2 = rope.frequencies(x_BxLxHxK.shape[-1])[None, None, None]
-    angle_BxLx1xK2 = positions_BxL[:, :, None, None].astype(jnp.float32) * frequency_1x1x1xK2
-    cos, sin = jnp.cos(angle_BxLx1xK2), jnp.sin(angle_BxLx1xK2)
-    if rope.amplitude != 1.0:
-        cos, sin = cos * rope.amplitude, sin * rope.amplitude
-    first, second = jnp.split(x_BxLxHxK.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BxLxHxK.dtype)
+    cos_BxLxK2, sin_BxLxK2 = rope.rotation(positions_BxL, x_BxLxHxK.shape[-1])
+    return rotate_halves(x_BxLxHxK, cos_BxLxK2[:, :, None], sin_BxLxK2[:, :, None], axis=-1)
+
+
+def rotate_halves(x: Array, cos: Array, sin: Array, axis: int) -> Array:
+    """Rotates the pairs (k, k + K/2) of an axis, in float32; returns x's type."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=axis)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=axis)
+    return rotated.astype(x.dtype)

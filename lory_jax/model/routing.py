@@ -19,11 +19,15 @@ class Routing:
     """How a forward pass is routed: as in training, or by prompts (docs/api.md).
 
     `kind` is "causal", "prefix" or a sparse baseline's (training), "prompt" or "segment"
-    (inference, which need `prompt_lengths_B`: tokens of each row that are its prompt).
+    (inference, which need `prompt_lengths_B`: tokens of each row that are its prompt). `kept` is
+    how many experts a merge keeps (`keep_about`); None keeps `config.model.top_k_experts`.
+    `is_straight_through` lets the routers learn as if all were kept.
     """
 
     kind: str
     prompt_lengths_B: Array | None = None
+    kept: Array | None = None
+    is_straight_through: bool = False
 
 
 class Routed(NamedTuple):
@@ -95,6 +99,26 @@ def keep_top_k(r_xE: Array, k: int) -> Array:
     kept_xk = kept_xk / jnp.sum(kept_xk, axis=-1, keepdims=True)
     is_expert_xkE = jax.nn.one_hot(index_xk, num_experts, dtype=bool)
     return jnp.sum(jnp.where(is_expert_xkE, kept_xk[..., None], 0.0), axis=-2)
+
+
+def keep_about(r_xE: Array, kept: Array, is_straight_through: bool = False) -> Array:
+    """`keep_top_k` for a real number of experts, which training lowers step by step.
+
+    Of 2.3 experts, the two of largest weight are kept whole and the third with 0.3 of its weight,
+    before all are renormalised. At an integer this is `keep_top_k`.
+
+    Args:
+      r_xE: routing weights, float32.
+      kept: a scalar of at least 1.
+      is_straight_through: whether gradients are those of `r_xE` itself.
+    """
+    order_xE = jnp.argsort(r_xE, axis=-1, descending=True, stable=True)
+    rank_xE = jnp.argsort(order_xE, axis=-1)
+    kept_xE = r_xE * jnp.clip(kept - rank_xE, 0.0, 1.0)
+    kept_xE = kept_xE / jnp.sum(kept_xE, axis=-1, keepdims=True)
+    if not is_straight_through:
+        return kept_xE
+    return jax.lax.stop_gradient(kept_xE) + (r_xE - jax.lax.stop_gradient(r_xE))
 
 
 def causal_routing(

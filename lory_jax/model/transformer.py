@@ -15,21 +15,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
 
-from lory_jax.model.attention import (
-    SAVED_ATTENTION,
-    Attention,
-    Branches,
-    blocked_attention,
-    causal_attention,
-    document_starts,
-)
+from lory_jax.model.attention import Attention, Branches, blocked_attention, document_starts
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.ffn import DenseFFN, MergedFFN, SparseFFN
-from lory_jax.model.merged_ffn import SAVED_HIDDEN
 from lory_jax.model.parameters import Initializer
+from lory_jax.model.remat import rematerialized
 from lory_jax.model.routing import Routed, Routing
-from lory_jax.parallel import constrain
+from lory_jax.parallel import constrain, on_mesh, partition_spec
 
 Params = dict[str, Any]
 
@@ -67,9 +61,10 @@ class Block(nnx.Module):
     ) -> tuple[Array, Routed | None]:
         """Returns `[B, L, D]` and how the layer was routed, None for a dense layer."""
         x_BxLxD = constrain(x_BxLxD, self.config.batch_axis, "length", "activation_embed")
+        x_BxLxD = self.by_rows(x_BxLxD)
         with jax.named_scope("attention"):
             h_BxLxD = rms_norm(x_BxLxD, self.attention_norm[...], self.config.norm_epsilon)
-            x_BxLxD = x_BxLxD + self.attend(h_BxLxD, branches, starts_BxL)
+            x_BxLxD = self.by_rows(x_BxLxD + self.attend(h_BxLxD, branches, starts_BxL))
         with jax.named_scope("ffn"):
             h_BxLxD = rms_norm(x_BxLxD, self.ffn_norm[...], self.config.norm_epsilon)
             if isinstance(self.ffn, DenseFFN):
@@ -82,25 +77,29 @@ class Block(nnx.Module):
 
         Positions count from the beginning of the row either way.
         """
-        config, (B, L, _) = self.config, h_BxLxD.shape
-        positions_BxL = jnp.broadcast_to(jnp.arange(L), (B, L))
+        attention, rope = self.attention, self.config.rope
         if branches:
-            positions_BxL = branches.positions_BxL
-        query, key, value = self.attention.project(h_BxLxD, positions_BxL, config.rope)
-        if branches:
-            heads_BxLxHxK = blocked_attention(query, key, value, branches.branch_BxL, starts_BxL)
-            return self.attention.combine(heads_BxLxHxK)
-        return self.attention.combine(
-            causal_attention(
-                query,
-                key,
-                value,
-                config.attention,
-                config.batch_axis,
-                "heads" if config.attention_sharding == "batch" else "tensor_heads",
-                starts_BxL,
+            query, key, value = attention.project(h_BxLxD, branches.positions_BxL, rope)
+            return attention.combine(
+                blocked_attention(query, key, value, branches.branch_BxL, starts_BxL)
             )
-        )
+        return attention(h_BxLxD, rope, self.config.attention, starts_BxL)
+
+    def by_rows(self, x_BxLxD: Array) -> Array:
+        """Keeps the residual stream row by row in memory, around the kernels of a TPU.
+
+        Left alone, the compiler puts L on the lanes, and transposes for every norm and kernel. Each
+        device pins its own part: the partitioner does not look through a pinned layout, and would
+        gather whole batches.
+        """
+        if self.config.attention not in ("splash", "paired"):
+            return x_BxLxD
+        spec = partition_spec((self.config.batch_axis, "length", "activation_embed"))
+
+        def pin(x_BxLxD: Array) -> Array:
+            return with_layout_constraint(x_BxLxD, Layout((0, 1, 2)))
+
+        return on_mesh(pin, spec, spec)(x_BxLxD)
 
 
 class Transformer(nnx.Module):
@@ -172,7 +171,7 @@ class Transformer(nnx.Module):
             branch_BxL = branches.branch_BxL if branches else None
             starts_BxL = document_starts(tokens_BxL, self.config.bos_id, branch_BxL)
 
-        @functools.partial(_remat, policy=self.config.remat)
+        @functools.partial(rematerialized, policy=self.config.remat)
         def run_layer(x_BxLxD: Array, layer: Params) -> tuple[Array, Routed | None]:
             return nnx.merge(graph, layer)(x_BxLxD, routing, branches, starts_BxL)
 
@@ -198,23 +197,6 @@ def rms_norm(x_xD: Array, scale_D: Array, epsilon: float) -> Array:
     mean_square_x1 = jnp.mean(x32_xD**2, axis=-1, keepdims=True)
     scale_xD = jnp.broadcast_to(scale_D, x_xD.shape)
     return (x32_xD * jax.lax.rsqrt(mean_square_x1 + epsilon) * scale_xD).astype(x_xD.dtype)
-
-
-def _remat(function: Any, policy: str) -> Any:
-    """What the backward pass keeps of a layer: everything, matrix products only, or its input."""
-    if policy == "none":
-        return function
-    if policy == "dots":
-        # The merged FFN's products, which are hidden in its own gradient, are kept by name.
-        policies = jax.checkpoint_policies
-        kept = policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable,
-            policies.save_only_these_names(SAVED_ATTENTION, SAVED_HIDDEN),
-        )
-        return jax.checkpoint(function, policy=kept)
-    if policy == "full":
-        return jax.checkpoint(function)
-    raise ValueError(f"remat: got {policy!r}; must be none, dots or full")
 
 
 def build(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:

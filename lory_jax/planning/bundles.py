@@ -5,27 +5,30 @@ writes a kernel's final bundles and how many slots of each kind every bundle use
 loop count once per iteration; its exit test and the increment of its counter give the trip count.
 The outermost loop is that of the grid. It runs for two iterations more than the grid has steps,
 which fill and drain the pipeline and skip the kernel's body; so it counts once per grid step.
-Conditional parts count as if they always ran, and waits for DMA as if there were none.
+A conditional part counts as often as its condition holds, where that is known (`mosaic.py`), and
+otherwise as if it always ran. Waits for DMA count as if there were none.
 
 Bundles show neither how long the matrix unit is busy, because products can be issued faster than
 they are computed, nor how long DMA takes. A kernel takes at least the longest of the three.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:[\s>]*\{(.*)$")
 _EXIT = re.compile(r"(%\w+) = scmp\.ge\.s32\.totalorder (%\w+), (\d+) /\* loop exit test")
 _BACK = re.compile(r"sbr\.rel \(!(%\w+)\)")
+_FORWARD = re.compile(r"sbr\.rel \(!?%\w+\) target = \$region(\d+)")
+_REGION = re.compile(r"^\s*\$region(\d+): .*?(?:// (\w+))?$")
 DELAY = 4  # bundles after a branch that still run
 FILL = 2  # iterations of the grid's loop beyond the grid's steps
 
 
 @dataclass(frozen=True)
 class Bundle:
-    label: str  # "LB" at the first of a loop
+    label: str  # "LB" at the first of a loop, "PF" at the first after a conditional part
     text: str
 
 
@@ -34,19 +37,23 @@ class KernelCost:
     """The cost of one call.
 
     Attributes:
-      bundles: how many bundles are executed.
+      bundles: how many bundles are executed, on average if conditions differ between steps.
       slots: how many instructions are issued, by kind of slot.
       busy: the share of the slots of all bundles that is used, by kind of slot.
     """
 
-    bundles: int
-    slots: Mapping[str, int]
+    bundles: float
+    slots: Mapping[str, float]
     busy: Mapping[str, float]
 
     @property
     def limiting_slot(self) -> str:
         """The kind of slot that is used most."""
         return max(self.busy, key=lambda kind: self.busy[kind])
+
+
+class PartsDiffer(ValueError):
+    """The compiled kernel has other conditional parts than its program."""
 
 
 def dump_arguments(directory: Path) -> str:
@@ -56,52 +63,64 @@ def dump_arguments(directory: Path) -> str:
     )
 
 
-def read_kernel(directory: Path, instruction: str) -> KernelCost:
-    """The cost of one call of a kernel, from a dump of the program that it is in.
-
-    Equal kernels are compiled and written once, so a call without files of its own has those of the
-    other calls of its name, if these all cost the same.
+def read_kernel(directory: Path, name: str, conditions: Sequence[float | None] = ()) -> KernelCost:
+    """The cost of one call of a kernel, from a dump of a program with no other of its name.
 
     Args:
       directory: where the dump is.
-      instruction: the name of the call in the optimised HLO.
+      name: the beginning of the call's name in the optimised HLO.
+      conditions: `KernelWork.conditions`.
 
     Raises:
-      ValueError: the dump holds no such kernel, or several that differ.
+      ValueError: the dump does not hold exactly one such kernel, or it cannot be read.
     """
-    found = _dumped(directory, instruction) or _dumped(directory, base_name(instruction) + ".*")
-    costs = {files: count(*(path.read_text() for path in files)) for files in found}
-    if len({cost.bundles for cost in costs.values()}) != 1:
-        raise ValueError(
-            f"{directory}: {len(found)} different kernels have names like {instruction!r}, "
-            "expected one"
-        )
-    return next(iter(costs.values()))
+    texts = []
+    for suffix in ("final_bundles", "final_hlo-static-per-bundle-utilization", "original"):
+        found = [
+            path
+            for path in sorted(directory.glob(f"*-{name}*-{suffix}.txt"))
+            if "schedule-analysis" not in path.name
+        ]
+        if len(found) != 1:
+            raise ValueError(f"{directory}: {len(found)} files *-{name}*-{suffix}.txt, expected 1")
+        texts.append(found[0].read_text())
+    return count(*texts, conditions)
 
 
-def base_name(instruction: str) -> str:
-    """The name that `pallas_call` was given."""
-    return re.sub(r"(\.\d+|\.clone)*$", "", instruction)
+def count(
+    bundles_text: str,
+    slots_text: str,
+    original_text: str = "",
+    conditions: Sequence[float | None] = (),
+) -> KernelCost:
+    """The bundles and slots of one call, each counted as often as it runs.
 
+    Args:
+      bundles_text: the final bundles.
+      slots_text: the slots that each of them uses.
+      original_text: the program before it was optimised, which shows what is a conditional part of
+        the kernel, and what one of the pipeline around it. Required with `conditions`.
+      conditions: `KernelWork.conditions`.
 
-def _dumped(directory: Path, name: str) -> list[tuple[Path, Path]]:
-    """Bundles and slots of all kernels whose name matches a pattern."""
-    bundles = sorted(
-        path
-        for path in directory.glob(f"*-{name}-*-final_bundles.txt")
-        if "schedule-analysis" not in path.name
-    )
-    slots = sorted(directory.glob(f"*-{name}-*-final_hlo-static-per-bundle-utilization.txt"))
-    return list(zip(bundles, slots, strict=True))
-
-
-def count(bundles_text: str, slots_text: str) -> KernelCost:
-    """The bundles and slots of one call, each counted as often as it runs."""
+    Raises:
+      PartsDiffer: there are not as many conditional parts as conditions.
+      ValueError: the trip count of a loop cannot be read, or the texts do not fit together.
+    """
     bundles = parse_bundles(bundles_text)
     kinds, capacity, used = parse_slots(slots_text)
     if len(bundles) != len(used):
         raise ValueError(f"{len(bundles)} bundles, but slots of {len(used)}")
-    times = repetitions(bundles)
+    shares = {}
+    if conditions:
+        parts = conditional_parts(original_text)
+        if len(parts) != len(conditions):
+            raise PartsDiffer(
+                f"{len(parts)} conditional parts in the compiled kernel, expected {len(conditions)}"
+            )
+        shares = {
+            part: share for part, share in zip(parts, conditions, strict=True) if share is not None
+        }
+    times = repetitions(bundles, shares)
     total = sum(times)
     slots = {
         kind: sum(t * row[k] for t, row in zip(times, used, strict=True))
@@ -111,19 +130,55 @@ def count(bundles_text: str, slots_text: str) -> KernelCost:
     return KernelCost(total, slots, busy)
 
 
+def conditional_parts(original_text: str) -> list[int]:
+    """The regions that follow the kernel's conditional parts, in the order of the program.
+
+    A branch around a part names the region that follows it. Conditional parts of the pipeline
+    around the kernel start or await DMA; those of the kernel only store vectors.
+    """
+    parts: list[int] = []
+    open_parts: list[int] = []
+    target = 0
+    stores: set[int] = set()
+    moves: set[int] = set()
+    for line in original_text.splitlines():
+        if branch := _FORWARD.search(line):
+            target = int(branch[1])
+        elif region := _REGION.match(line):
+            number = int(region[1])
+            if region[2] == "pred_region":
+                open_parts.append(target)
+                parts.append(target)
+            while open_parts and open_parts[-1] == number:
+                open_parts.pop()
+        elif "= vst" in line:
+            stores.update(open_parts)
+        elif "= dma." in line:
+            moves.update(open_parts)
+    return [part for part in parts if part in stores - moves]
+
+
 def parse_bundles(text: str) -> list[Bundle]:
     """The bundles, in order."""
     found = (_BUNDLE.match(line) for line in text.splitlines())
     return [Bundle(match[1] or "", match[2]) for match in found if match]
 
 
-def repetitions(bundles: list[Bundle]) -> list[int]:
+def repetitions(bundles: list[Bundle], shares: Mapping[int, float] | None = None) -> list[float]:
     """How often each bundle runs.
+
+    Args:
+      bundles: those of a kernel.
+      shares: how often a conditional part runs each time that it is reached, by the region that
+        follows it.
 
     Raises:
       ValueError: the trip count of a loop cannot be read.
     """
-    times = [1] * len(bundles)
+    times = [1.0] * len(bundles)
+    for start, end, after in _skipped(bundles):
+        for k in range(start, end):
+            times[k] *= (shares or {}).get(after, 1.0)
     text = "\n".join(bundle.text for bundle in bundles)
     tests = {predicate: (counter, int(end)) for predicate, counter, end in _EXIT.findall(text)}
     open_loops: list[int] = []
@@ -144,6 +199,25 @@ def repetitions(bundles: list[Bundle]) -> list[int]:
     if open_loops:
         raise ValueError(f"{len(open_loops)} loops have no exit test that can be read")
     return times
+
+
+def _skipped(bundles: list[Bundle]) -> list[tuple[int, int, int]]:
+    """The bundles that forward branches skip: first, end, and the region where they continue.
+
+    Branches are nested, and continue at bundles labelled PF.
+    """
+    loops = {match[1] for bundle in bundles for match in _EXIT.finditer(bundle.text)}
+    found: list[tuple[int, int, int]] = []
+    open_branches: list[tuple[int, int]] = []
+    for i, bundle in enumerate(bundles):
+        if bundle.label == "PF" and open_branches:
+            start, after = open_branches.pop()
+            found.append((start, i, after))
+        back = _BACK.search(bundle.text)
+        branch = _FORWARD.search(bundle.text)
+        if branch and not (back and back[1] in loops):
+            open_branches.append((i + 1 + DELAY, int(branch[1])))
+    return found
 
 
 def parse_slots(text: str) -> tuple[list[str], list[int], list[list[int]]]:

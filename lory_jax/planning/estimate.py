@@ -1,5 +1,6 @@
 """The numbers of a plan from a compiled training step: memory, communication, bounds of time."""
 
+import json
 import math
 from typing import Any
 
@@ -8,15 +9,21 @@ from ml_collections import ConfigDict
 
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.flops import flops_per_token, peak_flops
+from lory_jax.planning import store
 from lory_jax.planning.collectives import bytes_by_kind_and_axis, find_collectives
 from lory_jax.planning.cycles import count_cycles
-from lory_jax.planning.hlo import executions, parse
-from lory_jax.planning.program import compile_step
+from lory_jax.planning.gpus import Gpu
+from lory_jax.planning.hlo import Executions, Module, executions, parse
+from lory_jax.planning.kernels import Price, price_kernels
+from lory_jax.planning.program import compile_lowered, lower_step
+from lory_jax.planning.roofline import roofline
 from lory_jax.planning.topology import Device
 
 # Each device should hold whole tiles of a matrix along D: a TPU's tile of bfloat16 is 16 x 128. If
 # tiles are split, the compiler turns gathers and scatters into sums of whole matrices.
 TILE_ROWS = 16
+
+VERSION = 1  # of how a compiled step is read; another one makes kept results void
 
 
 def default_mesh(model_config: ModelConfig, sequences: int, devices: int) -> tuple[int, int, int]:
@@ -44,13 +51,30 @@ def default_mesh(model_config: ModelConfig, sequences: int, devices: int) -> tup
     return rest // fsdp, fsdp, tensor
 
 
-def plan_step(config: ConfigDict, mesh: Mesh, device: Device) -> dict[str, Any]:
+def plan_step(
+    config: ConfigDict, mesh: Mesh, device: Device | Gpu, is_kept: bool = False
+) -> dict[str, Any]:
     """Compiles a recipe's training step for a mesh; returns the fields of a plan that it shows.
+
+    Args:
+      config: the recipe.
+      mesh: the devices to compile for.
+      device: what each of them can do.
+      is_kept: read the result from the user's cache if the same program was compiled before, and
+        keep it there (`store.py`).
 
     Raises:
       ConfigError: the recipe does not fit the mesh.
     """
-    program = compile_step(config, mesh)
+    traced = lower_step(config, mesh)
+    key = ""
+    if is_kept:
+        text = traced.lowered.as_text()
+        # What a result depends on beside the program: who compiles and who reads it.
+        key = json.dumps([text, repr(device), dict(mesh.shape), VERSION, store.versions()])
+        if (kept := store.load("steps", key)) is not None:
+            return dict(kept)
+    program = compile_lowered(traced)
     total = program.arguments + program.temporaries
     result: dict[str, Any] = {
         "bytes_per_device": {
@@ -66,33 +90,78 @@ def plan_step(config: ConfigDict, mesh: Mesh, device: Device) -> dict[str, Any]:
     }
     if program.text:
         result |= read_program(program.text, config, mesh, device)
+    if is_kept:
+        store.save("steps", key, result)
     return result
 
 
-def read_program(text: str, config: ConfigDict, mesh: Mesh, device: Device) -> dict[str, Any]:
-    """`collective_bytes` and `estimate`, which bounds the step's time by the compiler's cycles."""
+def read_program(text: str, config: ConfigDict, mesh: Mesh, device: Device | Gpu) -> dict[str, Any]:
+    """`collective_bytes` and `estimate`, which bounds the step's time.
+
+    On TPUs by the repriced cycles, on GPUs by the roofline; both are overlapped by collectives.
+    """
     module = parse(text)
     runs = executions(module)
     collectives = find_collectives(module, runs, mesh.shape)
-    cycles = count_cycles(module, runs, device.flops_per_cycle)
-    computing = cycles.total / device.clock
-    moving = sum(c.received * c.times for c in collectives) / device.ici_bandwidth
-    seconds = max(computing, moving)
+    received = sum(c.received * c.times for c in collectives)
+    if isinstance(device, Gpu):
+        estimate = _on_gpus(module, runs, device)
+        moving = received / device.link_bandwidth
+    else:
+        estimate = _on_tpus(module, runs, device)
+        moving = received / device.ici_bandwidth
+    estimate |= {"loops_counted_once": list(runs.unknown_loops), "collective_seconds": moving}
+    seconds = max(estimate["compute_seconds"], estimate["hbm_seconds"], moving)
     model_config = ModelConfig.for_platform(config.model, mesh.devices.flat[0].platform)
     tokens = config.train.global_batch_size * model_config.sequence_length
     peak = peak_flops(mesh.devices.flat[0].device_kind)
     rate = tokens / seconds / mesh.devices.size
     return {
         "collective_bytes": bytes_by_kind_and_axis(collectives),
-        "estimate": {
-            "cycles": {**cycles.by_scope, "total": cycles.total},
-            "kernel_cycles": dict(cycles.kernels),
-            "uncounted_kernels": dict(cycles.uncounted),
-            "loops_counted_once": list(runs.unknown_loops),
-            "compute_seconds": computing,
-            "collective_seconds": moving,
+        "estimate": estimate
+        | {
             "step_seconds_lower_bound": seconds,
             "tokens_per_second_per_device_upper_bound": rate,
             "mfu_upper_bound": rate * flops_per_token(model_config) / peak if peak else None,
         },
+    }
+
+
+def _on_tpus(module: Module, runs: Executions, device: Device) -> dict[str, Any]:
+    prices = price_kernels(module, runs, device)
+    cycles = count_cycles(module, runs, device, prices)
+    return {
+        "cycles": {**cycles.compiler, "total": cycles.compiler_total},
+        "repriced_cycles": {**cycles.repriced, "total": cycles.repriced_total},
+        "kernel_cycles": dict(cycles.kernels),
+        "kernels": {name: described(price) for name, price in sorted(prices.items())},
+        "uncounted_kernels": dict(cycles.uncounted),
+        "hbm_bytes": cycles.hbm_bytes,
+        "compute_seconds": cycles.repriced_total / device.clock,
+        "hbm_seconds": cycles.hbm_bytes / device.hbm_bandwidth,
+    }
+
+
+def _on_gpus(module: Module, runs: Executions, gpu: Gpu) -> dict[str, Any]:
+    least = roofline(module, runs, gpu)
+    return {
+        "roofline_seconds": {**least.seconds, "total": least.total},
+        "flops": least.flops,
+        "hbm_bytes": least.bytes,
+        "compute_seconds": least.total,
+        "hbm_seconds": least.bytes / gpu.hbm_bandwidth,
+    }
+
+
+def described(price: Price) -> dict[str, Any]:
+    """The price of one call of a kernel, as a plan holds it."""
+    return {
+        "cycles": price.cycles,
+        "bound_by": price.bound_by,
+        "bundles": price.bundles,
+        "matrix_unit": price.matrix_unit,
+        "dma": price.dma,
+        "busiest_slot": price.busiest_slot,
+        "counted_always": price.counted_always,
+        "unread": price.unread,
     }

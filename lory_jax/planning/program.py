@@ -40,13 +40,26 @@ class Program:
     seconds: float
 
 
-def compile_step(config: ConfigDict, mesh: Mesh) -> Program:
-    """Compiles the training step of a recipe, as `train` runs it, for the devices of a mesh.
+@dataclass(frozen=True)
+class Lowered:
+    """A traced training step, before the compiler optimises it.
+
+    Attributes:
+      lowered: what JAX compiles.
+      arguments: bytes per device of state and batch.
+      seconds: how long tracing took.
+    """
+
+    lowered: jax.stages.Lowered
+    arguments: int
+    seconds: float
+
+
+def lower_step(config: ConfigDict, mesh: Mesh) -> Lowered:
+    """Traces the training step of a recipe, as `train` runs it, for the devices of a mesh.
 
     Raises:
       ConfigError: the recipe does not fit the mesh.
-      InputError: the compiler rejects the program for a reason other than its size, or writes
-        programs that this jaxlib cannot read.
     """
     model_config = ModelConfig.for_platform(config.model, mesh.devices.flat[0].platform)
     train = config.train
@@ -63,18 +76,29 @@ def compile_step(config: ConfigDict, mesh: Mesh) -> Program:
     start = time.monotonic()
     with jax.set_mesh(mesh):
         lowered = step.lower(state, tokens_BxL1)
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            needed = memory_needed(str(error))
-            return Program("", arguments, max(0, needed - arguments), time.monotonic() - start)
-        try:
-            text = compiled.as_text()
-        except jax.errors.JaxRuntimeError as error:
-            raise InputError(
-                f"libtpu {version('libtpu')}: jaxlib {version('jaxlib')} cannot read its program "
-                f"({str(error).splitlines()[0][:100]}); {PIP}"
-            ) from None
+    return Lowered(lowered, arguments, time.monotonic() - start)
+
+
+def compile_lowered(traced: Lowered) -> Program:
+    """Compiles a traced training step.
+
+    Raises:
+      InputError: the compiler rejects the program for a reason other than its size, or writes
+        programs that this jaxlib cannot read.
+    """
+    start = time.monotonic() - traced.seconds
+    try:
+        compiled = traced.lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        temporaries = max(0, memory_needed(str(error)) - traced.arguments)
+        return Program("", traced.arguments, temporaries, time.monotonic() - start)
+    try:
+        text = program_text(compiled)
+    except jax.errors.JaxRuntimeError as error:
+        raise InputError(
+            f"libtpu {version('libtpu')}: jaxlib {version('jaxlib')} cannot read its program "
+            f"({str(error).splitlines()[0][:100]}); {PIP}"
+        ) from None
     memory = compiled.memory_analysis()
     return Program(
         text,
@@ -82,6 +106,19 @@ def compile_step(config: ConfigDict, mesh: Mesh) -> Program:
         memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
         time.monotonic() - start,
     )
+
+
+def program_text(compiled: Any) -> str:
+    """The optimised HLO with the values of all constants; `as_text()` leaves out those of arrays.
+
+    Kernels read from such arrays which of their steps to skip.
+    """
+    from jaxlib._hlo import HloPrintOptions
+
+    options = HloPrintOptions()
+    options.print_large_constants = True
+    (module,) = compiled.runtime_executable().hlo_modules()
+    return str(module.to_string(options))
 
 
 def bytes_on_one_device(leaves: Sequence[jax.ShapeDtypeStruct]) -> int:

@@ -1,4 +1,4 @@
-"""Plans a recipe, and its dense baseline beside it, for a TPU topology."""
+"""Plans a recipe, and its dense baseline beside it, for a topology."""
 
 import copy
 import sys
@@ -9,19 +9,23 @@ from ml_collections import ConfigDict
 from lory_jax.model.config import ModelConfig
 from lory_jax.parallel import make_mesh
 from lory_jax.planning.estimate import default_mesh, plan_step
+from lory_jax.planning.gpus import GpuTopology
 from lory_jax.planning.topology import Topology
 
 MeshShape = tuple[int, int, int]  # data, fsdp, tensor
 
 
 def plan_recipe(
-    config: ConfigDict, topology: Topology, shape: MeshShape | None = None
+    config: ConfigDict, topology: Topology | GpuTopology, shape: MeshShape | None = None
 ) -> dict[str, Any]:
     """Compiles a recipe, and its dense baseline if it has experts, for a topology.
 
+    A program that was compiled before is read from the user's cache; `compile_seconds` is what it
+    took then.
+
     Args:
       config: the recipe.
-      topology: the slice to compile for.
+      topology: the slice or host to compile for.
       shape: devices on the mesh axes; by default those of `config.parallel` if it sets any, else
         `default_mesh`.
 
@@ -30,15 +34,17 @@ def plan_recipe(
       the baseline.
 
     Raises:
-      InputError: libtpu is missing, or the recipe does not fit the mesh.
+      InputError: libtpu or the plug-in for CUDA is missing, or the recipe does not fit the mesh.
     """
     devices = topology.devices()
-    mesh = make_mesh(*(shape or mesh_shape(config, len(devices))), devices=devices)
+    mesh = make_mesh(
+        *(shape or mesh_shape(config, len(devices), topology.platform)), devices=devices
+    )
     versions = with_baseline(config)
     plans = []
     for i, (name, version) in enumerate(versions.items()):
         print(f"compiling {i + 1} of {len(versions)}: {name}", file=sys.stderr, flush=True)
-        plans.append(plan_step(version, mesh, topology.device))
+        plans.append(plan_step(version, mesh, topology.device, is_kept=True))
     return {
         "topology": topology.name,
         "device": devices[0].device_kind,
@@ -49,13 +55,13 @@ def plan_recipe(
     }
 
 
-def mesh_shape(config: ConfigDict, devices: int) -> MeshShape:
+def mesh_shape(config: ConfigDict, devices: int, platform: str = "tpu") -> MeshShape:
     """The mesh of `config.parallel` if it sets any of its fields, else the default."""
     parallel = config.parallel
     if (parallel.data, parallel.fsdp, parallel.tensor) != (1, 0, 1):
         return parallel.data, parallel.fsdp, parallel.tensor
     sequences = config.train.global_batch_size // config.train.microbatches
-    return default_mesh(ModelConfig.for_platform(config.model, "tpu"), sequences, devices)
+    return default_mesh(ModelConfig.for_platform(config.model, platform), sequences, devices)
 
 
 def with_baseline(config: ConfigDict) -> dict[str, ConfigDict]:

@@ -7,9 +7,14 @@ from lory_jax.model.config import ModelConfig
 from lory_jax.model.flops import baselines, flops_per_token, parameter_counts
 from lory_jax.parallel import MESH_AXES
 
+WIDTH = 20  # of a column of figures
+
 
 def plan_table(plan: Mapping[str, Any]) -> str:
-    """A plan for the screen, with the recipe and its dense baseline side by side."""
+    """A plan for the screen, with the recipe and its dense baseline side by side.
+
+    Cycles are two sums: the compiler's, and the repriced one (`cycles.py`) that bounds the time.
+    """
     counts = plan["parameters"]
     lines = [
         f"parameters        {counts['total'] / 1e6:,.1f}M total, {counts['active'] / 1e6:,.1f}M "
@@ -22,11 +27,11 @@ def plan_table(plan: Mapping[str, Any]) -> str:
     lines += [f"{plan['topology']:<17} {plan['devices']} of {plan['device']}, mesh {shape}"]
     columns = [plan] if plan["dense"] is None else [plan, plan["dense"]]
     if len(columns) > 1:
-        lines += ["", f"{'per device and step':<36}{'experts':>12}{'dense':>12}"]
+        lines += ["", f"{'per device and step':<36}{'experts':>{WIDTH}}{'dense':>{WIDTH}}"]
     rows = [figures_of(column) for column in columns]
     names = [name for row in rows for name in row]
     for name in dict.fromkeys(names):
-        lines.append(f"{name:<36}" + "".join(f"{row.get(name, '-'):>12}" for row in rows))
+        lines.append(f"{name:<36}" + "".join(f"{row.get(name, '-'):>{WIDTH}}" for row in rows))
     for column in columns:
         lines += omissions_of(column)
     return "\n".join(lines)
@@ -46,11 +51,19 @@ def figures_of(plan: Mapping[str, Any]) -> dict[str, str]:
     estimate = plan["estimate"]
     if estimate is None:
         return rows
-    for scope, cycles in estimate["cycles"].items():
-        rows[f"{scope.replace('_', ' ')}, M cycles"] = f"{cycles / 1e6:,.1f}"
-    for kernel, cycles in estimate["kernel_cycles"].items():
+    for scope, seconds in estimate.get("roofline_seconds", {}).items():
+        rows[f"{scope.replace('_', ' ')}, s"] = f"{seconds:.4f}"
+    if "flops" in estimate:
+        rows["products, TFLOP"] = f"{estimate['flops'] / 1e12:.2f}"
+        rows["memory traffic, GB"] = f"{estimate['hbm_bytes'] / 1e9:.1f}"
+    for scope, cycles in estimate.get("cycles", {}).items():
+        repriced = estimate["repriced_cycles"][scope]
+        name = f"{scope.replace('_', ' ')}, M cycles"
+        rows[name] = f"{cycles / 1e6:,.1f} / {repriced / 1e6:,.1f}"
+    for kernel, cycles in estimate.get("kernel_cycles", {}).items():
         rows[f"  of which {kernel}"] = f"{cycles / 1e6:,.1f}"
     rows["computing, s"] = f"{estimate['compute_seconds']:.4f}"
+    rows["memory traffic, s"] = f"{estimate['hbm_seconds']:.4f}"
     rows["collectives, s"] = f"{estimate['collective_seconds']:.4f}"
     rows["step at least, s"] = f"{estimate['step_seconds_lower_bound']:.4f}"
     rate = estimate["tokens_per_second_per_device_upper_bound"]
@@ -61,14 +74,27 @@ def figures_of(plan: Mapping[str, Any]) -> dict[str, str]:
 
 
 def omissions_of(plan: Mapping[str, Any]) -> list[str]:
-    """What the cycles of a plan leave out, one line each."""
-    if plan["estimate"] is None:
+    """What the cycles of a plan leave out or overstate, one line each."""
+    estimate = plan["estimate"]
+    if estimate is None:
         return []
-    kernels, loops = (plan["estimate"][key] for key in ("uncounted_kernels", "loops_counted_once"))
-    return [
-        *(f"not counted: kernel {kernel}, {calls} calls" for kernel, calls in kernels.items()),
-        *(f"counted once: loop {loop}, whose trip count is not known" for loop in loops),
+    uncounted = estimate.get("uncounted_kernels", {}).items()
+    lines = [
+        f"not in the compiler's sum: kernel {name}, {calls} calls" for name, calls in uncounted
     ]
+    for name, price in estimate.get("kernels", {}).items():
+        if price["counted_always"]:
+            lines.append(
+                f"kernel {name}: {price['counted_always']} conditional parts count as if they "
+                "always ran"
+            )
+        if price["unread"]:
+            lines.append(f"kernel {name}: its bundles are not counted: {price['unread']}")
+    lines += [
+        f"counted once: loop {loop}, whose trip count is not known"
+        for loop in estimate["loops_counted_once"]
+    ]
+    return lines
 
 
 def baselines_table(model_config: ModelConfig) -> str:

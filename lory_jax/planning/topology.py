@@ -1,7 +1,7 @@
-"""TPU topologies by the names that Google Cloud gives them, and what a device of each can do.
+"""Topologies by name, and what a device of each can do: TPUs by the names of Google Cloud.
 
 `v5e-256` and `v6e-64` count chips; `v5p-128` and `tpu7x-128` count TensorCores, of which a chip has
-two.
+two. `gpus.py` has those of GPUs, such as `h100-8`.
 """
 
 import importlib.util
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lory_jax.errors import ConfigError, InputError
+from lory_jax.planning.gpus import GpuTopology, parse_gpus
 
 if TYPE_CHECKING:
     import jax
@@ -35,6 +36,9 @@ class Device:
       ici_bandwidth: bytes per second that all links to other chips can receive together: half of
         the vendor's bidirectional bandwidth per chip.
       hbm_bandwidth: the vendor's peak, in bytes per second between HBM and the device.
+      matrix_side: width of the matrix unit, which holds this many rows and columns of an operand.
+      register_bytes: bytes per cycle that elementwise work moves between on-chip memory and the
+        registers, if HBM does not bound it: one register of 8 x 128 numbers of 32 bits.
       cores: TensorCores of one device; the two of a v5p share a kernel's grid.
     """
 
@@ -45,15 +49,17 @@ class Device:
     flops_per_cycle: int
     ici_bandwidth: float
     hbm_bandwidth: float
+    matrix_side: int
     cores: int = 1
+    register_bytes: int = 4096
 
 
 DEVICES = {
-    "v5e": Device("v5e", 1, int(15.75 * GIB), 1.5e9, 131_072, 200e9, 819e9),
-    "v5p": Device("v5p", 2, int(95.73 * GIB), 1.75e9, 262_144, 600e9, 2765e9, 2),
-    "v6e": Device("v6e", 1, int(31.24 * GIB), 1.75e9, 524_288, 400e9, 1640e9),
+    "v5e": Device("v5e", 1, int(15.75 * GIB), 1.5e9, 131_072, 200e9, 819e9, 128),
+    "v5p": Device("v5p", 2, int(95.73 * GIB), 1.75e9, 262_144, 600e9, 2765e9, 128, 2),
+    "v6e": Device("v6e", 1, int(31.24 * GIB), 1.75e9, 524_288, 400e9, 1640e9, 256),
     # JAX sees each of a TPU7x chip's two TensorCores as a device.
-    "tpu7x": Device("tpu7x", 2, int(94.74 * GIB), 2.2e9, 524_288, 300e9, 3690e9),
+    "tpu7x": Device("tpu7x", 2, int(94.74 * GIB), 2.2e9, 524_288, 300e9, 3690e9, 256),
 }
 
 # The shapes that the cloud offers, in chips, by their number of chips.
@@ -74,6 +80,12 @@ class Topology:
     name: str
     libtpu_name: str
     device: Device
+    platform = "tpu"
+
+    @property
+    def devices_per_chip(self) -> int:
+        """Devices of JAX per chip, which is what the cloud charges for."""
+        return self.device.units_per_chip // self.device.cores
 
     def devices(self) -> "Sequence[jax.Device]":
         """Descriptions of its devices, for which programs can be compiled.
@@ -97,17 +109,27 @@ class Topology:
         return topologies.get_topology_desc(self.libtpu_name, platform="tpu", **bounds).devices
 
 
-def parse_topology(name: str) -> Topology:
-    """The topology that the cloud calls `name`; does not need libtpu.
+def parse_topology(name: str) -> Topology | GpuTopology:
+    """The topology of a name; needs neither libtpu nor the plug-in for CUDA.
 
     Raises:
       ConfigError: there is no such topology.
     """
-    found = re.fullmatch(r"(v5e|v5litepod|v5p|v6e|tpu7x)-(\d+)", name)
+    return parse_gpus(name) or parse_slice(name)
+
+
+def parse_slice(name: str) -> Topology:
+    """The TPU topology that the cloud calls `name`.
+
+    Raises:
+      ConfigError: there is no such slice.
+    """
+    found = re.fullmatch(r"(v5e|v5litepod|v5p|v6e|tpu7x)-([0-9]{1,9})", name)
     if not found:
         raise ConfigError(
             f"topology: got {name!r}, must be the cloud's name of a slice: v5e-CHIPS, v6e-CHIPS, "
-            "v5p-CORES or tpu7x-CORES, such as v5e-256 or v5p-128"
+            "v5p-CORES or tpu7x-CORES, such as v5e-256 or v5p-128; or a host of GPUs: a100-N, "
+            "h100-N or h200-N, such as h100-8"
         )
     generation = found[1].replace("v5litepod", "v5e")
     device, shapes = DEVICES[generation], SHAPES[generation]
@@ -116,3 +138,10 @@ def parse_topology(name: str) -> Topology:
         sizes = ", ".join(str(count * device.units_per_chip) for count in shapes)
         raise ConfigError(f"topology: got {name!r}, must be {found[1]}- and one of {sizes}")
     return Topology(name, f"{generation}:{shapes[chips]}", device)
+
+
+def smallest_topology(device: Device) -> Topology:
+    """The smallest slice of a generation: what is compiled for one device needs no more."""
+    chips = min(SHAPES[device.generation])
+    name = f"{device.generation}-{chips * device.units_per_chip}"
+    return parse_slice(name)

@@ -14,6 +14,7 @@ from lory_jax.console import progress
 from lory_jax.data.instances import INSTANCE_DOMAINS_NAME, token_dtype
 from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.errors import InputError, shorten
+from lory_jax.preparation.engine.columns import write_array
 
 BATCH_CHARACTERS = 4_000_000
 
@@ -150,7 +151,7 @@ def write_instance_domains(directory: Path, domains_N: np.ndarray) -> Path:
         the domains of the training split.
     """
     path = directory / INSTANCE_DOMAINS_NAME
-    np.save(path, domains_N.astype("<u2"), allow_pickle=False)
+    write_array(directory, path.stem, domains_N.astype("<u2"))
     return path
 
 

@@ -25,7 +25,14 @@ from lory_jax.preparation.engine.work import (
 from lory_jax.preparation.stages import STAGES, plan
 from lory_jax.preparation.stages.fit import GIVEN_TOKENIZER_NAME
 from lory_jax.preparation.stages.inputs import changes, inputs_of, to_records
-from lory_jax.storage import CHUNK_BYTES, cache_directory, is_remote, storage_path, write_atomically
+from lory_jax.storage import (
+    CHUNK_BYTES,
+    cache_directory,
+    is_remote,
+    naming,
+    storage_path,
+    write_atomically,
+)
 
 
 def make_settings(
@@ -140,8 +147,8 @@ def prepare_part(
       part: i and n: the tasks whose number is i modulo n.
     """
     stage = find_stage(STAGES, stage_name)
-    if stage is STAGES[-1] and part[0]:
-        return  # its one task, and the move of the result, belong to part 0
+    if stage in (STAGES[0], STAGES[-1]) and part[0]:
+        return  # to begin the work, and to move the result, belongs to part 0
     with locked(work, exclusive=False):
         if stage is STAGES[0]:
             _open(settings, given, work)
@@ -165,13 +172,14 @@ def publish(work: Work, out: Path) -> None:
             target = out / name
             if not is_remote(target):
                 target.parent.mkdir(parents=True, exist_ok=True)
-            with (result / name).open("rb") as reader, target.open("wb") as writer:
+            with naming(target), (result / name).open("rb") as reader, target.open("wb") as writer:
                 shutil.copyfileobj(reader, writer, CHUNK_BYTES)
     else:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.is_dir():
             out.rmdir()  # an empty directory may be given
-        shutil.move(result, out)
+        with naming(out):
+            shutil.move(result, out)
     _remove(work.root)
 
 

@@ -27,14 +27,17 @@ from jax import Array
 
 from lory_jax.errors import InputError
 from lory_jax.json_text import parse_object
+from lory_jax.run.metric_lines import is_number
 from lory_jax.run.mirror import Mirror
+from lory_jax.run.phases import DENSE, EXPERTS
 from lory_jax.run.retention import OrbaxPolicy, Retention, best_first
 from lory_jax.run.step_choice import BEST, NEWEST, Step
-from lory_jax.storage import is_remote
+from lory_jax.storage import check_links, is_remote
 
 State = dict[str, Any]
 Meta = dict[str, Any]
 
+COUNTERS = ("watch", "goodput")  # of the run so far
 UNFINISHED = ".orbax-checkpoint-tmp"  # ends the name of a checkpoint until it is complete
 
 
@@ -102,6 +105,7 @@ class Checkpoints:
         """The meta of a checkpoint, without its state; None if it is damaged."""
         path = self.directory / str(step) / "meta" / "metadata"
         try:
+            self._check_links(step)
             return checked_meta(parse_object(path.read_bytes(), path), step)
         except (OSError, ValueError):
             return None
@@ -241,6 +245,7 @@ class Checkpoints:
         if self._mirror:
             self._mirror.download(step)
             self._manager.reload()
+        self._check_links(step)
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
         meta = checked_meta(self._manager.restore(step, args=args)["meta"], step)
         wanted = target(meta)
@@ -255,6 +260,15 @@ class Checkpoints:
             if not isinstance(leaf, Array):  # a partial restore returns the target
                 raise ValueError(f"{jax.tree_util.keystr(path)} is missing")
         return tree, meta
+
+    def _check_links(self, step: int) -> None:
+        """Raises `ValueError` if a checkpoint holds a symbolic link that leads out of it."""
+        if is_remote(self.directory):
+            return
+        try:
+            check_links(self.directory / str(step))
+        except InputError as error:
+            raise ValueError(str(error)) from None
 
     def close(self) -> None:
         """Waits for saves in progress; raises `InputError` if the last one failed."""
@@ -277,10 +291,19 @@ def checked_meta(meta: Any, step: int) -> Meta:
     """Returns a meta that was read back; raises `ValueError` unless it is what was saved."""
     if not isinstance(meta, dict) or meta.get("step") != step:
         raise ValueError("meta differs from what was saved")
+    if meta.get("phase") not in (DENSE, EXPERTS) or not _are_numbers(meta.get("sums")):
+        raise ValueError("meta is malformed")
+    loss = {"validation_loss": meta["validation_loss"]} if meta.get("validation_loss") else {}
+    if not all(_are_numbers(part) for part in (loss, *(meta.get(c) or {} for c in COUNTERS))):
+        raise ValueError("meta is malformed")
     # The first checkpoints had no digest. Damage that removed the digest would also break the JSON.
     if meta.get("digest", digest(meta)) != digest(meta):
         raise ValueError("meta differs from what was saved")
     return meta
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, dict) and all(map(is_number, values.values()))
 
 
 def reason(error: Exception) -> str:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from lory_jax.config import check_model_fields, fields_where, section_defaults
+from lory_jax.config import check_fields, check_model_fields, fields_where, section_defaults
 from lory_jax.data.manifest import TOKENIZER_NAME
 from lory_jax.data.prepared import PreparedData
 from lory_jax.data.special_tokens import SPECIAL_TOKENS_NAME
@@ -37,10 +37,11 @@ from lory_jax.model.transformer import Params, build, init_params
 from lory_jax.parallel import shardings
 from lory_jax.run.checkpoints import Checkpoints, Meta
 from lory_jax.run.lock import WorkdirLock, holder
+from lory_jax.run.metric_lines import read_lines
 from lory_jax.run.phases import phase_config
 from lory_jax.run.same_run import config_changes
 from lory_jax.run.step_choice import NEWEST, Step, parse_step
-from lory_jax.storage import is_remote, storage_path, write_atomically
+from lory_jax.storage import check_links, is_remote, storage_path, write_atomically
 
 CONFIG, DATASET, METRICS = "config.json", "dataset.json", "metrics.jsonl"
 
@@ -119,20 +120,32 @@ class RunDirectory:
     @functools.cached_property
     def config(self) -> dict[str, Any]:
         """The config, section by section; `InputError` if the directory holds none."""
-        return _read_json(self.config_file)
+        found = _read_json(self.config_file)
+        for section, fields in found.items():
+            if not isinstance(fields, dict):
+                raise InputError(f"{self.config_file}: damaged, {section} must be an object")
+        return found
+
+    @functools.cached_property
+    def train_config(self) -> dict[str, Any]:
+        """The section `train` of the config; a field younger than the run has its default."""
+        fields = section_defaults("train") | self.config.get("train", {})
+        try:
+            check_fields("train", fields)
+        except ConfigError as error:
+            raise InputError(f"{self.config_file}: damaged ({error})") from None
+        return fields
 
     @functools.cached_property
     def model_config(self) -> ModelConfig:
         """The model config of the expert phase, with `auto` resolved for this machine."""
         given = self.config.get("model", {})
-        if not isinstance(given, dict):
-            raise InputError(f"{self.config_file}: damaged, model must be a section of fields")
         missing = [name for name in fields_where("model", is_size=True) if name not in given]
         if missing:
             raise InputError(f"{self.config_file}: damaged, config.model has no {missing[0]}")
         try:
             chosen_here = {"attention": "auto", "merged_ffn": "auto"}
-            fields = section_defaults("model") | self.config["model"] | chosen_here
+            fields = section_defaults("model") | given | chosen_here
             check_model_fields(fields)
             return ModelConfig.for_platform(fields, jax.default_backend())
         except (KeyError, TypeError, ConfigError) as error:
@@ -254,6 +267,7 @@ class RunDirectory:
         try:
             if not is_remote(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
+                check_links(self.path)  # nothing is written elsewhere
             lock = WorkdirLock(self.path) if jax.process_index() == 0 else None
             is_new = not self.config_file.exists()
             changed = [] if is_new else self.check_same_run(config, dataset, change_steps)
@@ -267,7 +281,7 @@ class RunDirectory:
                 self._remove_temporary_files()
         except OSError as error:
             raise InputError(f"{self}: cannot be written ({error.strerror or error})") from None
-        for name in ("config", "model_config"):
+        for name in ("config", "model_config", "train_config"):
             vars(self).pop(name, None)  # what was just written replaces what was read before
         return lock
 
@@ -306,18 +320,6 @@ def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:
         shapes,
         shardings(build(config)[1], mesh),
     )
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a `metrics.jsonl`."""
-    found = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        where = f"{path}:{number}: damaged"
-        fields = parse_object(line, where)
-        if not isinstance(fields.get("step"), int):
-            raise InputError(f"{where}, must have an integer step")
-        found.append(fields)
-    return found
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -31,6 +31,9 @@ IS_DECAYED = {
     "key_bias": False,
     "value_bias": False,
     "output_bias": False,
+    "gate_bias": False,
+    "up_bias": False,
+    "down_bias": False,
 }
 
 

@@ -12,6 +12,7 @@ from lory_jax.run.phases import DENSE, EXPERTS, phase_config
 from lory_jax.training.optimizer import Optimizer
 from lory_jax.training.state import State
 from lory_jax.training.step import make_loss_step, make_norms, make_train_step
+from lory_jax.training.top_k import top_k_schedule
 from lory_jax.training.upcycle import make_upcycle
 
 
@@ -67,7 +68,14 @@ class Phases:
             name,
             model_config,
             train.global_batch_size,
-            make_train_step(model_config, self._optimizer, mesh, train.microbatches),
+            make_train_step(
+                model_config,
+                self._optimizer,
+                mesh,
+                train.microbatches,
+                top_k_schedule(model_config, train),
+                train.top_k_gradient == "straight_through",
+            ),
             make_loss_step(
                 model_config, mesh, model_config.measured_routing, model_config.segment_length
             ),

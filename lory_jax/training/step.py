@@ -21,6 +21,7 @@ from lory_jax.parallel import replicated
 from lory_jax.training.loss import mean_loss, token_losses
 from lory_jax.training.optimizer import Optimizer
 from lory_jax.training.state import State, state_shardings
+from lory_jax.training.top_k import Schedule
 
 Metrics = dict[str, Array]
 
@@ -83,33 +84,43 @@ def with_adapted(
     return {**after, "layers": {**layers, "ffn": {**layers["ffn"], **values}}}
 
 
-def make_gradients(model_config: ModelConfig, microbatches: int) -> Callable[..., Any]:
-    """Returns `(params, tokens_BxL+1) -> ((loss, how it was routed or None), gradients)`.
+def make_gradients(
+    model_config: ModelConfig, microbatches: int, is_straight_through: bool = False
+) -> Callable[..., Any]:
+    """Returns `(params, tokens_BxL+1, kept) -> ((loss, how it was routed or None), gradients)`.
 
     With `microbatches` > 1 the gradient is accumulated over that many parts of the batch, one
     after another: the same gradient in less memory. Where tokens choose experts, the gradients
-    include the load-balancing loss of every layer; the returned loss does not.
+    include the load-balancing loss of every layer; the returned loss does not. `kept` and
+    `is_straight_through` are those of `Routing`.
     """
     graph, _ = build(model_config)
 
-    def loss_fn(params: Params, tokens_BxL1: Array) -> tuple[Array, tuple[Array, Routed | None]]:
+    def loss_fn(
+        params: Params, tokens_BxL1: Array, kept: Array | None
+    ) -> tuple[Array, tuple[Array, Routed | None]]:
         model = assemble(graph, params)
-        x_BxLxD, routed = model.hidden(tokens_BxL1[:, :-1])
+        routing = Routing(model_config.routing, None, kept, is_straight_through)
+        x_BxLxD, routed = model.hidden(tokens_BxL1[:, :-1], routing)
         loss = mean_loss(x_BxLxD, model.output_head(), tokens_BxL1[:, 1:])
         if routed is None or routed.balance is None:
             return loss, (loss, routed)
         return loss + auxiliary_loss(model_config, params, routed.balance), (loss, routed)
 
-    def loss_and_gradients(params: Params, tokens_BxL1: Array) -> tuple[tuple[Array, Any], Params]:
-        (_, aux), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params, tokens_BxL1)
+    def loss_and_gradients(
+        params: Params, tokens_BxL1: Array, kept: Array | None = None
+    ) -> tuple[tuple[Array, Any], Params]:
+        (_, aux), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params, tokens_BxL1, kept)
         return aux, gradients
 
-    def accumulate(params: Params, tokens_BxL1: Array) -> tuple[tuple[Array, Any], Params]:
+    def accumulate(
+        params: Params, tokens_BxL1: Array, kept: Array | None = None
+    ) -> tuple[tuple[Array, Any], Params]:
         # Row b goes to microbatch b mod M: every device keeps its rows.
         tokens_MxBxL1 = tokens_BxL1.reshape(-1, microbatches, tokens_BxL1.shape[1]).swapaxes(0, 1)
 
         def add(sums: Any, tokens_BxL1: Array) -> tuple[Any, Any]:
-            (loss, routed), gradients = loss_and_gradients(params, tokens_BxL1)
+            (loss, routed), gradients = loss_and_gradients(params, tokens_BxL1, kept)
             return jax.tree.map(jnp.add, sums, (loss, gradients)), routed
 
         zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
@@ -125,17 +136,26 @@ def make_gradients(model_config: ModelConfig, microbatches: int) -> Callable[...
 
 
 def make_train_step(
-    model_config: ModelConfig, optimizer: Optimizer, mesh: Mesh, microbatches: int = 1
+    model_config: ModelConfig,
+    optimizer: Optimizer,
+    mesh: Mesh,
+    microbatches: int = 1,
+    top_k: Schedule | None = None,
+    is_straight_through: bool = False,
 ) -> Callable[[State, Array], tuple[State, Metrics]]:
     """Returns `(state, tokens_BxL+1) -> (state, metrics)`; the state given is donated.
+
+    `top_k` says how many experts each step's merges keep (top_k.py); None keeps
+    `config.model.top_k_experts`. `is_straight_through` is that of `Routing`.
 
     If the loss or the gradient norm is NaN or infinite, only `step` advances: the rest of the state
     stays as it is, bit for bit, and `metrics["skipped"]` is 1.
     """
-    compute = make_gradients(model_config, microbatches)
+    compute = make_gradients(model_config, microbatches, is_straight_through)
 
     def train_step(state: State, tokens_BxL1: Array) -> tuple[State, Metrics]:
-        (loss, routed), gradients = compute(state["params"], tokens_BxL1)
+        kept = None if top_k is None else top_k(state["step"])
+        (loss, routed), gradients = compute(state["params"], tokens_BxL1, kept)
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(gradients)
             updates, opt_state = optimizer.update(
@@ -153,6 +173,8 @@ def make_train_step(
                 routed.weights_BxNxE, state["last_active_YxE"], new["step"]
             )
             metrics |= utilisation | sparse_metrics(routed)
+            if kept is not None:
+                metrics["experts_kept"] = kept
         # An elementwise select, fused into the loop that writes the new value anyway.
         kept = jax.tree.map(functools.partial(jnp.where, is_finite), new, state)
         return {**kept, "step": new["step"]}, metrics

@@ -97,14 +97,17 @@ def gradient_divisor(model_config: ModelConfig) -> float:
 
 
 def upcycle_params(params: Params, router_YxDxE: Array, divisor: float = 1) -> Params:
-    """Copies `[Y, D, F]` FFN matrices to `[Y, E, D, F]`, divided by `divisor`; adds the router."""
+    """Copies `[Y, D, F]` FFN matrices to `[Y, E, D, F]`, divided by `divisor`; adds the router.
+
+    Biases, if there are any, are copied alike.
+    """
     num_experts = router_YxDxE.shape[-1]
 
-    def copy(w_YxMxN: Array) -> Array:
-        return jnp.repeat(w_YxMxN[:, None] / divisor, num_experts, axis=1)
+    def copy(w_Yx: Array) -> Array:
+        return jnp.repeat(w_Yx[:, None] / divisor, num_experts, axis=1)
 
     layers: dict[str, Any] = dict(params["layers"])
-    layers["ffn"] = {name: copy(layers["ffn"][name]) for name in FFN_MATRICES}
+    layers["ffn"] = {name: copy(w) for name, w in layers["ffn"].items()}
     layers["ffn"]["router"] = router_YxDxE
     return {**params, "layers": layers}
 
@@ -113,7 +116,7 @@ def redraw_entries(params: Params, adam: Any, key: Array, share: float) -> tuple
     """Draws a share of every expert's entries anew; returns the parameters and Adam's state.
 
     The experts of `params` are copies of one dense FFN, whose mean and standard deviation the new
-    entries have. Every entry is chosen by itself.
+    entries have. Every entry of a matrix is chosen by itself; biases stay copies.
     """
     experts, mu, nu = (dict(tree["layers"]["ffn"]) for tree in (params, adam.mu, adam.nu))
     for number, name in enumerate(FFN_MATRICES):

@@ -30,9 +30,11 @@ def test_a_result_that_cannot_be_read_names_the_file_and_the_verb(tmp_path, text
     if text is not None:
         path.write_text(text)
     with pytest.raises(InputError, match=rf"evaluation\.json: .*{words}.*evaluate"):
-        _read_result(path, "evaluate")
+        _read_result(path, "evaluate", [])
     path.write_text(json.dumps({"step": 12}))
-    assert _read_result(path, "evaluate") == {"step": 12}
+    assert _read_result(path, "evaluate", ["step"]) == {"step": 12}
+    with pytest.raises(InputError, match=r"has no perplexity; run evaluate again"):
+        _read_result(path, "evaluate", ["step", "perplexity"])
 
 
 def test_a_result_of_another_step_is_refused(tmp_path):

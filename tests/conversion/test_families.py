@@ -1,6 +1,7 @@
 """Families beside plain LLaMA: the logits of transformers, there and back, upcycled and trained."""
 
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -13,6 +14,7 @@ import lory_jax
 from lory_jax.conversion import runs
 from lory_jax.conversion.hf_directory import read_llama_directory, write_llama_directory
 from lory_jax.errors import InputError
+from lory_jax.generation.loop import decode
 from lory_jax.parallel import make_mesh
 from tests.conversion.test_hf_directory import TOKENIZER, VOCAB, edit_config, their_logits
 from tests.support.models import forward, random_tokens
@@ -29,6 +31,8 @@ YARN = {
 }
 FAMILIES = {
     "attention_bias": ("Llama", {"attention_bias": True}),
+    "mlp_bias": ("Llama", {"mlp_bias": True}),
+    "every bias": ("Llama", {"mlp_bias": True, "attention_bias": True, "num_key_value_heads": 2}),
     "qwen2": ("Qwen2", {"num_key_value_heads": 2}),
     "qwen2, tied": ("Qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "wide heads": ("Llama", {"head_dim": 8, "num_key_value_heads": 2}),
@@ -107,7 +111,7 @@ def data(tmp_path_factory):
     return write_prepared(tmp_path_factory.mktemp("families") / "data")
 
 
-@pytest.mark.parametrize("family", ["attention_bias", "qwen2", "nemo", "yarn"])
+@pytest.mark.parametrize("family", ["attention_bias", "mlp_bias", "qwen2", "nemo", "yarn"])
 def test_upcycled_and_trained(family, data, tmp_path):
     """Four copies compute what the model did, train, and are exported as the family again."""
     save(tmp_path / "hf", *FAMILIES[family])
@@ -138,12 +142,36 @@ def test_upcycled_and_trained(family, data, tmp_path):
     row = np.array([[*prompt, *tokens[0, : LENGTH - len(prompt)]]])
     expected = trained.logits(row, "prompt", [len(prompt)])
     np.testing.assert_allclose(their_logits(tmp_path / "out", row), expected, atol=1e-4)
-    moved = trained.params["layers"]["attention"]
-    for name in [name for name in moved if name.endswith("bias")]:
-        assert np.any(moved[name] != start.params["layers"]["attention"][name])
-    # Token by token decodes what the whole sequence gives.
-    (first,) = trained.generate([text], max_new_tokens=4, temperature=0.0)
-    assert isinstance(first, str)
+    for part in ("attention", "ffn"):
+        moved = trained.params["layers"][part]
+        for name in [name for name in moved if name.endswith("bias")]:
+            assert np.any(moved[name] != start.params["layers"][part][name])
+    assert_decodes_its_logits(trained, [text, "by steps, in words"])
+
+
+def assert_decodes_its_logits(model, prompts):
+    """Token by token, each row decodes what the whole sequence gives."""
+    ids = [model.encode(text) for text in prompts]
+    lengths = np.array([len(row) for row in ids])
+    steps = LENGTH - max(lengths)
+    for routing, ffn in itertools.product(("prompt", "segment"), ("merged", "experts")):
+        seen = []
+
+        def choose(logits, positions, seen=seen):
+            seen.append(np.asarray(logits))
+            return logits.argmax(axis=-1)
+
+        drawn = decode(
+            model.config, model.params, ids, choose, max_new_tokens=steps, routing=routing, ffn=ffn
+        )
+        tokens = np.stack(list(drawn), axis=1)
+        rows = np.zeros((len(ids), LENGTH), np.int32)
+        for row, prompt, new in zip(rows, ids, tokens, strict=True):
+            row[: len(prompt) + steps] = [*prompt, *new]
+        whole = model.logits(rows, routing, lengths)
+        for i, length in enumerate(lengths):
+            for step, logits in enumerate(seen):
+                np.testing.assert_allclose(logits[i], whole[i, length - 1 + step], atol=1e-4)
 
 
 def trained_run(tmp_path):
@@ -161,7 +189,10 @@ def trained_run(tmp_path):
         ("Llama", {"attention_bias": True}, {"attention_bias": False}, "bias is not one of"),
         ("Llama", {}, {"attention_bias": True}, "bias is missing"),
         ("Llama", {}, {"attention_bias": "yes"}, "attention_bias: got 'yes'"),
-        ("Llama", {"mlp_bias": True}, {}, "mlp_bias"),
+        ("Llama", {"mlp_bias": True}, {"mlp_bias": False}, "bias is not one of"),
+        ("Llama", {}, {"mlp_bias": True}, "bias is missing"),
+        ("Llama", {}, {"mlp_bias": 1}, "mlp_bias: got 1"),
+        ("Mistral", {}, {"sliding_window": None, "mlp_bias": True}, "mlp_bias: got True"),
         ("Llama", {}, {"model_type": "gemma"}, "model_type 'gemma'"),
         ("Llama", {}, {"head_dim": 3}, "head_dim: got 3; must be even"),
         ("Llama", {}, {"rope_theta": 1e999}, "rope_theta"),

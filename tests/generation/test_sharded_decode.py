@@ -13,14 +13,16 @@ def report():
 
 
 @pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("ffn", ["merged", "experts"])
 @pytest.mark.parametrize("routing", ["prompt", "segment"])
-def test_logits_equal_those_of_one_device(report, routing, mesh):
-    assert report[f"{routing} {mesh}"] <= 1e-5  # of the largest logit
+def test_logits_equal_those_of_one_device(report, routing, ffn, mesh):
+    assert report[f"{routing} {ffn} {mesh}"] <= 1e-5  # of the largest logit
 
 
+@pytest.mark.parametrize("ffn", ["merged", "experts"])
 @pytest.mark.parametrize("mesh", MESHES)
-def test_no_device_holds_the_model(report, mesh):
+def test_no_device_holds_the_model(report, mesh, ffn):
     """An eighth and the norms; nor does a step put the whole of it together."""
-    found = report["bytes"][mesh]
+    found = report[f"bytes {ffn}"][mesh]
     assert found["one device"] < found["whole"] / 7
     assert found["temporaries"] < found["whole"] / 16

@@ -27,7 +27,7 @@ from lory_jax.model.merged_ffn import (
 )
 from lory_jax.model.merged_ffn.kernel_products import kernel_products
 from lory_jax.model.merged_ffn.vjp import products_ffn
-from lory_jax.model.transformer import _remat
+from lory_jax.model.remat import rematerialized
 from tests.support import reference
 from tests.support.models import assert_close, assert_trees_close, float64
 from tests.support.reference import central_differences
@@ -71,8 +71,31 @@ def run(request, monkeypatch):
     return lambda x, experts, r: run_by(implementation, x, experts, r)
 
 
-def test_equals_loops_in_value_and_every_gradient(run):
+@pytest.fixture
+def biases():
+    rng = np.random.default_rng(5)
+    shapes = {"gate_bias": F, "up_bias": F, "down_bias": D}
+    return {name: rng.normal(size=(E, size)).astype(np.float32) for name, size in shapes.items()}
+
+
+def test_biases_are_merged_with_their_matrices(biases):
+    assert_equals_loops(lambda *given: merged_ffn(*given, "auto"), biases)
+
+
+@pytest.mark.parametrize("implementation", ["whole", "blocks", "kernel"])
+def test_an_implementation_without_biases_refuses_them(implementation, biases):
     x, experts, r = inputs()
+    with pytest.raises(ConfigError, match=f"merged_ffn: got {implementation}.*mlp_bias"):
+        merged_ffn(x, experts | biases, r, implementation)
+
+
+def test_equals_loops_in_value_and_every_gradient(run):
+    assert_equals_loops(run, {})
+
+
+def assert_equals_loops(run, biases):
+    x, experts, r = inputs()
+    experts |= biases
     probe = np.random.default_rng(1).normal(size=(S, T, D)).astype(np.float32)
 
     def loss(x, experts, r):
@@ -270,14 +293,16 @@ def products_recomputed(ffn, matrices, remat, operation):
 
     def operations(remat):
         def loss(*arrays):
-            return jnp.sum(_remat(ffn, remat)(*arrays) ** 2)
+            return jnp.sum(rematerialized(ffn, remat)(*arrays) ** 2)
 
         return str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(*arrays)).count(operation)
 
     return operations(remat) - operations("none")
 
 
-@pytest.mark.parametrize(("remat", "products"), [("full", 2), ("dots", 0)])
+@pytest.mark.parametrize(
+    ("remat", "products"), [("full", 2), ("attention", 2), ("attention+hidden", 0), ("dots", 0)]
+)
 def test_remat_recomputes_no_more_than_of_a_dense_layer(remat, products):
     D, F, E = 128, 128, 3
     dense = {"gate": np.ones((D, F)), "up": np.ones((D, F)), "down": np.ones((F, D))}

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lory_jax.model.attention import attend, causal_attention, rotate
+from lory_jax.model.attention import attend, blocked_attention
+from lory_jax.model.rope import rotate
 from lory_jax.model.transformer import init_params
 from lory_jax.training.upcycle import upcycle_params
 from tests.support import reference
@@ -246,7 +247,15 @@ def test_uniform_weights_equal_the_dense_model_of_the_mean_expert():
     "fields", [{"num_experts": 0}, {}, LLAMAS], ids=["dense", "lory", "grouped and tied"]
 )
 @pytest.mark.parametrize(
-    "variant", [{"scan_layers": False}, {"remat": "full"}, {"remat": "dots"}], ids=str
+    "variant",
+    [
+        {"scan_layers": False},
+        {"remat": "full"},
+        {"remat": "dots"},
+        {"remat": "attention"},
+        {"remat": "attention+hidden"},
+    ],
+    ids=str,
 )
 def test_scan_unrolled_and_remat_agree(variant, fields):
     tokens = random_tokens(2, L + 1)
@@ -279,7 +288,7 @@ def test_bfloat16_is_close_to_float32(experts):
 
 
 def test_an_unknown_remat_policy_is_refused():
-    with pytest.raises(ValueError, match=r"remat: got .*none, dots or full"):
+    with pytest.raises(ValueError, match=r"remat: got 'some'.*full, dots"):
         forward(tiny_config(remat="some"))(params_of(tiny_config()), random_tokens(1, L))
 
 
@@ -287,7 +296,7 @@ def test_an_unknown_remat_policy_is_refused():
 
 
 @pytest.mark.parametrize("length", [1, 128, 300])
-def test_causal_attention_equals_the_library_for_one_and_many_blocks(length):
+def test_blocked_attention_equals_the_library_for_one_and_many_blocks(length):
     shape = (2, length, 3, 4)
     query, key, value = (jax.random.normal(jax.random.key(i), shape) * 2 for i in range(3))
 
@@ -300,14 +309,14 @@ def test_causal_attention_equals_the_library_for_one_and_many_blocks(length):
         )
         return run(query, key, value)
 
-    got = gradients(causal_attention)
+    got = gradients(blocked_attention)
     expected = gradients(functools.partial(jax.nn.dot_product_attention, is_causal=True))
     assert_trees_close(got, expected, 2e-5)
 
 
-def test_causal_attention_equals_loops():
+def test_blocked_attention_equals_loops():
     query, key, value = (jax.random.normal(jax.random.key(i), (1, 9, 2, 4)) for i in range(3))
-    got = causal_attention(query, key, value)
+    got = blocked_attention(query, key, value)
     for head in range(2):
         one = (float64(x)[0, :, head] for x in (query, key, value))
         assert_close(got[0, :, head], reference.causal_attention(*one), 1e-5)

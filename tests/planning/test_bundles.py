@@ -4,9 +4,15 @@ import textwrap
 
 import pytest
 
-from lory_jax.planning.bundles import base_name, count, read_kernel
+from lory_jax.planning.bundles import (
+    PartsDiffer,
+    conditional_parts,
+    count,
+    parse_bundles,
+    read_kernel,
+)
 from lory_jax.planning.hlo import executions, parse
-from lory_jax.planning.traffic import hbm_bytes
+from lory_jax.planning.traffic import hbm_bytes, moved_bytes, padded_bytes
 
 # A grid of 5 steps (7 turns of its loop less 2), in each 3 bundles of its own, 4 after the branch,
 # and an inner loop of 2 + 4 bundles that turns 64 / 2 times; 1 bundle before and 1 after.
@@ -54,20 +60,84 @@ def test_a_loop_that_cannot_be_counted_is_refused():
         count(BUNDLES, SLOTS.rsplit("\n", 1)[0])
 
 
-def test_a_dump_is_read_by_the_name_of_the_call(tmp_path):
-    def write(call, bundles):
-        (tmp_path / f"17-{call}-71-final_bundles.txt").write_text(bundles)
-        (tmp_path / f"17-{call}-70-schedule-analysis_final_bundles.txt").write_text("")
-        (tmp_path / f"17-{call}-69-final_hlo-static-per-bundle-utilization.txt").write_text(SLOTS)
+# In the grid's loop of BUNDLES, the pipeline's part that awaits DMA and runs the kernel, with two
+# conditional parts of the kernel inside; the first holds one bundle, the second two.
+PARTS = BUNDLES.replace(
+    "   0x5   : > { %s77 = smov (%p6), 3 }\n",
+    textwrap.dedent("""\
+           0x5   : > { %s77 = smov (%p6), 3 }
+           0x5   : > { %30 = sbr.rel (%p1) target = $region36 }
+           0x5   :  {}
+           0x5   :  {}
+           0x5   :  {}
+           0x5   :  {}
+           0x5   : > { %31 = sbr.rel (%p2) target = $region52 }
+           0x5   :  {}
+           0x5   :  {}
+           0x5   :  {}
+           0x5   :  {}
+           0x5   : > { %v5 = vst %v4 }
+           0x5 PF: > { %32 = sbr.rel (%p3) target = $region56 }
+           0x5   :  {}
+           0x5   :  {}
+           0x5   :  {}
+           0x5   :  {}
+           0x5   : > { %v6 = vst %v4 }
+           0x5   : > { %v7 = vst %v4 }
+           0x5 PF: > { %s78 = smov 4 }
+           0x5 PF: > { %s79 = smov 5 }
+        """),
+)
+ORIGINAL = textwrap.dedent("""\
+    $region0: #{k}
+      $region34: #{k} parent=5 // pred_check_branch
+        %30 = sbr.rel (%p1) target = $region36
+      $region35: #{k} parent=5 // pred_region
+        %1 = dma.done.wait [#allocation2]
+        $region50: #{k} parent=35 // pred_check_branch
+          %31 = sbr.rel (%p2) target = $region52
+        $region51: #{k} parent=35 // pred_region
+          %v5 = vst %v4
+        $region52: #{k} parent=35 // pred_fallthru
+        $region54: #{k} parent=35 // pred_check_branch
+          %32 = sbr.rel (%p3) target = $region56
+        $region55: #{k} parent=35 // pred_region
+          %v6 = vst.msk %v4
+        $region56: #{k} parent=35 // pred_fallthru
+        $region58: #{k} parent=35 // pred_check_branch
+          %33 = sbr.rel (%p4) target = $region60
+        $region59: #{k} parent=35 // pred_region
+          %2 = dma.vmem_to_hbm %v4
+        $region60: #{k} parent=35 // pred_fallthru
+      $region36: #{k} parent=5 // pred_fallthru
+    """)
 
-    write("merged.3", BUNDLES)
-    assert base_name("merged.3.clone.1") == "merged"
-    assert read_kernel(tmp_path, "merged.3") == read_kernel(tmp_path, "merged.4")
-    write("merged.5", BUNDLES.replace("%s9, 7", "%s9, 8"))
-    assert read_kernel(tmp_path, "merged.5").bundles > read_kernel(tmp_path, "merged.3").bundles
-    for call, count_ in (("merged.4", 2), ("other.1", 0)):
-        with pytest.raises(ValueError, match=f"{count_} different kernels"):
-            read_kernel(tmp_path, call)
+
+def slots_of(bundles):
+    header = ["== CAPACTIY:", *SLOTS.splitlines()[1:3], "== UTILIZATION:"]
+    return "\n".join(header + ["0 0 0"] * len(parse_bundles(bundles)))
+
+
+def test_conditional_parts_count_as_often_as_they_run():
+    assert conditional_parts(ORIGINAL) == [52, 56]
+    always = count(PARTS, slots_of(PARTS))
+    # Of 5 steps, the first part runs in one and the second in none.
+    some = count(PARTS, slots_of(PARTS), ORIGINAL, (0.2, 0.0))
+    assert always.bundles - some.bundles == pytest.approx(5 * (0.8 * 1 + 1.0 * 2))
+    unknown = count(PARTS, slots_of(PARTS), ORIGINAL, (None, 0.0))
+    assert always.bundles - unknown.bundles == pytest.approx(5 * 2)
+    with pytest.raises(PartsDiffer, match="2 conditional parts .* expected 1"):
+        count(PARTS, slots_of(PARTS), ORIGINAL, (0.5,))
+
+
+def test_a_dump_is_read_by_the_beginning_of_the_calls_name(tmp_path):
+    names = {"final_bundles": BUNDLES, "final_hlo-static-per-bundle-utilization": SLOTS}
+    for i, (name, text) in enumerate((names | {"original": ORIGINAL}).items()):
+        (tmp_path / f"17-ffi_call.1-{i}-{name}.txt").write_text(text)
+    (tmp_path / "17-ffi_call.1-70-schedule-analysis_final_bundles.txt").write_text("")
+    assert read_kernel(tmp_path, "ffi_call").bundles == count(BUNDLES, SLOTS).bundles
+    with pytest.raises(ValueError, match="0 files"):
+        read_kernel(tmp_path, "other")
 
 
 # Three turns of a loop whose fusion reads a slice of 8 of w's 32 rows and x, and updates 1 row of y
@@ -121,3 +191,37 @@ def test_bytes_of_slices_updates_loops_and_kernels():
     turn = 8 * row + row + row  # the slice, x, the updated row
     copy, product, kernel = 16 * row, 2 * 16 * row, 1000
     assert hbm_bytes(module, executions(module)) == 3 * turn + copy + product + kernel
+
+
+@pytest.mark.parametrize(
+    ("shape", "count_"),
+    [
+        ("bf16[4,16,4096,64]{3,2,1,0:T(8,128)(2,1)}", 4 * 16 * 4096 * 128 * 2),  # lanes: 128
+        ("f32[4,4096,16,64]{3,1,2,0:T(8,128)}", 4 * 4096 * 16 * 128 * 4),  # 4096 is on the rows
+        ("f32[4,4096,16,64]{1,3,2,0:T(8,128)S(1)}", 4 * 4096 * 16 * 64 * 4),
+        ("f32[3,100]{1,0:T(4,128)}", 4 * 128 * 4),
+        ("(f32[5]{0:T(1024)}, s32[])", 1024 * 4 + 4),
+        ("bf16[3,5]{1,0}", 3 * 5 * 2),
+    ],
+)
+def test_arrays_take_whole_tiles(shape, count_):
+    assert padded_bytes(shape) == count_
+
+
+def test_transfers_in_the_background_move_what_is_smaller():
+    text = textwrap.dedent("""\
+        HloModule m
+
+        ENTRY %main (x: f32[4,8,128]) -> f32[1,8,128] {
+          %x = f32[4,8,128]{2,1,0:T(8,128)} parameter(0)
+          %s = ((f32[4,8,128]{2,1,0:T(8,128)}), f32[1,8,128]{2,1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:1], [0:8], [0:128]}
+          %c = (f32[4,8,128]{2,1,0:T(8,128)}, f32[4,8,128]{2,1,0:T(8,128)}, u32[]) copy-start(%x)
+          ROOT %d = f32[1,8,128]{2,1,0:T(8,128)S(1)} slice-done(%s)
+        }
+        """)  # noqa: E501
+    module = parse(text)
+    main = module.computations["main"]
+    part = 8 * 128 * 4
+    assert moved_bytes(main.instructions["s"], main, module).hbm == part  # read once
+    assert moved_bytes(main.instructions["c"], main, module).hbm == 2 * 4 * part
+    assert moved_bytes(main.instructions["d"], main, module).hbm == 0

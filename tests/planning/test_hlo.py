@@ -1,5 +1,6 @@
 """The reader of compiled programs, on programs whose costs are known."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from lory_jax.planning.collectives import (
     device_groups,
     find_collectives,
 )
-from lory_jax.planning.cycles import count_cycles
+from lory_jax.planning.cycles import count_cycles, kernel_flops, reprice
 from lory_jax.planning.hlo import executions, parse, shape_bytes
+from lory_jax.planning.kernels import Price
+from lory_jax.planning.topology import Device
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 
@@ -180,22 +183,59 @@ def test_chains_and_fused_scatters_of_a_tpu_count_once_per_turn():
     }
 
 
-def test_cycles_are_summed_by_scope_with_turns_and_kernels():
+# Of 64 bytes and 100 FLOP a cycle.
+DEVICE = Device("v5e", 1, 2**34, 1.0, 100, 1.0, 64.0, 128)
+
+
+def price(cycles):
+    return Price(cycles, 0.0, 0.0, "", {}, 0)
+
+
+def test_both_sums_by_scope_with_turns_and_kernels():
     module = parse(TPU)
-    cycles = count_cycles(module, executions(module), flops_per_cycle=100)
+    prices = {"splash_mha_fwd.2": price(5000.0), "mystery.1": price(70.0), "known.1": price(30.0)}
+    cycles = count_cycles(module, executions(module), DEVICE, prices)
     splash = 2 * 2 * 2 * 64 * 64 * 16 / 2 / 100
-    assert cycles.by_scope == {
+    none = {"optimizer": 0, "merge": 0, "expert_ffn": 0, "attention": 0, "head_and_loss": 0}
+    assert cycles.compiler == none | {
         "optimizer": 40,
         "merge": 4 * (100 + 20),
-        "expert_ffn": 0,
         "attention": 4 * (7 + splash),
-        "head_and_loss": 0,
         "layout_copies": 4 * 11,
         "other": 0,
     }
-    assert cycles.kernels == {"known": 4 * 20, "splash_mha_fwd": 4 * splash}
+    # Reading and writing f32[8] takes a cycle; f.2 reads bf16[8, 32] and writes bf16[32, 32].
+    assert cycles.repriced == none | {
+        "optimizer": 1,
+        "merge": 4 * ((512 + 2048) / 64 + 30),
+        "attention": 4 * (1 + 5000),
+        "layout_copies": 4 * 1,
+        "other": 4 * (70 + (32 + 2 * 64 * 16 * 2) / 64),  # the kernel without a name, and %q
+    }
+    assert cycles.kernels == {"known": 4 * 30, "mystery": 4 * 70, "splash_mha_fwd": 4 * 5000}
     assert cycles.uncounted == {"mystery": 4}
-    assert cycles.total == sum(cycles.by_scope.values())
+    assert cycles.compiler_total == sum(cycles.compiler.values())
+    assert cycles.repriced_total == sum(cycles.repriced.values())
+
+
+def test_an_estimate_below_the_bytes_stays_and_that_of_a_product_always():
+    module = parse(TPU)
+    body = module.computations["body"].instructions
+    slow = dataclasses.replace(DEVICE, hbm_bandwidth=1.0)
+    assert reprice(body["f.2"], module.computations["body"], module, slow) == 100
+    product = parse(TPU.replace("multiply(%p.4, %p.4)", "dot(%p.4, %p.4)"))
+    body = product.computations["body"]
+    assert reprice(body.instructions["f.4"], body, product, DEVICE) == 7
+
+
+def test_splash_reads_the_length_from_either_layout():
+    instruction = parse(TPU).computations["body"].instructions["splash_mha_fwd.2"]
+    flops = 2 * 2 * 2 * 64 * 64 * 16 / 2
+    assert kernel_flops(instruction, parse(TPU).computations["body"]) == flops
+    text = TPU.replace("%q = bf16[2,64,16]", "%q = bf16[2,16,64]")
+    text = text.replace('"note":"x"', '"xprof_metadata":"{\\"q_layout\\": 2}"')
+    body = parse(text).computations["body"]
+    assert kernel_flops(body.instructions["splash_mha_fwd.2"], body) == flops
 
 
 def test_a_loop_over_data_is_named_and_counts_once():

@@ -65,7 +65,8 @@ def test_cloud_names_of_topologies(name, libtpu_name):
         ("v5e-3", "topology: .*v5e-3.* 1, 4, 8, 16"),
         ("v5p-4", "topology: .* 8, 16, 32"),
         ("v5p-9", "topology: "),
-        ("h100-8", "topology: "),
+        ("h100-3", "topology: .*h100-3.* 1, 2, 4, 8"),
+        ("b200-8", "topology: .* v5e-CHIPS.* h100-N"),
     ],
 )
 def test_other_names_say_what_is_accepted(name, message):
@@ -148,7 +149,15 @@ def test_the_table_sets_every_baseline_side_by_side():
 
 @pytest.mark.parametrize(
     ("flags", "name"),
-    [((), "--topology"), (("--topology=v5e-3",), "topology"), (("--mesh=8",), "--topology")],
+    [
+        ((), "--topology"),
+        (("--topology=v5e-3",), "topology"),
+        (("--mesh=8",), "--topology"),
+        (("--rank",), "--rank"),
+        (("--topology=v5e-4", "--price=v5e=1"), "--price"),
+        (("--topology=v5e-4", "--rank", "--price=v5e"), "--price"),
+        (("--topology=v5e-4", "--rank", "--budget=0"), "--budget"),
+    ],
 )
 def test_wrong_flags_are_one_line(flags, name):
     assert_one_line_error(run_plan(*TINY, *flags), 2, name)
@@ -163,11 +172,16 @@ def test_a_tiny_step_compiles_for_a_tpu():
         assert memory["total"] == memory["arguments"] + memory["temporaries"]
         axes = {axis for kind in version["collective_bytes"].values() for axis in kind}
         assert {"fsdp"} <= axes <= {"data", "fsdp", "data+fsdp"}
-        cycles = estimate["cycles"]
-        assert cycles["total"] == sum(v for name, v in cycles.items() if name != "total")
-        assert (cycles["merge"] > 0) == has_experts and cycles["attention"] > 0
+        for cycles in (estimate["cycles"], estimate["repriced_cycles"]):
+            assert cycles["total"] == sum(v for name, v in cycles.items() if name != "total")
+            assert (cycles["merge"] > 0) == has_experts and cycles["attention"] > 0
+        assert estimate["compute_seconds"] == estimate["repriced_cycles"]["total"] / 1.5e9
+        assert estimate["hbm_seconds"] == estimate["hbm_bytes"] / 819e9
+        kernels = estimate["kernels"].values()
+        assert all(not k["unread"] and not k["counted_always"] for k in kernels)
+        assert all(k["cycles"] >= k["matrix_unit"] > 0 and k["bundles"] > 0 for k in kernels)
         assert estimate["loops_counted_once"] == [] and estimate["uncounted_kernels"] == {}
-        assert any(kernel.startswith("splash_mha") for kernel in estimate["kernel_cycles"])
+        assert any(kernel.startswith("paired") for kernel in estimate["kernel_cycles"])
         assert 0 < estimate["mfu_upper_bound"] < 1
     # Parameters and two moments in float32 over fsdp=2; the TPU pads some of their tiles.
     state = 12 * result["parameters"]["total"]

@@ -227,8 +227,25 @@ def test_held_out_sets_are_cut_to_a_number(corpus, tmp_path):
     assert data.manifest.dropped["over eval_instances"] > 0
 
 
-def test_a_random_order_requires_one_shard(corpus, tmp_path):
-    with pytest.raises(InputError, match=r"^order: .*shard_documents \(120\)"):
+def test_a_random_order_of_several_shards_deals_documents_at_random(corpus, tmp_path):
+    flags = [*SHARDED, "--workers=1", "--config.data.drop_near_duplicates=false"]
+    similar, mixed = tmp_path / "similar", tmp_path / "random"
+    prepare_here(corpus, similar, *flags)
+    prepare_here(corpus, mixed, *flags, "--order=random")
+    by_topic, at_random = (PreparedData.open(path).manifest for path in (similar, mixed))
+    # The same documents, and so the same tokens of every domain.
+    assert at_random.counts["train"]["domains"] == by_topic.counts["train"]["domains"]
+    assert at_random.similarity["random"]["same_domain_rate"] < 0.5
+    assert by_topic.similarity["similar"]["same_domain_rate"] > 0.8
+    assert "several shards" in at_random.similarity["method"]
+    domains = np.load(mixed / "instance_domains.npy")
+    # Every shard holds every domain: of its first and of its last instances alike.
+    for part in np.array_split(domains, 4):
+        assert set(part.tolist()) == {0, 1, 2}
+
+
+def test_a_random_order_of_several_shards_keeps_near_duplicates(corpus, tmp_path):
+    with pytest.raises(InputError, match=r"^order: .*shard_documents \(\d+, 120\)"):
         prepare_here(corpus, tmp_path / "data", *SHARDED, "--order=random", "--workers=1")
 
 

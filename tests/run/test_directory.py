@@ -17,7 +17,7 @@ from lory_jax.data.tokenizer import Tokenizer
 from lory_jax.errors import ConfigError, InputError
 from lory_jax.parallel import make_mesh
 from lory_jax.run.directory import Dataset, RunDirectory
-from tests.support.tiny import verb, write_prepared, write_recipe
+from tests.support.tiny import metric_line, verb, write_prepared, write_recipe
 
 
 def test_what_may_change_in_a_run(tmp_path):
@@ -152,10 +152,26 @@ def test_a_config_without_a_size_is_damaged_and_one_without_a_younger_field_is_n
 
 def test_metrics_without_the_line_that_a_killed_run_left_unfinished(tmp_path):
     run = RunDirectory(tmp_path)
-    run.metrics_file.write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert run.read_metrics() == [{"step": 1}, {"step": 2}]
-    run.metrics_file.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(InputError, match=r"metrics\.jsonl"):
+    lines = [metric_line(step) for step in (1, 2)]
+    first, second = (json.dumps(line) + "\n" for line in lines)
+    run.metrics_file.write_text(first + second + '{"st')
+    assert run.read_metrics() == lines
+    run.metrics_file.write_text(first + '{"st\n' + second)
+    with pytest.raises(InputError, match=r"metrics\.jsonl:2"):
+        run.read_metrics()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("step", None), ("step", 1.5), ("loss", "2"), ("loss", None), ("step_seconds", [])),
+        *(("tokens", 2**70), ("experts_active", "all"), ("validation_loss", {})),
+    ],
+)
+def test_metrics_whose_numbers_are_none_are_refused(field, value, tmp_path):
+    run = RunDirectory(tmp_path)
+    run.metrics_file.write_text(json.dumps(metric_line(1) | {field: value}) + "\n")
+    with pytest.raises(InputError, match=rf"metrics\.jsonl:1: damaged, .*{field}"):
         run.read_metrics()
 
 

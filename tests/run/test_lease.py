@@ -13,7 +13,7 @@ from lory_jax.run.lease import LEASE, Lease
 from lory_jax.storage import Staging, storage_path
 from lory_jax.training.monitoring.metrics_log import with_unsent_lines
 from tests.support.emulators import object_store
-from tests.support.tiny import ROOT, verb_environment
+from tests.support.tiny import ROOT, metric_line, verb_environment
 
 EXPIRY, RENEWAL = 4.0, 0.4
 HOLD = f"""
@@ -99,7 +99,7 @@ def test_metrics_that_wait_for_a_store_survive_a_killed_process(tmp_path, monkey
         "(staging.directory / 'metrics.jsonl').write_text(sys.argv[1])\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
-    lines = [{"step": step, "loss": 1.0, "step_seconds": 0.1} for step in (1, 2, 3)]
+    lines = [metric_line(step) for step in (1, 2, 3)]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     subprocess.run([sys.executable, "-c", write, text + '{"st'], cwd=ROOT, check=False)
     with_other_name = Staging("logs", "s3://bucket/other")

@@ -30,22 +30,23 @@ CONFIG = tiny_config(
 PROMPTS = [[1, 5, 9], [2, 3, 4, 5, 6, 7]]  # neither divides over 8 devices
 
 
-def logits(params, routing):
+def logits(params, routing, ffn):
     seen = []
 
     def choose(logits_BxV, positions_B):
         seen.append(jax.device_get(logits_BxV))
         return jnp.argmax(logits_BxV, axis=-1)
 
-    list(decode(CONFIG, params, PROMPTS, choose, max_new_tokens=7, routing=routing))
+    list(decode(CONFIG, params, PROMPTS, choose, max_new_tokens=7, routing=routing, ffn=ffn))
     return np.stack(seen)
 
 
-def bytes_of_step(params):
+def bytes_of_step(params, ffn):
     """Of weights and cache, on all devices and on one; and what a step needs beside them."""
-    decoder = make_decoder(CONFIG, "prompt", mesh_of(params))
+    decoder = make_decoder(CONFIG, "prompt", mesh_of(params), ffn)
     tokens, lengths = np.ones((2, 8), np.int32), np.full(2, 8, np.int32)
-    _, weights, cache = decoder.prefill(params, tokens, lengths, 32, False)
+    _, merged, cache = decoder.prefill(params, tokens, lengths, 32, None)
+    weights = decoder.weights(params, merged)
     leaves = jax.tree.leaves((weights, cache))
     step = decoder.step.lower(weights, cache, tokens[:, 0]).compile()
     return {
@@ -61,12 +62,15 @@ def main() -> None:
         shape: jax.device_put(params, shardings(build(CONFIG)[1], make_mesh(*shape)))
         for shape in ((1, 8, 1), (1, 2, 4))
     }
-    for routing in ("prompt", "segment"):
-        expected = logits(jax.device_put(params, jax.devices()[0]), routing)
-        for shape, sharded in on.items():
-            error = np.max(np.abs(logits(sharded, routing) - expected))
-            report[f"{routing} {shape}"] = float(error / np.max(np.abs(expected)))
-    report["bytes"] = {str(shape): bytes_of_step(sharded) for shape, sharded in on.items()}
+    for ffn in ("merged", "experts"):
+        for routing in ("prompt", "segment"):
+            expected = logits(jax.device_put(params, jax.devices()[0]), routing, ffn)
+            for shape, sharded in on.items():
+                error = np.max(np.abs(logits(sharded, routing, ffn) - expected))
+                report[f"{routing} {ffn} {shape}"] = float(error / np.max(np.abs(expected)))
+        report[f"bytes {ffn}"] = {
+            str(shape): bytes_of_step(sharded, ffn) for shape, sharded in on.items()
+        }
     json.dump(report, sys.stdout)
 
 

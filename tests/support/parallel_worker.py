@@ -21,9 +21,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
+from lory_jax.model.attention import paired  # noqa: E402
 from lory_jax.parallel import make_mesh, place_batch  # noqa: E402
 from lory_jax.training.state import init_state, new_state, state_shardings  # noqa: E402
 from lory_jax.training.step import make_loss_step, make_train_step  # noqa: E402
+from lory_jax.training.top_k import top_k_schedule  # noqa: E402
 from lory_jax.training.upcycle import make_upcycle  # noqa: E402
 from tests.support.models import constant_rate, params_of, tiny_config  # noqa: E402
 
@@ -42,6 +44,7 @@ SPARSE = {
 HEADS_MESHES = [(2, 2, 2), (1, 2, 4)]  # more devices than sequences per microbatch
 # Every sharded axis divides by 8. A large epsilon keeps Adam from amplifying rounding.
 CONFIG = functools.partial(tiny_config, vocab_size=40, sequence_length=10)
+ANNEALED = {"steps": STEPS, "top_k_anneal_start": 0.0, "top_k_anneal_end": 1.0}
 OPTIMIZER = constant_rate(0.01, epsilon=1e-3, clip_norm=0.0)
 
 
@@ -62,8 +65,10 @@ def train(config, mesh, microbatches=1):
     """Losses, gradients of the first step, final parameters, and facts about the placement."""
     state = new_state(config, OPTIMIZER, params_of(config))
     state = jax.device_put(state, state_shardings(config, OPTIMIZER, mesh))
-    step = make_train_step(config, OPTIMIZER, mesh, microbatches)
-    tokens = np.random.default_rng(0).integers(0, 40, (STEPS, BATCH, 11)).astype(np.int32)
+    schedule = top_k_schedule(config, ANNEALED)
+    step = make_train_step(config, OPTIMIZER, mesh, microbatches, schedule)
+    L1 = config.sequence_length + 1
+    tokens = np.random.default_rng(0).integers(0, 40, (STEPS, BATCH, L1)).astype(np.int32)
     place = functools.partial(place_batch, mesh=mesh, axis=config.batch_axis)
     result = {"losses": [], "donated": True}
     with jax.set_mesh(mesh):
@@ -91,8 +96,13 @@ def train(config, mesh, microbatches=1):
     return result
 
 
-def compare(config, single, meshes=MESHES, microbatches=1) -> dict:
-    expected, report = train(config, single), {}
+def run_interpreted(attention, query, key, value, rope, interpret):
+    return attention(query, key, value, rope, True)
+
+
+def compare(config, single, meshes=MESHES, microbatches=1, reference=None) -> dict:
+    """Errors by mesh, against one device with the same config or with that of a reference."""
+    expected, report = train(reference or config, single), {}
     for shape in meshes:
         got = train(config, make_mesh(*shape), microbatches)
         report[str(shape)] = {
@@ -172,6 +182,12 @@ def main() -> None:
     grouped = CONFIG(num_heads=8, num_kv_heads=4, attention_sharding="heads")
     report["lory, grouped heads"] = compare(grouped, single, [(1, 2, 4)])
     report["lory, documents"] = compare(CONFIG(document_mask=True), single, [(2, 2, 2)])
+    # The kernel of a TPU, interpreted: two heads of 64, whose rows are a multiple of 128.
+    paired.paired_attention = functools.partial(run_interpreted, paired.paired_attention)
+    sizes = {"num_experts": 0, "embed_dim": 128, "sequence_length": 128, "num_layers": 1}
+    wide = functools.partial(CONFIG, **sizes)
+    report["dense, paired"] = compare(wide(attention="paired"), single, reference=wide())
+    report["lory, fewer experts"] = compare(CONFIG(top_k_experts=2), single, [(2, 2, 2)])
     report["uniform"] = compare(CONFIG(routing="uniform"), single, [(2, 2, 2)])
     wide = functools.partial(CONFIG, embed_dim=32, mlp_dim=64)
     report["bytes_over_tensor"] = [bytes_over_tensor(wide(num_experts=E), mesh) for E in (8, 16)]

@@ -59,10 +59,17 @@ def merged_ffn(h_TxD, experts, weights):
     """Merges the experts with `weights`, matrix by matrix, and applies the SwiGLU to each token."""
     merged = {}
     for name in ("gate", "up", "down"):
-        merged[name] = np.zeros(experts[name].shape[1:])
-        for i, weight in enumerate(weights):
-            merged[name] += weight * experts[name][i]
-    rows = [(silu(h @ merged["gate"]) * (h @ merged["up"])) @ merged["down"] for h in h_TxD]
+        for part in (name, f"{name}_bias"):
+            if part not in experts:
+                merged[part] = 0.0
+                continue
+            merged[part] = np.zeros(experts[part].shape[1:])
+            for i, weight in enumerate(weights):
+                merged[part] += weight * experts[part][i]
+    rows = []
+    for h in h_TxD:
+        gate, up = (h @ merged[name] + merged[f"{name}_bias"] for name in ("gate", "up"))
+        rows.append((silu(gate) * up) @ merged["down"] + merged["down_bias"])
     return np.array(rows)
 
 

@@ -95,6 +95,13 @@ def write_prepared(
     return directory
 
 
+def metric_line(step: int) -> dict[str, Any]:
+    """A line of metrics.jsonl with what every line has that is read again."""
+    return {"step": step, "tokens": 9 * step, "loss": 1.0, "step_seconds": 0.1} | {
+        "experts_active": None
+    }
+
+
 def verb(name: str, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """Runs `python -m lory_jax.NAME` as a user would, and returns what it printed."""
     return subprocess.run(

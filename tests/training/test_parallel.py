@@ -24,9 +24,10 @@ from tests.support.tiny import run_worker
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 HEADS_MESHES = [(2, 2, 2), (1, 2, 4)]
-CASES = [(model, mesh) for model in ("dense", "lory") for mesh in MESHES]
+CASES = [(model, mesh) for model in ("dense", "lory", "dense, paired") for mesh in MESHES]
 CASES += [(routing, (2, 2, 2)) for routing in SPARSE]
 CASES += [("lory, documents", (2, 2, 2)), ("uniform", (2, 2, 2))]
+CASES += [("lory, fewer experts", (2, 2, 2))]
 CASES += [("lory, grouped and tied", (2, 2, 2)), ("lory, grouped heads", (1, 2, 4))]
 CASES += [(f"{model}, heads", mesh) for model in ("dense", "lory") for mesh in HEADS_MESHES]
 TOLERANCE = 2e-5  # float32, on the scale of each parameter; sums run in another order

@@ -24,14 +24,18 @@ HEAVY = {
     "pyarrow",
     "safetensors",
     "scann",
+    "prometheus_client",
     "scipy",
     "sklearn",
+    "starlette",
     "tensorboardX",
     "tensorflow_datasets",
     "tokenizers",
     "transformers",
+    "uvicorn",
 }
-COMMANDS = [*((verb,) for verb in VERBS), ("convert", "to-hf"), ("convert", "from-hf")]
+COMMANDS = [*((verb,) for verb in VERBS), ("convert", "to-hf")]
+COMMANDS += [("convert", "from-hf"), ("convert", "prune")]
 
 
 def imported(*words: str) -> tuple[subprocess.CompletedProcess[str], set[str]]:

@@ -22,8 +22,10 @@ from lory_jax.api import Model
 from lory_jax.errors import ConfigError, InputError
 from lory_jax.evaluation.harness.model import DEFAULT_BATCH_SIZE, LoryLM
 from lory_jax.evaluation.harness.tasks.data import GROUP, SHIPPED, fetch_task_data, group, members
+from lory_jax.storage import local_path
 
 TASK_FILES = Path(__file__).parent / "tasks"
+TASK_SUFFIXES = (".yaml", ".yml")
 # The metric reported for a task is the first of these that it has; acc_norm is LLaMA's accuracy,
 # normalised by characters.
 HEADLINES = ("acc_norm", "acc", "exact_match")
@@ -143,6 +145,7 @@ def _names(tasks: str) -> list[str]:
     """The names with the group replaced by its tasks; each occurs once."""
     names: dict[str, None] = {}
     for name in tasks.split(","):
+        name = str(local_path(name)) if name.endswith(TASK_SUFFIXES) else name
         names.update(dict.fromkeys(members() if name == GROUP else [name]))
     return list(names)
 
@@ -188,7 +191,7 @@ def _manager(has_others: bool, tasks_data: Path | None, include_path: Path | Non
 
 def _check_known(name: str, manager: TaskManager) -> None:
     """Raises where a name is neither a task of the harness nor a task file."""
-    if name.endswith((".yaml", ".yml")):
+    if name.endswith(TASK_SUFFIXES):
         if not Path(name).is_file():
             raise InputError(f"tasks: {name}: no such file")
     elif name not in manager.all_tasks:

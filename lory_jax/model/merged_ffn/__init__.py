@@ -16,19 +16,22 @@ import jax
 from jax import Array
 
 from lory_jax.errors import ConfigError
-from lory_jax.model.experts import MATRICES, Experts
+from lory_jax.model.experts import BIASES, MATRICES, Experts
 from lory_jax.model.merged_ffn.blocks import block_products, whole_products
 from lory_jax.model.merged_ffn.reference import (
+    SAVED_HIDDEN,
+    apply_ffn,
     einsum_ffn,
     merge,
     merge_experts,
     swiglu,
 )
-from lory_jax.model.merged_ffn.vjp import SAVED_HIDDEN, Products, products_ffn
+from lory_jax.model.merged_ffn.vjp import Products, products_ffn
 
 __all__ = [
     "IMPLEMENTATIONS",
     "SAVED_HIDDEN",
+    "apply_ffn",
     "merge",
     "merge_experts",
     "merged_ffn",
@@ -48,7 +51,8 @@ def merged_ffn(
 
     Args:
       x_SxTxD: hidden states of S segments, in the compute type.
-      experts: `{"gate": [E, D, F], "up": [E, D, F], "down": [E, F, D]}`.
+      experts: `{"gate": [E, D, F], "up": [E, D, F], "down": [E, F, D]}`; perhaps also their biases
+        `{"gate_bias": [E, F], "up_bias": [E, F], "down_bias": [E, D]}`, for "einsum" alone.
       r_SxE: routing weights.
       implementation: one of `IMPLEMENTATIONS`; "auto" is for JAX's default backend.
 
@@ -58,11 +62,12 @@ def merged_ffn(
     Raises:
       ConfigError: the backend cannot run the implementation with these shapes.
     """
-    experts = {name: experts[name] for name in MATRICES}
-    if implementation == "auto":
+    has_bias = BIASES[0] in experts
+    experts = {name: experts[name] for name in (*MATRICES, *(BIASES if has_bias else ()))}
+    if implementation == "auto" or has_bias:
         (E, D, _), (_, T, _) = experts["gate"].shape, x_SxTxD.shape
-        itemsize = x_SxTxD.dtype.itemsize
-        implementation = resolve_merged_ffn("auto", jax.default_backend(), T, D, E, itemsize)
+        itemsize, platform = x_SxTxD.dtype.itemsize, jax.default_backend()
+        implementation = resolve_merged_ffn(implementation, platform, T, D, E, itemsize, has_bias)
     if implementation == "einsum":
         return einsum_ffn(x_SxTxD, experts, r_SxE)
     if implementation not in IMPLEMENTATIONS:
@@ -83,7 +88,9 @@ def _products(implementation: str) -> Products:
     return kernel_products()
 
 
-def resolve_merged_ffn(choice: str, platform: str, T: int, D: int, E: int, itemsize: int) -> str:
+def resolve_merged_ffn(
+    choice: str, platform: str, T: int, D: int, E: int, itemsize: int, has_bias: bool = False
+) -> str:
     """Resolves `config.model.merged_ffn` on a platform.
 
     Args:
@@ -93,15 +100,24 @@ def resolve_merged_ffn(choice: str, platform: str, T: int, D: int, E: int, items
       D: model width.
       E: experts.
       itemsize: bytes of the compute type.
+      has_bias: whether the experts have biases, which the hand-derived gradients leave out.
 
     Raises:
       ConfigError: the platform cannot run the requested implementation.
     """
+    if has_bias:
+        if choice not in ("auto", "einsum"):
+            raise ConfigError(
+                f"config.model.merged_ffn: got {choice}, which has no biases; must be auto or "
+                "einsum with config.model.mlp_bias"
+            )
+        return "einsum"
     if choice == "auto":
         # On any TPU: which one it is, is known when the program is traced.
         if platform == "tpu" and not kernel_obstacle(T, D, E, itemsize, SMALLEST_VMEM):
             return "kernel"
-        return "whole" if platform == "cpu" else "blocks"
+        # On GPUs it moves a third less than `blocks`, and takes more memory (docs/performance.md).
+        return "blocks" if platform == "tpu" else "whole"
     if choice == "kernel":
         obstacle = kernel_obstacle(T, D, E, itemsize, LARGEST_VMEM)
         if platform != "tpu":

@@ -40,6 +40,7 @@ from lory_jax.model.experts import (
     TENSOR,
     Experts,
 )
+from lory_jax.model.merged_ffn.reference import SAVED_HIDDEN
 from lory_jax.parallel import has_mesh, on_mesh
 
 
@@ -69,8 +70,6 @@ class Products:
 
 
 Combine = Callable[..., tuple[Array, ...]]  # elementwise, on float32 arrays
-
-SAVED_HIDDEN = "expert_ffn_hidden"  # gate and up; remat policies that keep products keep these
 
 Saved = tuple[Array, Experts, Array, Array, Array]
 

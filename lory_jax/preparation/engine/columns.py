@@ -68,7 +68,10 @@ class Ragged:
 
 def write_array(directory: Path, name: str, array: np.ndarray) -> None:
     """Writes a column of numbers into a local directory."""
-    np.save(directory / f"{name}.npy", np.ascontiguousarray(array))
+    array = np.ascontiguousarray(array)
+    with (directory / f"{name}.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)  # unlike np.save, it says why a disk refuses
 
 
 def read_array(directory: Path, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:

@@ -29,7 +29,7 @@ from typing import Any
 
 from lory_jax.data.manifest import file_sha256
 from lory_jax.errors import InputError
-from lory_jax.storage import is_remote, send, storage_path, write_atomically
+from lory_jax.storage import is_remote, naming, send, storage_path, write_atomically
 
 SETTINGS_NAME = "settings.json"
 MOD = 2**64
@@ -133,7 +133,7 @@ class Work:
 def run_task(root: str, stage: Stage, task: int) -> int:
     """Runs a task unless it has its marker; returns its rows."""
     work = Work(root)
-    with _alone(work, stage.name, task):
+    with naming(work.directory(stage.name, task)), _alone(work, stage.name, task):
         if work.marker_path(stage.name, task).exists():
             return work.marker(stage.name, task)["rows"]
         return _run(work, stage, task)
@@ -161,6 +161,7 @@ def _run(work: Work, stage: Stage, task: int) -> int:
     directory = Path(tempfile.mkdtemp(prefix=f"{task:05d}.tmp-", dir=parent))
     directory.chmod(0o755)
     started, cpu = time.monotonic(), time.process_time()
+    _forget_peak()
     try:
         facts = stage.run(work, task, directory)
         files = sorted(p for p in directory.rglob("*") if p.is_file())
@@ -204,6 +205,15 @@ def _publish(directory: Path, target: Path) -> None:
     if target.exists():  # its process died between the rename and the marker
         shutil.rmtree(target)
     os.rename(directory, target)
+
+
+def _forget_peak() -> None:
+    """Lets the peak of this process's memory begin anew, so that a marker tells that of its task.
+
+    Where the system cannot (only Linux can), it is the peak since the process began.
+    """
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
 
 
 def _peak_mib() -> int:

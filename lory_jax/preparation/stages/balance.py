@@ -11,7 +11,7 @@ import numpy as np
 from lory_jax.preparation.clustering import merge_small
 from lory_jax.preparation.engine.columns import read_array
 from lory_jax.preparation.engine.work import Facts, Work
-from lory_jax.preparation.stages import read
+from lory_jax.preparation.stages import cluster, read
 from lory_jax.preparation.stages.rows import Rows, join_rows, read_rows
 
 SHARDS_NAME = "shards.json"
@@ -41,8 +41,7 @@ def count(work: Work) -> int:
 def run(work: Work, task: int, out: Path) -> Facts:
     """Makes the shards."""
     largest = work.data["shard_documents"]
-    leaves = work.values("cluster")["leaves"]
-    counts_C = np.zeros(leaves, np.int64)
+    counts_C = np.zeros(cluster.num_leaves(work), np.int64)
     for reader in range(read.count(work)):
         counts_C += np.diff(read_array(work.directory("assign", reader), "starts"))
     shards = []

@@ -1,7 +1,8 @@
 """Stages `cluster` and `assign`: the leaves of a k-means tree, and the documents of each.
 
 `assign` writes the training rows of a reading task sorted by leaf; `starts_C1` says where each leaf
-begins. A corpus of at most one shard has one leaf.
+begins. A corpus of at most one shard has one leaf. For random order, documents are dealt to leaves
+by their hashes instead, so that every shard is a random sample of the corpus.
 """
 
 from collections import Counter
@@ -20,6 +21,8 @@ from lory_jax.preparation.statistics import check_sizes
 # Leaves are aimed at an eighth of a shard: small ones are cut through topics less often, and shards
 # joined from them are of more even size.
 LEAF_SHARE = 1 / 8
+# Leaves of random order are shards as they are: neither small enough to be joined nor too large.
+RANDOM_LEAF_SHARE = 3 / 4
 
 
 def count(work: Work) -> int:
@@ -31,6 +34,8 @@ def run(work: Work, task: int, out: Path) -> Facts:
     """Finds the centres of the leaves; first of all, it checks that there are tokens enough."""
     _check(work)
     documents, largest = select.num_training_documents(work), work.data["shard_documents"]
+    if deals_at_random(work):
+        return Facts(values={"leaves": -(-documents // max(int(largest * RANDOM_LEAF_SHARE), 1))})
     dim = work.data["embedding_dim"]
     centres_CxD = np.zeros((1, dim), np.float32)
     if documents > largest:
@@ -45,15 +50,28 @@ def run(work: Work, task: int, out: Path) -> Facts:
 
 def run_assign(work: Work, task: int, out: Path) -> Facts:
     """Sorts the training documents of a reading task by leaf."""
-    rows = read_rows(work.directory("encode", task) / "train")
-    centres_CxD = read_array(work.directory("cluster"), "centres")
+    rows, leaves = read_rows(work.directory("encode", task) / "train"), num_leaves(work)
     leaf_N = np.zeros(len(rows), np.int64)
-    if len(centres_CxD) > 1:
+    if deals_at_random(work):
+        leaf_N = (rows.digest_Nx2[:, 1] % np.uint64(leaves)).astype(np.int64)
+    elif leaves > 1:
+        centres_CxD = read_array(work.directory("cluster"), "centres")
         leaf_N = nearest(rows.vectors_NxD.astype(np.float32), centres_CxD)
     by_leaf_N = np.argsort(leaf_N, kind="stable")
-    (rows.take(by_leaf_N) if len(centres_CxD) > 1 else rows).write(out / "train")
-    write_array(out, "starts", np.searchsorted(leaf_N[by_leaf_N], np.arange(len(centres_CxD) + 1)))
+    (rows.take(by_leaf_N) if leaves > 1 else rows).write(out / "train")
+    write_array(out, "starts", np.searchsorted(leaf_N[by_leaf_N], np.arange(leaves + 1)))
     return Facts(len(rows), hash_sum(rows.digest_Nx2[:, 0]))
+
+
+def num_leaves(work: Work) -> int:
+    """Returns the number of leaves."""
+    return work.values("cluster")["leaves"]
+
+
+def deals_at_random(work: Work) -> bool:
+    """Whether documents go to shards by their hashes: random order of more than one shard."""
+    documents = select.num_training_documents(work)
+    return work.settings["order"] == "random" and documents > work.data["shard_documents"]
 
 
 def _check(work: Work) -> None:

@@ -166,8 +166,8 @@ def _held_out_counts(work: Work, split: str) -> dict[str, Any]:
 def _similarity(work: Work) -> dict[str, Any]:
     parts = [work.values("order", task) for task in range(order.count(work))]
     similarity: dict[str, Any] = {"method": parts[0]["method"]}
-    # Random order within each of several shards would not be random order of the corpus.
-    names = parts[0]["figures"] if len(parts) == 1 else ["similar"]
+    # Random order within each of several clusters would not be random order of the corpus.
+    names = parts[0]["figures"] if len(parts) == 1 else [work.settings["order"]]
     for name in names:
         similarity[name] = joined_figures([part["figures"][name] for part in parts])
     return similarity

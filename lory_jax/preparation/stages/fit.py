@@ -13,10 +13,11 @@ import numpy as np
 from lory_jax.data.manifest import TOKENIZER_NAME
 from lory_jax.data.special_tokens import SPECIAL_TOKENS_NAME, SpecialTokens
 from lory_jax.data.tokenizer import Tokenizer
+from lory_jax.errors import InputError
 from lory_jax.preparation.embedding.lsa import Embedder
 from lory_jax.preparation.engine.columns import read_array, read_ragged, write_array
 from lory_jax.preparation.engine.work import Facts, Work
-from lory_jax.preparation.stages import read
+from lory_jax.preparation.stages import read, select
 from lory_jax.preparation.stages.texts import Texts
 from lory_jax.preparation.tokenizer_training import train_tokenizer
 
@@ -32,7 +33,13 @@ def count(work: Work) -> int:
 
 
 def run(work: Work, task: int, out: Path) -> Facts:
-    """Fits both."""
+    """Fits both; first of all, it checks the order, because what follows takes long.
+
+    Raises:
+      InputError: random order of several shards would keep near duplicates that similarity order
+        leaves out.
+    """
+    _check_order(work)
     settings, say = work.settings, []
     texts = Texts(work, _sample(work))
     if settings["tokenizer"] == "trained":
@@ -48,6 +55,18 @@ def run(work: Work, task: int, out: Path) -> Facts:
             write_array(out, field.name, getattr(embedder, field.name))
     texts.close()
     return Facts(values={"vocab_size": tokenizer.vocab_size, "sample": len(texts)}, say=say)
+
+
+def _check_order(work: Work) -> None:
+    data, documents = work.data, select.num_training_documents(work)
+    is_sharded = documents > data["shard_documents"]
+    if work.settings["order"] == "random" and is_sharded and data["drop_near_duplicates"]:
+        raise InputError(
+            "order: random cannot leave out near duplicates if there are more documents than "
+            f"config.data.shard_documents ({documents:,}, {data['shard_documents']:,}), because "
+            "they are found among similar documents; set config.data.drop_near_duplicates=false "
+            "for both orders, so that they have the same tokens"
+        )
 
 
 def load_tokenizer(work: Work) -> Tokenizer:

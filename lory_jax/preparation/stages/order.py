@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from lory_jax.errors import InputError
 from lory_jax.preparation.deduplication import near_duplicates, shingle_width
 from lory_jax.preparation.engine.columns import write_array
 from lory_jax.preparation.engine.work import Facts, Work, hash_sum
 from lory_jax.preparation.neighbors import Neighbors, find_neighbors, has_scann
 from lory_jax.preparation.ordering import order_by_similarity
 from lory_jax.preparation.packing import cut_instances, instance_domains, write_shards
-from lory_jax.preparation.stages import balance, read
+from lory_jax.preparation.stages import balance, cluster, read
 from lory_jax.preparation.stages.rows import Rows
 from lory_jax.preparation.stages.texts import Texts
 from lory_jax.preparation.statistics import order_figures
@@ -57,11 +56,6 @@ def run(work: Work, task: int, out: Path) -> Facts:
     """Orders and packs a shard."""
     settings = work.settings
     wanted, length = settings["order"], settings["sequence_length"]
-    if wanted == "random" and count(work) > 1:
-        raise InputError(
-            "order: random requires that one shard holds all documents; raise "
-            f"config.data.shard_documents ({work.data['shard_documents']})"
-        )
     shard = balance.read_shard(work, task)
     shard = shard.take(shard.natural_order())
     ordered = _order(shard, work)
@@ -102,6 +96,8 @@ def _order(rows: Rows, work: Work) -> Ordered:
     random_N = np.random.default_rng(seed).permutation(len(rows))
     if len(rows) == 1:
         return Ordered(rows, {"random": random_N, "similar": random_N}, "none: one document", {})
+    if cluster.deals_at_random(work):
+        return Ordered(rows, {"random": random_N}, "none: random order of several shards", {})
     if work.settings["order"] == "random" and not has_scann():
         return Ordered(rows, {"random": random_N}, "none: ScaNN is not installed", {})
     started = time.process_time()

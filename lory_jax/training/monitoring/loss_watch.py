@@ -32,7 +32,7 @@ class LossWatch:
         """`losses` of the steps before this process, and its `counts` at the checkpoint."""
         self.recent = deque((loss for loss in losses if math.isfinite(loss)), WINDOW)
         counts = counts or {"skipped": 0, "in_a_row": 0}
-        self.skipped, self.in_a_row = counts["skipped"], counts["in_a_row"]
+        self.skipped, self.in_a_row = counts.get("skipped", 0), counts.get("in_a_row", 0)
 
     def counts(self) -> dict[str, int]:
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}

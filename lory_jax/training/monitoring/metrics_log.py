@@ -11,13 +11,15 @@ import jax
 
 from lory_jax.console import duration, say
 from lory_jax.errors import InputError
-from lory_jax.run.directory import METRICS, RunDirectory, read_lines
+from lory_jax.run.directory import METRICS, RunDirectory
+from lory_jax.run.metric_lines import read_lines
 from lory_jax.storage import Staging, Uploads, is_remote
 from lory_jax.training.monitoring.log_files import LogFiles
 from lory_jax.training.monitoring.loss_watch import LossWatch
 
-# Only sparse baselines have them, each some.
+# Only sparse baselines have them, each some; and `experts_kept`, where training lowers it.
 SPARSE_METRICS = (
+    "experts_kept",
     "dropped_tokens",
     "load_balancing_loss",
     "load_violation",
