@@ -11,7 +11,7 @@ from typing import Any
 from lory_jax.data.mixture import is_mixture
 from lory_jax.errors import ConfigError, shorten
 from lory_jax.fields import Field, all_may_change, bool_field, choice_field, float_field, int_field
-from lory_jax.model.routing_rules import MERGED, SPARSE
+from lory_jax.model.routing_rules import MERGED, SOURCES, SPARSE
 from lory_jax.running_fields import CHECKPOINT, PARALLEL
 
 SCHEMA: dict[str, dict[str, Field]] = {
@@ -56,6 +56,11 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "segment_length": int_field(256, "tokens per routing segment T", 1, is_size=True),
         "routing": choice_field(
             "causal is Lory; the others are baselines (docs/baselines.md)", *MERGED, *SPARSE
+        ),
+        "routing_source": choice_field(
+            "what routes a segment: the mean of the last one (the paper), of all earlier ones, an "
+            "average that halves with every segment, or attention of the last one's first token",
+            *SOURCES,
         ),
         "first_segment_routing": choice_field(
             "routing of segment 1: by its own mean (the paper) or 1/E each (strictly causal)",
