@@ -152,6 +152,8 @@ def test_decoding_with_an_adapted_router_equals_the_forward_pass(fields):
 )
 def test_decoding_with_fields_of_the_controls_equals_the_forward_pass(params, fields, routing, ffn):
     config = dataclasses.replace(CONFIG, **fields)
+    # Attention sums its weights token by token, which the decided routers here amplify.
+    atol = 2e-5 if config.routing_source == "attention" else 1e-5
     tokens = random_tokens(len(LENGTHS))
     tokens[:, ::11] = 7  # documents begin in prompts and after them
     lengths = jnp.asarray(LENGTHS)
@@ -159,7 +161,7 @@ def test_decoding_with_fields_of_the_controls_equals_the_forward_pass(params, fi
     found = decoded_logits(config, params, tokens, routing, LENGTHS, ffn)
     for row, length in enumerate(LENGTHS):
         expected = full[row, length - 1 : length - 1 + found.shape[1]]
-        np.testing.assert_allclose(found[row], expected, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(found[row], expected, atol=atol, rtol=0)
     if "routing_source" not in fields or routing == "segment":
         assert np.abs(full - full_logits(CONFIG, params, tokens, routing, lengths)).max() > 1e-2
 

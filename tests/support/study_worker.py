@@ -39,7 +39,7 @@ def train(workdir: Path, fields: dict[str, str]) -> None:
     saved.write_text(str(step))
     losses = dict.fromkeys(("ones", "threes"), loss_of(fields))
     line = {"step": step, "tokens": step, "loss": loss_of(fields), "step_seconds": 0.1}
-    line |= {"validation_loss_by_domain": losses}
+    line |= {"experts_active": None, "validation_loss_by_domain": losses}
     (workdir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
 
 
