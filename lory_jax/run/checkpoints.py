@@ -266,7 +266,7 @@ class Checkpoints:
         if is_remote(self.directory):
             return
         try:
-            check_links(self.directory / str(step))
+            check_links(self.directory, str(step))
         except InputError as error:
             raise ValueError(str(error)) from None
 
