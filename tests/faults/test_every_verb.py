@@ -55,8 +55,8 @@ def begin(site, disk, name):
 
 def run(monkeypatch, capsys, command, name):
     main, arguments = command
-    if name == "train":  # it ends its process at once where a save failed
-        result = verb("train", *arguments)
+    if name in ("train", "convert from-hf", "doctor"):  # a failed save ends the process at once
+        result = verb(name.partition(" ")[0], *arguments)
         return result.returncode, result.stderr
     capsys.readouterr()
     return status_of(monkeypatch, main, arguments), capsys.readouterr().err
