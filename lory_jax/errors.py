@@ -27,7 +27,7 @@ class ConfigError(InputError):
 
 
 class Unsaved(InputError):
-    """A checkpoint could not be written. Orbax's threads may then wait for its files for minutes."""
+    """A checkpoint could not be written; Orbax's threads may then wait for its files."""
 
 
 class Diverged(InputError):
