@@ -18,9 +18,11 @@ import shutil
 import subprocess
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+PACKAGES = ("numpy", "scann", "tokenizers")
 TOPICS, WORDS_PER_TOPIC, WORDS = 400, 120, 160
 FILES_EVERY = 20_000
 FIRST = 10_000  # documents that the tokenizer of all sizes is trained on
@@ -121,7 +123,7 @@ def machine() -> dict[str, Any]:
         "processor": names[0] if names else platform.machine(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("numpy", "scann", "tokenizers")},
+        "versions": {name: version(name) for name in PACKAGES if find_spec(name)},
     }
 
 
