@@ -23,7 +23,8 @@ from lory_jax.preparation.clustering import leaf_centres, nearest
 from lory_jax.preparation.neighbors import find_neighbors
 from lory_jax.preparation.ordering import consecutive_similarity, order_by_similarity
 from lory_jax.preparation.stages.balance import make_shards
-from lory_jax.preparation.stages.cluster import CLUSTER_SAMPLE, LEAF_SHARE
+from lory_jax.preparation.stages.cluster import LEAF_SHARE
+from lory_jax.preparation.stages.encode import CLUSTER_SAMPLE
 
 K, SHARDS = 20, 16
 SCRIPT_K, SCRIPT_RUN = 9, 21
