@@ -24,6 +24,12 @@ from typing import Any
 
 PACKAGES = ("numpy", "scann", "tokenizers")
 TOPICS, WORDS_PER_TOPIC, WORDS = 400, 120, 160
+KEEP_WORK = """
+from lory_jax import cli, prepare
+from lory_jax.preparation import pipeline
+pipeline._remove = lambda work: None  # the markers are wanted
+cli.run(prepare.main)
+"""
 FILES_EVERY = 20_000
 FIRST = 10_000  # documents that the tokenizer of all sizes is trained on
 
@@ -71,14 +77,8 @@ def measure(
         *flags,
         *([f"--tokenizer={tokenizer}"] if tokenizer else []),
     ]
-    code = (
-        "from lory_jax import cli, prepare\n"
-        "from lory_jax.preparation import pipeline\n"
-        "pipeline._remove = lambda work: None\n"  # the markers are wanted
-        "cli.run(prepare.main)\n"
-    )
-    subprocess.run([sys.executable, "-c", code, *flags], check=True)
-    row = _from_markers(work)
+    subprocess.run([sys.executable, "-c", KEEP_WORK, *flags], check=True)
+    row = from_markers(work)
     manifest = json.loads((out / "manifest.json").read_text())
     shutil.rmtree(work)
     return row | {
@@ -90,7 +90,8 @@ def measure(
     }
 
 
-def _from_markers(work: Path) -> dict[str, Any]:
+def from_markers(work: Path) -> dict[str, Any]:
+    """CPU-seconds and peak memory of every stage."""
     from lory_jax.preparation.stages import STAGES
 
     markers = {
