@@ -18,8 +18,8 @@ from lory_jax.model.config import ModelConfig
 from lory_jax.model.flops import peak_bandwidth, peak_flops
 
 # bfloat16 FLOPs per byte of devices that are not in the tables of flops.py. That of CPUs is for
-# float32: on two x86 cores, XLA's product of 32 rows by [4096, 1408] reached 98 GFLOP/s, and that of
-# one row 20 GB/s.
+# float32: on two x86 cores, XLA's product of 32 rows by [4096, 1408] reached 98 GFLOP/s, and that
+# of one row 20 GB/s.
 RIDGES = {"cpu": 5.0, "gpu": 200.0, "tpu": 240.0}
 
 
