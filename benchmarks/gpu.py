@@ -12,10 +12,10 @@
 6. With the time that is left, 0.3B with 8 experts and dense, trained on the same instances.
 
 Each case runs in a process of its own, so that its peak memory is its own and a case that does not
-fit ends nothing else. Every result is written to the file as it comes; run again, the script goes on
-with what the file lacks. Requires jax, flax, optax and orbax only. Instances are int32 [N, L + 1]
-(`--export` writes them from prepared data, on a machine with all packages); by default the bytes of
-Python's own sources, which a byte-level model of the same size learns.
+fit ends nothing else. Every result is written to the file as it comes; run again, the script
+resumes with what the file lacks. Requires jax, flax, optax and orbax only. Instances are int32 [N, L + 1]:
+`--export` writes them from prepared data, on a machine with all packages. Without them, a model of
+the same size is trained on the bytes of Python's own sources.
 """
 
 import argparse

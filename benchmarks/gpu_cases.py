@@ -243,7 +243,11 @@ def load_instances(path: str | None, model: ModelConfig) -> np.ndarray:
     L = model.sequence_length
     if path:
         instances = np.load(path)
-        if instances.ndim != 2 or instances.shape[1] != L + 1 or instances.max() >= model.vocab_size:
+        if (
+            instances.ndim != 2
+            or instances.shape[1] != L + 1
+            or instances.max() >= model.vocab_size
+        ):
             raise ValueError(
                 f"--instances: got {instances.shape} with ids up to {instances.max()}, must be "
                 f"[N, {L + 1}] with ids below {model.vocab_size}"

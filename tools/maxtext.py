@@ -111,7 +111,9 @@ def table(theirs: dict[str, Any]) -> str:
     version = theirs["versions"]["maxtext"]
     rows = [row(f"MaxText {version}, dense", theirs, theirs["bytes_per_device"], theirs)]
     plans = {
-        experts: json.loads((ROOT / "docs" / "plans" / f"lory_0_3b_{experts}e_v5e-64.json").read_text())
+        experts: json.loads(
+            (ROOT / "docs" / "plans" / f"lory_0_3b_{experts}e_v5e-64.json").read_text()
+        )
         for experts in (8, 32)
     }
     ours = {"lory_jax, dense": plans[8]["dense"]}

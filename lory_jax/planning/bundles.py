@@ -63,9 +63,7 @@ def dump_arguments(directory: Path) -> str:
     )
 
 
-def read_kernel(
-    directory: Path, name: str, conditions: Sequence[float | None] = ()
-) -> KernelCost:
+def read_kernel(directory: Path, name: str, conditions: Sequence[float | None] = ()) -> KernelCost:
     """The cost of one call of a kernel, from a dump of a program with no other of its name.
 
     Args:
@@ -86,7 +84,8 @@ def read_kernel(
         if len(found) != 1:
             raise ValueError(f"{directory}: {len(found)} files *-{name}*-{suffix}.txt, expected 1")
         texts.append(found[0].read_text())
-    return count(*texts, conditions)
+    bundles_text, slots_text, original_text = texts
+    return count(bundles_text, slots_text, original_text, conditions)
 
 
 def count(
@@ -166,9 +165,7 @@ def parse_bundles(text: str) -> list[Bundle]:
     return [Bundle(match[1] or "", match[2]) for match in found if match]
 
 
-def repetitions(
-    bundles: list[Bundle], shares: Mapping[int, float] | None = None
-) -> list[float]:
+def repetitions(bundles: list[Bundle], shares: Mapping[int, float] | None = None) -> list[float]:
     """How often each bundle runs.
 
     Args:

@@ -28,7 +28,9 @@ def compile_alone(request: dict[str, Any]) -> None:
         return jax.ShapeDtypeStruct(shape, DTYPES[kind], sharding=sharding)
 
     def call(*operands: Any) -> Any:
-        results = [jax.ShapeDtypeStruct(r.shape, r.dtype) for r in map(described, request["results"])]
+        results = [
+            jax.ShapeDtypeStruct(r.shape, r.dtype) for r in map(described, request["results"])
+        ]
         return jax.ffi.ffi_call(
             "tpu_custom_call",
             results,

@@ -95,9 +95,7 @@ def plan_step(
     return result
 
 
-def read_program(
-    text: str, config: ConfigDict, mesh: Mesh, device: Device | Gpu
-) -> dict[str, Any]:
+def read_program(text: str, config: ConfigDict, mesh: Mesh, device: Device | Gpu) -> dict[str, Any]:
     """`collective_bytes` and `estimate`, which bounds the step's time.
 
     On TPUs by the repriced cycles, on GPUs by the roofline; both are overlapped by collectives.

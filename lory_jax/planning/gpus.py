@@ -41,9 +41,11 @@ class Gpu:
     @property
     def target(self) -> str:
         """The text of its GpuTargetConfigProto."""
-        return resources.files("lory_jax.planning.gpu_targets").joinpath(
-            f"{self.name}.txtpb"
-        ).read_text()
+        return (
+            resources.files("lory_jax.planning.gpu_targets")
+            .joinpath(f"{self.name}.txtpb")
+            .read_text()
+        )
 
     @property
     def memory_limit(self) -> int:

@@ -117,8 +117,9 @@ def _moved_bytes(
     total = 0
     arguments = kernel.regions[0].blocks[0].arguments
     first = len(place) + int(kernel.attributes["scalar_prefetch"].value)
-    windows = kernel.attributes["window_params"] if "window_params" in kernel.attributes else []
-    for argument, window in zip(list(arguments)[first:], windows, strict=False):
+    for argument, window in zip(
+        list(arguments)[first:], kernel.attributes["window_params"], strict=False
+    ):
         if "transform_indices" not in window:
             continue  # the kernel moves it itself
         transform = functions[window["transform_indices"].value]
@@ -274,7 +275,9 @@ def _product(operation: Any, times: float) -> Product:
         for found in re.findall(r"\[([\d, ]*)\]", numbers)
     ]
     contracted, _, left_rest, right_rest, _, batch = lists[:6]
-    precision = str(operation.attributes["precision"]) if "precision" in operation.attributes else ""
+    precision = (
+        str(operation.attributes["precision"]) if "precision" in operation.attributes else ""
+    )
     return Product(
         m=math.prod(left[i] for i in left_rest),
         k=math.prod(left[i] for i in contracted),

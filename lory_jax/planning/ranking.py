@@ -265,4 +265,3 @@ def table(
 def price_per_million(price: float, rate: float) -> float:
     """What a million tokens cost, from the price of a chip and hour and its tokens per second."""
     return price / 3600 / rate * 1e6
-

@@ -37,7 +37,9 @@ def plan_recipe(
       InputError: libtpu or the plug-in for CUDA is missing, or the recipe does not fit the mesh.
     """
     devices = topology.devices()
-    mesh = make_mesh(*(shape or mesh_shape(config, len(devices), topology.platform)), devices=devices)
+    mesh = make_mesh(
+        *(shape or mesh_shape(config, len(devices), topology.platform)), devices=devices
+    )
     versions = with_baseline(config)
     plans = []
     for i, (name, version) in enumerate(versions.items()):

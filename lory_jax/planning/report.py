@@ -79,7 +79,9 @@ def omissions_of(plan: Mapping[str, Any]) -> list[str]:
     if estimate is None:
         return []
     uncounted = estimate.get("uncounted_kernels", {}).items()
-    lines = [f"not in the compiler's sum: kernel {name}, {calls} calls" for name, calls in uncounted]
+    lines = [
+        f"not in the compiler's sum: kernel {name}, {calls} calls" for name, calls in uncounted
+    ]
     for name, price in estimate.get("kernels", {}).items():
         if price["counted_always"]:
             lines.append(

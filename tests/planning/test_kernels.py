@@ -117,4 +117,3 @@ def test_prefetched_arrays_are_found_through_copies_and_loops():
     # What the loop changes is unknown, and so is what comes from outside.
     assert prefetched(CARRIED.replace("tuple(%i, %a)", "tuple(%i, %c)"))[0] is None
     assert prefetched(CARRIED.replace("tuple(%n, %v)", "tuple(%n, %x)"))[0] is None
-

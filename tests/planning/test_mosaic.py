@@ -18,7 +18,7 @@ def body_of(function, *shapes):
     """The program of the only kernel of a function, as it is lowered for TPUs."""
     arguments = [jax.ShapeDtypeStruct(shape, kind) for shape, kind in shapes]
     text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
-    return base64.b64decode(re.findall(r'body\\22: \\22([^\\]*)\\22', text)[0])
+    return base64.b64decode(re.findall(r"body\\22: \\22([^\\]*)\\22", text)[0])
 
 
 def kernel(i_ref, x_ref, y_ref, o_ref, *, turns):
@@ -101,5 +101,5 @@ def test_equal_kernels_from_other_lines_have_one_text():
 
 
 def test_what_is_no_kernel_is_refused():
-    with pytest.raises(Exception, match="MLIR|parse"):
+    with pytest.raises(Exception, match=r"MLIR|parse"):
         read_work(b"nothing")

@@ -83,7 +83,9 @@ def test_a_search_resumes_and_ends_with_the_best(tmp_path):
         command = [sys.executable, "-m", "lory_jax.plan", *flags, *TINY]
         command += ["--config.model.num_experts=0", "--config.model.attention=xla"]
         environment = os.environ | {"LORY_PLAN_CACHE": str(tmp_path)}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1500)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=1500
+        )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)["ranking"], done.stderr.splitlines()
 
@@ -97,7 +99,8 @@ def test_a_search_resumes_and_ends_with_the_best(tmp_path):
     assert 4 <= len(found) <= 12
     assert any("left out" in line and "cudnn" in line for line in lines)
     fitting = [c["tokens_per_second_per_chip"] for c in found if c["fits_with_margin"]]
-    assert fitting == sorted(fitting, reverse=True) and fitting[0] >= first[0][
-        "tokens_per_second_per_chip"
-    ]
+    assert (
+        fitting == sorted(fitting, reverse=True)
+        and fitting[0] >= first[0]["tokens_per_second_per_chip"]
+    )
     assert len({tuple(c["flags"]) for c in found}) == len(found)

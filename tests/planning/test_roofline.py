@@ -97,7 +97,7 @@ def test_every_gpu_has_a_target_that_agrees_with_its_sheet():
 
 def test_a_missing_plug_in_is_named(monkeypatch):
     monkeypatch.setattr(gpus.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="jax_cuda12_plugin: not found.*requirements-cuda"):
+    with pytest.raises(InputError, match=r"jax_cuda12_plugin: not found.*requirements-cuda"):
         parse_gpus("h100-8").devices()
     assert parse_gpus("v5e-8") is None
 
@@ -117,7 +117,9 @@ def test_a_tiny_step_compiles_for_gpus(name):
     for version in (result, result["dense"]):
         memory, estimate = version["bytes_per_device"], version["estimate"]
         assert memory["fits"] and memory["limit"] == GPUS[name.split("-")[0]].memory_limit
-        assert set(axis for kind in version["collective_bytes"].values() for axis in kind) == {"fsdp"}
+        assert set(axis for kind in version["collective_bytes"].values() for axis in kind) == {
+            "fsdp"
+        }
         assert estimate["loops_counted_once"] == []
         # Causal attention counts half; the rest is the model's own count for 16 rows of 256 tokens.
         tokens = 16 * 256 / devices
