@@ -13,9 +13,10 @@
 
 Each case runs in a process of its own, so that its peak memory is its own and a case that does not
 fit ends nothing else. Every result is written to the file as it comes; run again, the script
-resumes with what the file lacks. Requires jax, flax, optax and orbax only. Instances are int32 [N, L + 1]:
-`--export` writes them from prepared data, on a machine with all packages. Without them, a model of
-the same size is trained on the bytes of Python's own sources.
+resumes with what the file lacks. Requires jax, flax, optax and orbax only.
+
+Instances are int32 [N, L + 1]: `--export` writes them from prepared data, on a machine with all
+packages. Without them, a model of the same size is trained on the bytes of Python's own sources.
 """
 
 import argparse
