@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from lory_jax.storage import write_atomically
 from tools import tables
 from tools.study import arms
 from tools.study.claims import contrast
