@@ -58,7 +58,7 @@ DATA = all_may_change(
         "instances_per_shard": int_field(8192, "instances in one ArrayRecord file", 1),
     }
 )
-| {
+DATA |= {
     # Read by `train`, not by `prepare`: it is no setting of prepared data.
     "mixture": Field(
         "",
