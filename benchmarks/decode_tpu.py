@@ -71,12 +71,12 @@ def main() -> None:
         )
         ffn = 3 * config.embed_dim * config.mlp_dim
         found["expected"] = {"merged": merged * ffn, "experts": experts * ffn}
-        result["per_layer"][batch] = found
+        result["per_layer"][str(batch)] = found
         print(batch, json.dumps(found), flush=True)
-    if args.json:
-        temporary = args.json.with_name(args.json.name + ".tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(temporary, args.json)
+        if args.json:
+            temporary = args.json.with_name(args.json.name + ".tmp")
+            temporary.write_text(json.dumps(result, indent=1) + "\n")
+            os.replace(temporary, args.json)
 
 
 def read_step(

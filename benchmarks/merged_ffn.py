@@ -9,8 +9,8 @@ to the dense FFN of the same turn, and the quartiles. With large pages of memory
 
 With --topology: forward and backward on one device, without one. For TPUs, cycles from the
 compiler's estimates for its own operations and from the prices of the Pallas kernels, bytes to and
-from HBM, and temporaries. For GPUs, the roofline of every operation instead of cycles. The name only
-says which device: one layer on one device is compiled (lory_jax/planning).
+from HBM, and temporaries. For GPUs, the roofline of every operation instead of cycles. The name
+only says which device: one layer on one device is compiled (lory_jax/planning).
 
 Experts are in float32, [E, D, F], as the model stores them; with --gathered they arrive as they
 leave the all-gather over `fsdp`: in the compute type and laid out, which each device did for its

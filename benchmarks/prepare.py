@@ -18,15 +18,23 @@ import shutil
 import subprocess
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+PACKAGES = ("numpy", "scann", "tokenizers")
 TOPICS, WORDS_PER_TOPIC, WORDS = 400, 120, 160
+KEEP_WORK = """
+from lory_jax import cli, prepare
+from lory_jax.preparation import pipeline
+pipeline._remove = lambda work: None  # the markers are wanted
+cli.run(prepare.main)
+"""
 FILES_EVERY = 20_000
 FIRST = 10_000  # documents that the tokenizer of all sizes is trained on
 
 
-def write_corpus(directory: Path, documents: int) -> None:
+def write_corpus(directory: Path, documents: int, words: int = WORDS) -> None:
     """Writes documents of words that a topic and all topics share, by Zipf's law."""
     rng = random.Random(0)
     letters = "etaoinshrdlucmfwygpb"
@@ -41,50 +49,49 @@ def write_corpus(directory: Path, documents: int) -> None:
         with (directory / f"part-{start // FILES_EVERY:05d}.jsonl").open("w") as file:
             for _ in range(min(FILES_EVERY, documents - start)):
                 topic = rng.randrange(TOPICS)
-                words = rng.choices(common, weights, k=WORDS // 2)
-                words += rng.choices(topics[topic], k=WORDS // 2)
-                rng.shuffle(words)
+                chosen = rng.choices(common, weights, k=words // 2)
+                chosen += rng.choices(topics[topic], k=words // 2)
+                rng.shuffle(chosen)
                 record = {
-                    "text": " ".join(words),
+                    "text": " ".join(chosen),
                     "domain": f"domain{topic % 4}",
                     "source": f"source{rng.randrange(max(documents // 30, 100))}",
                 }
                 file.write(json.dumps(record) + "\n")
 
 
-def measure(scratch: Path, documents: int, workers: int, tokenizer: Path | None) -> dict[str, Any]:
+def measure(
+    scratch: Path, documents: int, words: int, flags: list[str], tokenizer: Path | None
+) -> dict[str, Any]:
     """Prepares a corpus, and reads the stages' markers before the work would be removed."""
-    corpus, out = scratch / f"corpus-{documents}", scratch / f"data-{documents}"
+    name = f"{documents}" if words == WORDS else f"{documents}-{words}"
+    corpus, out = scratch / f"corpus-{name}", scratch / f"data-{name}"
     if not corpus.exists():
-        write_corpus(corpus, documents)
+        write_corpus(corpus, documents, words)
     shutil.rmtree(out, ignore_errors=True)
-    work = scratch / f"work-{documents}"
+    work = scratch / f"work-{name}"
     flags = [
         *(f"--source={corpus}", f"--out={out}", f"--work={work}"),
         *("--config=lory_0_3b", "--config.model.sequence_length=1024"),
-        *("--config.model.vocab_size=8192", f"--workers={workers}"),
+        "--config.model.vocab_size=8192",
+        *flags,
         *([f"--tokenizer={tokenizer}"] if tokenizer else []),
     ]
-    code = (
-        "from lory_jax import cli, prepare\n"
-        "from lory_jax.preparation import pipeline\n"
-        "pipeline._remove = lambda work: None\n"  # the markers are wanted
-        "cli.run(prepare.main)\n"
-    )
-    subprocess.run([sys.executable, "-c", code, *flags], check=True)
-    row = _from_markers(work)
+    subprocess.run([sys.executable, "-c", KEEP_WORK, *flags], check=True)
+    row = from_markers(work)
     manifest = json.loads((out / "manifest.json").read_text())
     shutil.rmtree(work)
     return row | {
         "documents": documents,
         "cpu_seconds": round(sum(stage["cpu_seconds"] for stage in row["stages"].values()), 1),
-        "mean_cosine": manifest["similarity"]["similar"]["mean_cosine"],
+        "similarity": manifest["similarity"],
         "tokens": sum(d["tokens"] for d in manifest["counts"]["train"]["domains"].values()),
         "left_out": manifest.get("dropped", {}),
     }
 
 
-def _from_markers(work: Path) -> dict[str, Any]:
+def from_markers(work: Path) -> dict[str, Any]:
+    """CPU-seconds and peak memory of every stage."""
     from lory_jax.preparation.stages import STAGES
 
     markers = {
@@ -117,7 +124,7 @@ def machine() -> dict[str, Any]:
         "processor": names[0] if names else platform.machine(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("numpy", "scann", "tokenizers")},
+        "versions": {name: version(name) for name in PACKAGES if find_spec(name)},
     }
 
 
@@ -125,19 +132,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--documents", default="100000,300000,1000000")
     parser.add_argument("--scratch", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--words", type=int, default=WORDS, help="of a document")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("flags", nargs="*", help="more flags of prepare, after --")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     tokenizer = args.scratch / "tokenizer.json"
+    flags = [f"--workers={args.workers}", *args.flags]
     if not tokenizer.exists():
-        measure(args.scratch, FIRST, args.workers, None)
+        measure(args.scratch, FIRST, WORDS, flags, None)
         shutil.copyfile(args.scratch / f"data-{FIRST}" / "tokenizer.json", tokenizer)
     rows = []
     for size in map(int, args.documents.split(",")):
-        rows.append(measure(args.scratch, size, args.workers, tokenizer))
+        rows.append(measure(args.scratch, size, args.words, flags, tokenizer))
         print(json.dumps(rows[-1], indent=1), flush=True)
         if args.json:
-            result = {"machine": machine(), "workers": args.workers, "rows": rows}
+            setting = {"words": args.words, "flags": flags}
+            result = {"machine": machine(), **setting, "rows": rows}
             args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lory_jax import interrupts, recipes
-from lory_jax.errors import ConfigError, InputError
+from lory_jax.errors import ConfigError, InputError, Unsaved
 from lory_jax.run.step_choice import NEWEST, Step, parse_step
 
 if TYPE_CHECKING:
@@ -149,6 +149,9 @@ def run(main: Callable[[list[str]], None]) -> None:
             sys.stdout.flush()
     except InputError as error:
         print_error(error)
+        if isinstance(error, Unsaved):  # the end of the process does not wait for threads
+            sys.stdout.flush()
+            os._exit(error.status)
         sys.exit(error.status)
     except KeyboardInterrupt:
         interrupts.print_interrupted()

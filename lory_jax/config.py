@@ -17,6 +17,7 @@ from ml_collections.config_dict import ConfigDict, RequiredValueError
 from lory_jax.config_checks import (
     check_model,
     check_phases,
+    check_routing_source,
     check_segments,
     check_sparse,
     check_top_k,
@@ -211,6 +212,7 @@ def validate(config: ConfigDict) -> None:
                 raise ConfigError(_wrong(f"{section}.{name}", value, field.accepts))
     check_model(config.model)
     check_segments(config.model)
+    check_routing_source(config.model)
     check_sparse(config.model, config.train)
     check_top_k(config.model, config.train)
     check_train(config.train)

@@ -99,6 +99,15 @@ def check_phases(train: ConfigDict) -> None:
         )
 
 
+def check_routing_source(model: ConfigDict) -> None:
+    """Only Lory's causal rule has a choice of what routes a segment."""
+    if model.num_experts and model.routing_source != "last" and model.routing != "causal":
+        raise ConfigError(
+            f"config.model.routing_source: got {model.routing_source!r}; must be last with "
+            f"config.model.routing={model.routing}"
+        )
+
+
 def check_sparse(model: ConfigDict, train: ConfigDict) -> None:
     """Checks what only the sparse baselines need; a dense model (no experts) ignores it."""
     if not model.num_experts:

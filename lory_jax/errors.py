@@ -26,6 +26,10 @@ class ConfigError(InputError):
     status = 2
 
 
+class Unsaved(InputError):
+    """A checkpoint could not be written; Orbax's threads may then wait for its files."""
+
+
 class Diverged(InputError):
     """Training stopped itself: too many losses or gradients in a row were NaN or infinite."""
 

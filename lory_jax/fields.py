@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+_ONE_OF = "one of "
 LARGEST_INTEGER = 2**63 - 1  # what NumPy, JAX and the data pipeline can hold
 
 
@@ -21,7 +22,6 @@ class Field:
       may_change: whether a run may be resumed with another value, because the field decides how
         the run is computed, logged or saved, not what is computed.
       is_size: whether every saved config has it; a config without it is damaged, not old.
-      choices: the values it accepts, where these are names.
     """
 
     default: Any
@@ -31,7 +31,12 @@ class Field:
     is_architecture: bool = False
     may_change: bool = False
     is_size: bool = False
-    choices: tuple[str, ...] = ()
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values that a choice accepts; none for other fields."""
+        names = self.accepts.removeprefix(_ONE_OF)
+        return tuple(names.split(", ")) if names != self.accepts else ()
 
 
 def int_field(default: int, meaning: str, low: int, **properties: bool) -> Field:
@@ -64,8 +69,7 @@ def choice_field(meaning: str, *choices: str, **properties: bool) -> Field:
     def check(value: Any) -> bool:
         return isinstance(value, str) and value in choices
 
-    accepts = "one of " + ", ".join(choices)
-    return Field(choices[0], meaning, accepts, check, choices=choices, **properties)
+    return Field(choices[0], meaning, _ONE_OF + ", ".join(choices), check, **properties)
 
 
 def bool_field(default: bool, meaning: str, **properties: bool) -> Field:

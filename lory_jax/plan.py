@@ -7,12 +7,12 @@
         --rank --budget=30 --price=v5e=1.20,v5p=4.20
 
 For Lory and its dense baseline, it shows the bytes per device and whether they fit, the bytes that
-collectives move, and two sums of cycles, the compiler's and the repriced one. From the latter follow
-a lower bound of the step's time and an upper bound of MFU. Slices have the cloud's names: v5e-N and
-v6e-N count chips; v5p-N and tpu7x-N count TensorCores, of which a chip has two. a100-N, h100-N and
-h200-N are one host with N GPUs. Compiling for TPUs requires libtpu (requirements-plan.txt), and for
-GPUs JAX's plug-in for CUDA (requirements-cuda.txt); --no_compile only counts parameters and FLOPs,
-and requires neither of them nor --topology.
+collectives move, and two sums of cycles, the compiler's and the repriced one. From the latter
+follow a lower bound of the step's time and an upper bound of MFU. Slices have the cloud's names:
+v5e-N and v6e-N count chips; v5p-N and tpu7x-N count TensorCores, of which a chip has two. a100-N,
+h100-N and h200-N are one host with N GPUs. Compiling for TPUs requires libtpu
+(requirements-plan.txt), and for GPUs JAX's plug-in for CUDA (requirements-cuda.txt); --no_compile
+only counts parameters and FLOPs, and requires neither of them nor --topology.
 
 The compiler's sum adds up its own estimates, and counts Pallas kernels at the peak of the matrix
 unit. It is wrong in both directions (docs/scaling.md). The repriced sum keeps the estimates of

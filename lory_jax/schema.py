@@ -8,11 +8,10 @@ This file, with running_fields.py, is the only place that lists fields. Other co
 import difflib
 from typing import Any
 
-from lory_jax.data.mixture import is_mixture
 from lory_jax.errors import ConfigError, shorten
-from lory_jax.fields import Field, all_may_change, bool_field, choice_field, float_field, int_field
-from lory_jax.model.routing_rules import MERGED, SPARSE
-from lory_jax.running_fields import CHECKPOINT, PARALLEL
+from lory_jax.fields import Field, bool_field, choice_field, float_field, int_field
+from lory_jax.model.routing_rules import MERGED, SOURCES, SPARSE
+from lory_jax.running_fields import CHECKPOINT, DATA, PARALLEL
 
 SCHEMA: dict[str, dict[str, Field]] = {
     "model": {
@@ -56,6 +55,11 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "segment_length": int_field(256, "tokens per routing segment T", 1, is_size=True),
         "routing": choice_field(
             "causal is Lory; the others are baselines (docs/baselines.md)", *MERGED, *SPARSE
+        ),
+        "routing_source": choice_field(
+            "what routes a segment: the mean of the last one (the paper), of all earlier ones, an "
+            "average that halves with every segment, or attention of the last one's first token",
+            *SOURCES,
         ),
         "first_segment_routing": choice_field(
             "routing of segment 1: by its own mean (the paper) or 1/E each (strictly causal)",
@@ -269,49 +273,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
     "checkpoint": CHECKPOINT,
     "parallel": PARALLEL,
     # Read by `prepare`; a run is bound to its data by the hash of their manifest.
-    "data": all_may_change(
-        {
-            "min_document_bytes": int_field(200, "shorter documents are dropped", 1),
-            "max_document_bytes": int_field(100_000, "longer documents are cut into pieces", 1),
-            "max_domain_bytes": int_field(0, "bytes kept per domain; 0 keeps all", 0),
-            "validation_fraction": float_field(
-                0.04, "share of each domain's bytes for validation", 0, 0.5
-            ),
-            "test_fraction": float_field(0.06, "share of each domain's bytes for test", 0, 0.5),
-            "confirmation_fraction": float_field(
-                0.0,
-                "share of each domain's bytes for a second test set, which only the final table of "
-                "a study reads",
-                0,
-                0.5,
-            ),
-            "embedding_dim": int_field(256, "dimensions of the document embedding", 2),
-            "num_neighbors": int_field(20, "neighbours per document in the similarity graph", 1),
-            "tokenizer_sample_bytes": int_field(
-                20_000_000, "bytes of training text that the tokenizer is trained on", 1
-            ),
-            "shard_documents": int_field(
-                100_000, "training documents that are put in order together, at most", 2
-            ),
-            "drop_near_duplicates": bool_field(
-                True, "leave out documents that repeat a neighbour almost word for word"
-            ),
-            "eval_instances": int_field(
-                0, "instances of each domain in each held-out set; 0 keeps all", 0
-            ),
-            "instances_per_shard": int_field(8192, "instances in one ArrayRecord file", 1),
-        }
-    )
-    | {
-        # Read by `train`, not by `prepare`: it is no setting of prepared data.
-        "mixture": Field(
-            "",
-            "shares of the training instances by domain, such as books=2,web=0.5; empty draws each "
-            "instance once per epoch",
-            "name=weight,… with each domain once, or empty",
-            is_mixture,
-        ),
-    },
+    "data": DATA,
 }
 
 

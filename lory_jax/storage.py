@@ -81,14 +81,15 @@ def is_inside(name: str) -> bool:
     return not path.is_absolute() and ".." not in path.parts and path.name != ""
 
 
-def check_links(directory: Path) -> None:
-    """Raises `InputError` if a symbolic link below a local directory leads out of it.
+def check_links(directory: Path, part: str = ".") -> None:
+    """Raises `InputError` if a symbolic link in a local directory, or in a part, leads out of it.
 
     What was unpacked from an archive may hold such links: what is then read or written would be
     files elsewhere. The directory itself may be a link.
     """
     root = directory.resolve()
-    for folder, folders, files in os.walk(directory):
+    check_link(directory / part, root)
+    for folder, folders, files in os.walk(directory / part):
         for name in (*folders, *files):
             check_link(Path(folder, name), root)
 

@@ -2,8 +2,8 @@
 
     python tools/decoding.py
 
-Reads docs/decoding.json, from `benchmarks/decode.py --json`, and docs/decoding_tpu.json, from
-`benchmarks/decode_tpu.py --json`.
+Reads docs/decoding_tpu.json, from `benchmarks/decode_tpu.py --json`, and docs/decoding.json, from
+`benchmarks/decode.py --json`, where it is.
 """
 
 import json
@@ -18,7 +18,8 @@ HBM_LIMIT = 15.75  # GiB of a v5e
 
 
 def main() -> None:
-    replace_marked(PAGE, "tools/decoding.py", cpu_table(json.loads(CPU.read_text())))
+    if CPU.exists():
+        replace_marked(PAGE, "tools/decoding.py", cpu_table(json.loads(CPU.read_text())))
     replace_marked(PAGE, "tools/decoding.py, TPU", tpu_table(json.loads(TPU.read_text())))
 
 

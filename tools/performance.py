@@ -36,6 +36,7 @@ def main() -> None:
     with matplotlib.rc_context(plots.STYLE):
         plots.write_png(picture(layers), PICTURE)
     replace_marked(PAGE, "tools/performance.py", f"{layer_table(layers)}\n\n{step_table(steps)}")
+    replace_marked(PAGE, "tools/performance.py gpus", gpu_table(rows))
 
 
 def is_layer(row: dict[str, Any]) -> bool:
@@ -131,6 +132,30 @@ def layer_table(layers: Rows) -> str:
     header = ["one layer, forward and backward, over dense", "experts"]
     header += ["S = 16", "S = 32", "S = 64", "S = 128", "T = 512, S = 32"]
     return markdown([*header, "S = 64, over dense at peak", "S = 64, HBM bytes over dense"], lines)
+
+
+def gpu_table(rows: Rows) -> str:
+    """A layer on GPUs by its roofline: `whole` and `blocks` beside the dense layer."""
+    on_gpus = [row for row in rows if "roofline_seconds" in row]
+    lines = []
+    for row in on_gpus:
+        if row["implementation"] == "einsum":
+            continue
+        is_dense = row["implementation"] == "dense"
+        lines.append(
+            [
+                row["topology"].split("-")[0].upper(),
+                str(row["S"]),
+                "-" if is_dense else str(row["E"]),
+                row["implementation"],
+                f"{row['tflop']:.2f}",
+                f"{row['hbm_GB']:.1f}",
+                f"{row['temporaries_MB'] / 1e3:.2f}",
+                "1.00" if is_dense else f"{row['over_dense']:.2f}",
+            ]
+        )
+    header = ["GPU", "segments", "experts", "implementation", "TFLOP", "memory traffic, GB"]
+    return markdown([*header, "temporaries, GB", "roofline over dense"], lines)
 
 
 def ratio(row: dict[str, Any] | None) -> str:

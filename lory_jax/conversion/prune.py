@@ -16,7 +16,6 @@ from lory_jax.conversion.runs import validation_instances
 from lory_jax.conversion.to_run import write_run
 from lory_jax.errors import InputError
 from lory_jax.generation.merge import domain_routing
-from lory_jax.model.experts import MATRICES
 from lory_jax.model.transformer import Params
 from lory_jax.run.directory import RunDirectory
 
@@ -78,8 +77,9 @@ def keep_experts(params: Params, kept_YxK: np.ndarray) -> Params:
         shape[0], shape[axis] = kept_YxK.shape
         return jnp.take_along_axis(w_YxEx, jnp.asarray(kept_YxK).reshape(shape), axis=axis)
 
-    ffn = params["layers"]["ffn"]
-    ffn = {name: keep(ffn[name], 1) for name in MATRICES} | {"router": keep(ffn["router"], 2)}
+    ffn = {
+        name: keep(w, 2 if name == "router" else 1) for name, w in params["layers"]["ffn"].items()
+    }
     return {**params, "layers": {**params["layers"], "ffn": ffn}}
 
 

@@ -23,6 +23,7 @@ from lory_jax.model.flops import flops_per_token, parameter_counts, peak_flops
 from lory_jax.parallel import make_mesh, place_batch
 from lory_jax.run.checkpoints import Checkpoints, leaf_sums
 from lory_jax.run.phases import EXPERTS
+from lory_jax.storage import naming
 from lory_jax.training.optimizer import Optimizer, make_optimizer
 from lory_jax.training.state import State, abstract_state, init_state
 from lory_jax.training.step import make_train_step
@@ -66,7 +67,8 @@ def examine_devices(size: str | None, scratch: Path | None, findings: Findings) 
         check_kernels(model_config, mesh, findings)
         state = check_training(model_config, mesh, SEQUENCES_PER_DEVICE[size] * mesh.size, findings)
     if scratch is not None:
-        check_checkpoint(model_config, mesh, state, scratch / "doctor", findings)
+        with naming(scratch):
+            check_checkpoint(model_config, mesh, state, scratch / "doctor", findings)
     elif jax.process_count() == 1:
         with tempfile.TemporaryDirectory() as directory:
             check_checkpoint(model_config, mesh, state, Path(directory), findings)

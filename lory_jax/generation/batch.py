@@ -97,7 +97,7 @@ class ContinuousBatch:
             return
         T = self._config.segment_length
         positions = [row.position - 1 for row in self._rows if row is not None]
-        if self._cache.totals is not None and any(position % T == 0 for position in positions):
+        if self._cache.segments is not None and any(position % T == 0 for position in positions):
             self._weights, self._cache = self._decoder.reroute(
                 self._params, self._weights, self._cache
             )

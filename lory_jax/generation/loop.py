@@ -194,7 +194,7 @@ def decode(
     yield np.asarray(tokens_B)
     for count in range(1, int(new_B.max())):
         positions_B = lengths_B + count - 1  # positions of tokens_B, which the step reads
-        if cache.totals is not None and (positions_B % config.segment_length == 0).any():
+        if cache.segments is not None and (positions_B % config.segment_length == 0).any():
             weights, cache = decoder.reroute(params, weights, cache)
         logits_BxV, cache = decoder.step(weights, cache, tokens_B)
         tokens_B = choose(logits_BxV, positions_B + 1)

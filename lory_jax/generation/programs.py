@@ -41,6 +41,7 @@ from lory_jax.model.attention import attend, blocked_attention, document_starts
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.ffn import MergedFFN
 from lory_jax.model.routing import keep_top_k, route
+from lory_jax.model.routing_source import Running, add_token, after_prompt, at_border
 from lory_jax.model.transformer import Params, Transformer, assemble, build, rms_norm
 
 CACHE_AXES = ("fsdp", "tensor")  # mesh axes that shard the heads of keys, if they divide
@@ -55,8 +56,7 @@ class Cache(NamedTuple):
     routing: float32 `[B, E]`, the weights of rows whose experts are not merged or, in the baseline
       whose segments choose experts, the router's probabilities in the current segment; otherwise
       None.
-    totals: float32 `[B, D]`, sums of the FFN inputs over the current segment; None where segments
-      do not route.
+    segments: sums of the FFN inputs over the current segment; None where segments do not route.
     sharing: which rows share a merged FFN; None if all do, or none do.
     """
 
@@ -65,7 +65,7 @@ class Cache(NamedTuple):
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
     routing: tuple[Array, ...] | None
-    totals: tuple[Array, ...] | None
+    segments: tuple[Running, ...] | None
     sharing: Sharing | None = None
 
 
@@ -109,6 +109,7 @@ def make_decoder(
     if is_merged:
         served = dataclasses.replace(config, num_experts=0, top_k_experts=0)
     T, epsilon, rope = config.segment_length, config.norm_epsilon, config.rope
+    source = config.routing_source
     has_segments = config.num_experts > 0 and not config.routes_tokens
     reroutes = routing == "segment" and has_segments and config.routing != "uniform"
 
@@ -139,10 +140,10 @@ def make_decoder(
             x_BxPxD += block.attention.combine(heads_BxPxHxK)
             h_BxPxD = rms_norm(x_BxPxD, block.ffn_norm[...], epsilon)
             y_BxPxD, routed = prompt_ffn(block.ffn, h_BxPxD, routing, lengths_B, is_merged, given_E)
-            total_BxD = _running_total(h_BxPxD, lengths_B, T) if reroutes else None
-            return x_BxPxD + y_BxPxD, (to_cache(key), to_cache(value), routed, total_BxD)
+            segment = after_prompt(h_BxPxD, lengths_B, T, source) if reroutes else None
+            return x_BxPxD + y_BxPxD, (to_cache(key), to_cache(value), routed, segment)
 
-        x_BxPxD, (key, value, routed, total) = jax.lax.scan(
+        x_BxPxD, (key, value, routed, segments) = jax.lax.scan(
             run_layer, model.embed(tokens_BxP), (layers, given_YxE)
         )
         last_Bx1xD = x_BxPxD[jnp.arange(B), lengths_B - 1][:, None]
@@ -152,7 +153,7 @@ def make_decoder(
             _pin_cache(_unstack(key), mesh),
             _pin_cache(_unstack(value), mesh),
             None if routed is None or is_merged else _unstack(routed),
-            None if total is None else _unstack(total),
+            None if segments is None else _unstack(segments),
         )
         logits_BxV = model.unembed(model.normalize(last_Bx1xD))[:, 0]
         return logits_BxV, pin_merged(routed, mesh) if is_merged else None, cache
@@ -196,32 +197,30 @@ def make_decoder(
             h_Bx1xD = rms_norm(x_Bx1xD, block.ffn_norm[...], epsilon)
             x_Bx1xD += step_ffn(block.ffn, h_Bx1xD, r_BxE, cache.sharing)
             inputs.append(h_Bx1xD[:, 0])
-        totals = cache.totals
-        if totals is not None:
-            totals = tuple(
-                total_BxD + h_BxD.astype(jnp.float32)
-                for total_BxD, h_BxD in zip(totals, inputs, strict=True)
-            )
+        segments = cache.segments
+        if segments is not None:
+            segments = tuple(map(add_token, segments, inputs))
         logits_BxV = model.unembed(model.normalize(x_Bx1xD))[:, 0]
-        cache = cache._replace(keys=tuple(keys), values=tuple(values), totals=totals)
+        cache = cache._replace(keys=tuple(keys), values=tuple(values), segments=segments)
         return logits_BxV, cache._replace(positions_B=positions_B + 1, starts_B=starts_B)
 
     # ------------------------------------------------------------------ a segment border
     def route_again(params: Params, ffns: Any, cache: Cache) -> tuple[Any, Cache]:
-        assert cache.totals is not None
+        assert cache.segments is not None
         layer_graph, layers = _split_layers(assemble(graph, params))
         at_border_B = cache.positions_B % T == 0
 
-        def route_layer(_: None, inputs: tuple[Params, Array]) -> tuple[None, Any]:
-            layer, total_BxD = inputs
+        def route_layer(_: None, inputs: tuple[Params, Running]) -> tuple[None, Any]:
+            layer, segment = inputs
             ffn = nnx.merge(layer_graph, layer).ffn
             assert isinstance(ffn, MergedFFN)
-            r_BxE = keep_top_k(route(total_BxD / T, ffn.router[...]), config.top_k_experts)
-            return None, next_ffn(ffn, r_BxE, is_merged)
+            summary_BxD, begun = at_border(segment, cache.positions_B, T, source)
+            r_BxE = keep_top_k(route(summary_BxD, ffn.router[...]), config.top_k_experts)
+            return None, (next_ffn(ffn, r_BxE, is_merged), begun)
 
-        _, routed = jax.lax.scan(route_layer, None, (layers, jnp.stack(cache.totals)))
-        totals = tuple(jnp.where(at_border_B[:, None], 0.0, total) for total in cache.totals)
-        cache = cache._replace(totals=totals)
+        stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *cache.segments)
+        _, (routed, begun) = jax.lax.scan(route_layer, None, (layers, stacked))
+        cache = cache._replace(segments=_unstack(begun))
         if is_merged:
             has_rows = ffns[0]["gate"].ndim == 3  # or all share one FFN, and so their borders
             choose = functools.partial(_choose, at_border_B if has_rows else at_border_B[0])
@@ -294,14 +293,6 @@ def spread(
 # ---------------------------------------------------------------- small parts
 
 
-def _running_total(h_BxPxD: Array, lengths_B: Array, segment_length: int) -> Array:
-    """Sums the prompt's tokens in its last segment, which may be full: float32 `[B, D]`."""
-    position_1xP = jnp.arange(h_BxPxD.shape[1])[None]
-    last_Bx1 = (lengths_B[:, None] - 1) // segment_length
-    counts_BxP = (position_1xP // segment_length == last_Bx1) & (position_1xP < lengths_B[:, None])
-    return jnp.sum(jnp.where(counts_BxP[..., None], h_BxPxD.astype(jnp.float32), 0.0), axis=1)
-
-
 def _choose(is_new: Array, new: Array, old: Array) -> Array:
     """The new FFNs where `is_new`, which holds a value for each row, or one for all."""
     rows = jnp.expand_dims(is_new, tuple(range(1, old.ndim)) if is_new.ndim else ())
@@ -313,8 +304,10 @@ def _split_layers(model: Transformer) -> tuple[nnx.GraphDef, Any]:
     return graph, layers
 
 
-def _unstack(stacked: Array) -> tuple[Array, ...]:
-    return tuple(stacked[y] for y in range(stacked.shape[0]))
+def _unstack(stacked: Any) -> tuple[Any, ...]:
+    """The parts of every layer, of arrays that all have the layers' axis first."""
+    num_layers = len(jax.tree.leaves(stacked)[0])
+    return tuple(jax.tree.map(lambda x, y=y: x[y], stacked) for y in range(num_layers))
 
 
 def _write(cached_BxGxMxK: Array, new_BxGx1xK: Array, positions_B: Array) -> Array:

@@ -35,6 +35,7 @@ class ModelConfig:
     sequence_length: int
     segment_length: int
     routing: str
+    routing_source: str
     first_segment_routing: str
     capacity_factor: float
     experts_per_token: int

@@ -4,6 +4,8 @@ Letters: B batch, L sequence, N segments, T tokens per segment, S = B * N, D mod
 E experts, U units that are routed (tokens, segments or rows), k experts per unit.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -87,7 +89,9 @@ class MergedFFN(nnx.Module):
             return jnp.full((len(h_BxLxD), N, config.num_experts), 1 / config.num_experts)
         with jax.named_scope("router"):
             if routing.kind in MERGED:
-                rule = route.causal_routing if routing.kind == "causal" else route.prefix_routing
+                rule = route.prefix_routing
+                if routing.kind == "causal":
+                    rule = functools.partial(route.causal_routing, source=config.routing_source)
                 return rule(
                     h_BxLxD,
                     self.router[...],
@@ -100,7 +104,11 @@ class MergedFFN(nnx.Module):
                 return route.prompt_routing(h_BxLxD, self.router[...], lengths)
             if routing.kind == "segment":
                 return route.segment_routing(
-                    h_BxLxD, self.router[...], config.segment_length, lengths
+                    h_BxLxD,
+                    self.router[...],
+                    config.segment_length,
+                    lengths,
+                    config.routing_source,
                 )
         raise ValueError(
             f"routing: got {routing.kind!r}; must be causal, prefix, prompt or segment"

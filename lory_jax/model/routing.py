@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from lory_jax.model.routing_source import num_segments, segment_means, summaries
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -49,31 +51,6 @@ class Routed(NamedTuple):
     dropped: Array | None = None
     load_E: Array | None = None
     cutoff_E: Array | None = None
-
-
-def num_segments(length: int, segment_length: int) -> int:
-    """N = ceil(L / T): the last segment may be shorter."""
-    return -(-length // segment_length)
-
-
-def segment_means(
-    h_BxLxD: Array, segment_length: int, valid_lengths_B: Array | None = None
-) -> Array:
-    """Mean hidden state of every segment, float32 `[B, N, D]`.
-
-    Only tokens before `valid_lengths_B` count (all, if None); a segment without any has mean 0.
-    """
-    B, L, D = h_BxLxD.shape
-    N = num_segments(L, segment_length)
-    padding = N * segment_length - L
-    h_BxLxD = jnp.pad(h_BxLxD.astype(jnp.float32), ((0, 0), (0, padding), (0, 0)))
-    if valid_lengths_B is None:
-        valid_lengths_B = jnp.full(B, L)
-    is_valid_BxL = jnp.arange(N * segment_length)[None] < jnp.minimum(valid_lengths_B, L)[:, None]
-    is_valid_BxNxT = is_valid_BxL.reshape(B, N, segment_length)
-    h_BxNxTxD = h_BxLxD.reshape(B, N, segment_length, D)
-    total_BxNxD = jnp.sum(jnp.where(is_valid_BxNxT[..., None], h_BxNxTxD, 0.0), axis=2)
-    return total_BxNxD / jnp.maximum(jnp.sum(is_valid_BxNxT, axis=2), 1)[..., None]
 
 
 def route(mean_xD: Array, router_DxE: Array) -> Array:
@@ -122,14 +99,19 @@ def keep_about(r_xE: Array, kept: Array, is_straight_through: bool = False) -> A
 
 
 def causal_routing(
-    h_BxLxD: Array, router_DxE: Array, segment_length: int, first_segment: str
+    h_BxLxD: Array,
+    router_DxE: Array,
+    segment_length: int,
+    first_segment: str,
+    source: str = "last",
 ) -> Array:
     """Training: segment k > 1 is routed by the mean of segment k-1 (section 3.1).
 
+    With another `source`, by what `routing_source.summaries` makes of the segments before k.
     Segment 1 is routed by its own mean with a stop-gradient on its weights alone
     (`first_segment="self"`, the paper), or gets 1/E for every expert (`"uniform"`).
     """
-    r_BxNxE = route(segment_means(h_BxLxD, segment_length), router_DxE)
+    r_BxNxE = route(summaries(h_BxLxD, segment_length, source), router_DxE)
     first_Bx1xE = _first_segment(r_BxNxE[:, :1], first_segment)
     return jnp.concatenate([first_Bx1xE, r_BxNxE[:, :-1]], axis=1)
 
@@ -157,14 +139,19 @@ def prompt_routing(h_BxLxD: Array, router_DxE: Array, prompt_lengths_B: Array) -
 
 
 def segment_routing(
-    h_BxLxD: Array, router_DxE: Array, segment_length: int, prompt_lengths_B: Array
+    h_BxLxD: Array,
+    router_DxE: Array,
+    segment_length: int,
+    prompt_lengths_B: Array,
+    source: str = "last",
 ) -> Array:
     """Inference: as in training, but segment 1 is routed by the prompt tokens in it.
 
     A row with an empty prompt starts with 1/E for every expert.
     """
-    r_BxNxE = route(segment_means(h_BxLxD, segment_length), router_DxE)
-    first_Bx1xE = prompt_routing(h_BxLxD[:, :segment_length], router_DxE, prompt_lengths_B)
+    r_BxNxE = route(summaries(h_BxLxD, segment_length, source), router_DxE)
+    first_Bx1xD = summaries(h_BxLxD[:, :segment_length], segment_length, source, prompt_lengths_B)
+    first_Bx1xE = _uniform_where_empty(route(first_Bx1xD, router_DxE), prompt_lengths_B)
     return jnp.concatenate([first_Bx1xE, r_BxNxE[:, :-1]], axis=1)
 
 

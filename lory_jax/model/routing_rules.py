@@ -3,6 +3,9 @@
 # Lory: expert parameters are merged. "causal" is the paper's rule, the others are baselines.
 MERGED = ("causal", "prefix", "uniform")
 
+# What routes a segment under "causal": "last" is the paper's, the others are beyond it.
+SOURCES = ("last", "cumulative", "average", "attention")
+
 # Baselines in which experts are chosen rather than merged (see sparse/capacity.py).
 EXPERT_CHOICE = ("expert_choice_segment", "expert_choice_token")
 DROPLESS = {"dropless_top1": 1, "dropless_top2": 2}  # without a limit on slots

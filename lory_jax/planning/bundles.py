@@ -84,7 +84,8 @@ def read_kernel(directory: Path, name: str, conditions: Sequence[float | None] =
         if len(found) != 1:
             raise ValueError(f"{directory}: {len(found)} files *-{name}*-{suffix}.txt, expected 1")
         texts.append(found[0].read_text())
-    return count(*texts, conditions)
+    bundles_text, slots_text, original_text = texts
+    return count(bundles_text, slots_text, original_text, conditions)
 
 
 def count(

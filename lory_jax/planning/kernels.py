@@ -106,7 +106,7 @@ def price_kernel(
     prefetched = prefetched_arrays(instruction, computation, module)
     # Without the places in the source that the kernel's program names: equal kernels price equal.
     body = base64.b64decode(request["config"]["custom_call_config"]["body"])
-    content = {**request, "config": None, "program": text_of(body)}
+    content = {**request, "config": None, "program": text_of(body), "device": repr(device)}
     arrays = [None if a is None else a.tolist() for a in prefetched]
     key = json.dumps([content, arrays, VERSION, store.versions()])
     kept = store.load("kernels", key)
@@ -171,11 +171,13 @@ def _compile_and_price(
 def price_of(
     work: KernelWork, cost: KernelCost | None, device: Device, counted_always: int, unread: str = ""
 ) -> Price:
-    """The three times of a call; the cores of a device share the steps of its grid evenly."""
+    """The three times of a call; cores that share the steps of its grid do so evenly."""
     busy = cost.busy if cost else {}
+    cores = device.cores if work.is_shared else 1
+    peak = device.flops_per_cycle * cores // device.cores
     return Price(
-        bundles=cost.bundles / device.cores if cost else 0.0,
-        matrix_unit=work.matrix_cycles(device.matrix_side, device.flops_per_cycle),
+        bundles=cost.bundles / cores if cost else 0.0,
+        matrix_unit=work.matrix_cycles(device.matrix_side, peak),
         dma=work.moved_bytes / device.hbm_bandwidth * device.clock,
         busiest_slot=cost.limiting_slot if cost else "",
         busy={kind: round(share, 3) for kind, share in busy.items() if share > 0.01},

@@ -41,12 +41,15 @@ class KernelWork:
         often it runs each time that it is reached; None if that depends on data.
       products: its matrix products.
       moved_bytes: bytes of the blocks that are moved between HBM and the chip, padded to tiles.
+      is_shared: whether the cores of a chip may share the steps: a dimension of the grid is
+        declared parallel.
     """
 
     steps: int
     conditions: tuple[float | None, ...]
     products: tuple[Product, ...]
     moved_bytes: int
+    is_shared: bool = False
 
     def matrix_cycles(self, side: int, flops_per_cycle: int) -> float:
         """Cycles that the matrix unit, `side` numbers wide, needs at its peak.
@@ -85,7 +88,14 @@ def read_work(body: bytes, prefetched: Sequence[np.ndarray | None] = ()) -> Kern
     walk = _Walk()
     walk.run(kernel, [*place, *prefetched], np.ones(math.prod(grid), np.int64))
     moved = _moved_bytes(kernel, functions, place, prefetched)
-    return KernelWork(math.prod(grid), tuple(walk.conditions), tuple(walk.products), moved)
+    semantics = "dimension_semantics"
+    return KernelWork(
+        math.prod(grid),
+        tuple(walk.conditions),
+        tuple(walk.products),
+        moved,
+        semantics in kernel.attributes and "<parallel>" in str(kernel.attributes[semantics]),
+    )
 
 
 def text_of(body: bytes) -> str:
@@ -117,8 +127,9 @@ def _moved_bytes(
     total = 0
     arguments = kernel.regions[0].blocks[0].arguments
     first = len(place) + int(kernel.attributes["scalar_prefetch"].value)
-    windows = kernel.attributes["window_params"] if "window_params" in kernel.attributes else []
-    for argument, window in zip(list(arguments)[first:], windows, strict=False):
+    for argument, window in zip(
+        list(arguments)[first:], kernel.attributes["window_params"], strict=False
+    ):
         if "transform_indices" not in window:
             continue  # the kernel moves it itself
         transform = functions[window["transform_indices"].value]

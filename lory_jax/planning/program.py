@@ -99,7 +99,7 @@ def compile_lowered(traced: Lowered) -> Program:
             f"libtpu {version('libtpu')}: jaxlib {version('jaxlib')} cannot read its program "
             f"({str(error).splitlines()[0][:100]}); {PIP}"
         ) from None
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     return Program(
         text,
         memory.argument_size_in_bytes,
@@ -113,7 +113,7 @@ def program_text(compiled: Any) -> str:
 
     Kernels read from such arrays which of their steps to skip.
     """
-    from jaxlib._hlo import HloPrintOptions
+    from jaxlib._hlo import HloPrintOptions  # type: ignore[import-not-found]
 
     options = HloPrintOptions()
     options.print_large_constants = True

@@ -1,9 +1,9 @@
 """The least time that a program compiled for GPUs can take: FLOPs and bytes of every operation.
 
 The compiler for GPUs tells no times. Every operation takes at least the longer of two: its FLOPs at
-the peak of bfloat16 products, and its bytes at the bandwidth of the memory, where a fusion reads its
-operands and writes its result once, and slices count as slices (`traffic.py`). The sum of these is
-what is called the roofline. Cached reads and the latency of launches are left out.
+the peak of bfloat16 products, and its bytes at the bandwidth of the memory, where a fusion reads
+its operands and writes its result once, and slices count as slices (`traffic.py`). The sum of these
+is what is called the roofline. Cached reads and the latency of launches are left out.
 """
 
 import math

@@ -65,7 +65,7 @@ def find_neighbors(
 
     vectors_NxD = np.ascontiguousarray(vectors_NxD, np.float32)
     use_tree = num_docs >= max(brute_force_below, HASH_CODES)
-    searcher, method = _build(vectors_NxD, min(k + 1, num_docs), use_tree)
+    searcher, method = build_searcher(vectors_NxD, min(k + 1, num_docs), use_tree)
     starts = range(0, num_docs, BATCH)
     for start in progress(starts, len(starts), "finding neighbours", "batches"):
         rows = slice(start, min(start + BATCH, num_docs))
@@ -112,7 +112,7 @@ def _check_unit_rows(vectors_NxD: np.ndarray) -> None:
         )
 
 
-def _build(vectors_NxD: np.ndarray, num_neighbors: int, use_tree: bool) -> tuple[Any, str]:
+def build_searcher(vectors_NxD: np.ndarray, num_neighbors: int, use_tree: bool) -> tuple[Any, str]:
     """Returns a searcher that finds `num_neighbors` for a query, and its name."""
     builder = _import_scann().scann_ops_pybind.builder(vectors_NxD, num_neighbors, "dot_product")
     if not use_tree:

@@ -3,6 +3,8 @@
 Shapes: N documents, D dimensions, K neighbours.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 from numba import njit
 
@@ -48,11 +50,16 @@ def consecutive_similarity(vectors_NxD: np.ndarray, order_N: np.ndarray) -> floa
     """Returns the mean cosine of consecutive documents, for rows of length 1 and N ≥ 2."""
     if len(order_N) < 2:
         raise ValueError(f"{len(order_N)} documents have no consecutive pair")
-    total = 0.0
+    cosines = consecutive_cosines(vectors_NxD, order_N)
+    total = sum(float(cosines_C.sum(dtype=np.float64)) for cosines_C in cosines)
+    return total / (len(order_N) - 1)
+
+
+def consecutive_cosines(vectors_NxD: np.ndarray, order_N: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields the cosines of consecutive documents in pieces, for rows of length 1."""
     for start in range(0, len(order_N) - 1, CHUNK):
         chain_CxD = vectors_NxD[order_N[start : start + CHUNK + 1]]
-        total += np.einsum("cd,cd->c", chain_CxD[:-1], chain_CxD[1:]).sum(dtype=np.float64)
-    return float(total / (len(order_N) - 1))
+        yield np.einsum("cd,cd->c", chain_CxD[:-1], chain_CxD[1:])
 
 
 @njit

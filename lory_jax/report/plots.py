@@ -5,12 +5,13 @@ more than their colour.
 """
 
 import io
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from lory_jax.storage import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -237,9 +238,7 @@ def to_png(figure: "Figure") -> bytes:
 
 def write_png(figure: "Figure", path: Path) -> None:
     """Writes the figure to a temporary name and moves it into place."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_bytes(to_png(figure))
-    temporary.replace(path)
+    write_atomically(path, to_png(figure))
 
 
 def _render(figure: "Figure", kind: str, **options: Any) -> bytes:

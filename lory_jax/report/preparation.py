@@ -15,7 +15,8 @@ def render(manifest: Manifest, more: Mapping[str, Any]) -> str:
 
     Args:
       manifest: that of the directory.
-      more: `shard_sizes`, `lengths` (histograms of tokens per training document), `examples` (pairs
+      more: `shard_sizes`, `lengths` and `cosines` (histograms, of tokens per training document and
+        of the cosines of consecutive ones), `rejects` (their number by reason), `examples` (pairs
         of consecutive documents), `sample` (documents that the embedder was fitted on).
     """
     train = manifest.counts["train"]
@@ -33,23 +34,28 @@ def render(manifest: Manifest, more: Mapping[str, Any]) -> str:
         html.heading("Domains"),
         _domains(manifest.counts),
         html.heading("Length of the training documents"),
-        html.table(["documents", "tokens, at most"], _lengths(more["lengths"])),
+        html.table(["documents", "tokens, at most"], _quantiles(more["lengths"])),
         html.heading("Documents that were left out"),
-        _dropped(manifest.dropped),
+        _left_out(manifest.dropped, documents, "dropped"),
+        html.heading("Documents that are broken"),
+        _left_out(more["rejects"], documents, "rejects"),
         html.heading("Order"),
         _order(manifest.similarity, more),
         html.heading("Examples of consecutive documents"),
+        html.paragraph("The beginning of a document and, marked, that of the next one.", "note"),
     ]
     for example in more["examples"]:
         first, *rest = example["texts"]
-        title = f"cosine {example['cosine']}"
+        title = f"cosine {example['cosine']}: " + " → ".join(example["origins"])
         pieces.append(html.sample_box(title, first + "\n…\n\n", "".join(rest) + "\n…"))
     return html.page("Prepared data", pieces)
 
 
 def _inputs(manifest: Manifest) -> str:
     size = sum(each["size"] for each in manifest.inputs)
-    return f"{len(manifest.inputs):,} inputs" + (f" of {size:,} bytes together" if size else "")
+    count = len(manifest.inputs)
+    together = f" of {size:,} bytes together" if size else ""
+    return f"{count:,} input{'s' if count != 1 else ''}{together}"
 
 
 def _domains(counts: Mapping[str, Any]) -> str:
@@ -74,25 +80,28 @@ def _domains(counts: Mapping[str, Any]) -> str:
     )
 
 
-def _lengths(histograms: Sequence[Sequence[Sequence[int]]]) -> list[list[str]]:
-    joined: Counter[int] = Counter()
+def _quantiles(histograms: Sequence[Sequence[Sequence[float]]]) -> list[list[str]]:
+    """Returns rows of a share of what is counted, and the value that so many have at most."""
+    joined: Counter[float] = Counter()
     for values, counts in histograms:
         joined.update(dict(zip(values, counts, strict=True)))
     total, seen, rows = sum(joined.values()), 0, []
     wanted = list(QUANTILES)
-    for length, count in sorted(joined.items()):
+    for value, count in sorted(joined.items()):
         seen += count
         while wanted and seen >= wanted[0] * total:
-            rows.append([f"{wanted.pop(0):.0%}", f"{length:,}"])
+            rows.append([f"{wanted.pop(0):.0%}", f"{value:,}"])
     return rows
 
 
-def _dropped(dropped: Mapping[str, int]) -> str:
-    if not dropped:
+def _left_out(by_reason: Mapping[str, int], used: int, folder: str) -> str:
+    if not by_reason:
         return html.paragraph("None.")
-    note = html.paragraph("The lists, one line per document, are in dropped/.", "note")
-    rows = [[reason, f"{count:,}"] for reason, count in dropped.items()]
-    return html.table(["reason", "documents"], rows) + note
+    note = html.paragraph(f"The lists, one line per document, are in {folder}/.", "note")
+    rows = [
+        [reason, f"{count:,}", f"{count / max(used, 1):.2%}"] for reason, count in by_reason.items()
+    ]
+    return html.table(["reason", "documents", "over training documents"], rows) + note
 
 
 def _order(similarity: Mapping[str, Any], more: Mapping[str, Any]) -> str:
@@ -109,4 +118,9 @@ def _order(similarity: Mapping[str, Any], more: Mapping[str, Any]) -> str:
     ]
     header = ["order", "mean cosine of consecutive documents", "same domain inside an instance"]
     method = f"{shards} Neighbours were found by {similarity['method']}."
-    return html.paragraph(method) + html.table(header, rows)
+    spread = ["consecutive documents", "cosine, at most"]
+    return (
+        html.paragraph(method)
+        + html.table(header, rows)
+        + html.table(spread, _quantiles(more["cosines"]))
+    )

@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax import Array
 
-from lory_jax.errors import InputError
+from lory_jax.errors import InputError, Unsaved
 from lory_jax.json_text import parse_object
 from lory_jax.run.metric_lines import is_number
 from lory_jax.run.mirror import Mirror
@@ -266,19 +266,23 @@ class Checkpoints:
         if is_remote(self.directory):
             return
         try:
-            check_links(self.directory / str(step))
+            check_links(self.directory, str(step))
         except InputError as error:
             raise ValueError(str(error)) from None
 
     def close(self) -> None:
-        """Waits for saves in progress; raises `InputError` if the last one failed."""
+        """Waits for saves in progress; raises `Unsaved` if the last one failed."""
         self._finish()
-        self._manager.close()
+        try:
+            self._manager.close()
+        except (OSError, ValueError, RuntimeError):
+            if self._failure is None:  # else it misses files of the save that failed
+                raise
         if self._mirror:
             self._mirror.close()
         if self._failure is not None:
             step, why = self._failure
-            raise InputError(f"{self.directory}: step {step} could not be saved: {why}")
+            raise Unsaved(f"{self.directory}: step {step} could not be saved: {why}")
 
 
 def digest(meta: Meta) -> str:

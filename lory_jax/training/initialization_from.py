@@ -7,12 +7,13 @@ from lory_jax.config import fields_where
 from lory_jax.data.prepared import PreparedData
 from lory_jax.errors import ConfigError
 from lory_jax.model.config import ModelConfig
-from lory_jax.model.routing_rules import ADAPTED
+from lory_jax.model.routing_rules import ADAPTED, MERGED
 from lory_jax.model.transformer import Params, init_params
 from lory_jax.run.directory import RunDirectory
 from lory_jax.run.phases import DENSE, EXPERTS, phase_config
 from lory_jax.training.optimizer import Optimizer
 from lory_jax.training.state import State, new_state, state_shardings
+from lory_jax.training.upcycle import grow
 
 
 def check_source(source: RunDirectory, model_config: ModelConfig, data: PreparedData) -> None:
@@ -26,7 +27,7 @@ def check_source(source: RunDirectory, model_config: ModelConfig, data: Prepared
     # Parameters mean the same only if these fields agree; all others may change between runs.
     architecture = fields_where("model", is_architecture=True)
     wrong = [name for name in architecture if getattr(found, name) != getattr(model_config, name)]
-    if found.num_experts not in (0, model_config.num_experts):
+    if found.num_experts and not _grows_by(found, model_config):
         wrong.append("num_experts")
     if wrong:
         fields = " ".join(f"config.model.{name}={getattr(found, name)}" for name in wrong)
@@ -36,21 +37,41 @@ def check_source(source: RunDirectory, model_config: ModelConfig, data: Prepared
     source.check_same_ids(data)
 
 
+def _grows_by(found: ModelConfig, model_config: ModelConfig) -> int:
+    """How many times as many experts the run has as its source; 0 if it cannot start from it."""
+    times, rest = divmod(model_config.num_experts, found.num_experts)
+    return times if not rest and (times == 1 or model_config.routing in MERGED) else 0
+
+
 def state_from(
-    source: RunDirectory, model_config: ModelConfig, optimizer: Optimizer, mesh: Mesh
+    source: RunDirectory,
+    model_config: ModelConfig,
+    optimizer: Optimizer,
+    mesh: Mesh,
+    seed: int = 0,
+    redraw: float = 0.0,
 ) -> tuple[State, str]:
     """A state at step 0 around the parameters of `source`, and its phase.
 
     Where `model_config` has experts and `source` is dense, the run starts in its dense phase, which
-    may have no steps.
+    may have no steps. Where it has a multiple of the source's experts, these are copied, with the
+    share `redraw` of the copies' entries drawn anew.
     """
     found, params, _ = source.load_params(mesh)
-    phase = EXPERTS if found.num_experts == model_config.num_experts else DENSE
+    times = _grows_by(found, model_config) if found.num_experts else 1
+    phase = EXPERTS if found.num_experts or not model_config.num_experts else DENSE
     start_config = phase_config(model_config, phase)
+
+    def begin(params: Params) -> State:
+        if times > 1:
+            key = jax.random.fold_in(jax.random.key(seed), 3)
+            params = grow(params, times, key, redraw)
+        return new_state(start_config, optimizer, _with_own_adapted(start_config, params))
+
     start = jax.jit(
-        lambda params: new_state(start_config, optimizer, _with_own_adapted(start_config, params)),
+        begin,
         out_shardings=state_shardings(start_config, optimizer, mesh),
-        donate_argnums=0,
+        donate_argnums=() if times > 1 else 0,  # a grown array cannot take the place of its source
     )
     return start(params), phase
 

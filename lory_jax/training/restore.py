@@ -52,7 +52,15 @@ def _restored(run: Setup) -> Position | None:
 def _initialized_from(run: Setup) -> Position | None:
     if run.init_from is None:
         return None
-    state, phase = state_from(run.init_from, run.model_config, run.optimizer, run.mesh)
+    train = run.config.train
+    state, phase = state_from(
+        run.init_from,
+        run.model_config,
+        run.optimizer,
+        run.mesh,
+        train.seed,
+        train.upcycle_redraw,
+    )
     say(f"starting from {run.init_from}")
     return Position(state, run.phases.named(phase), 0)
 

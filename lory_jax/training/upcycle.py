@@ -115,23 +115,55 @@ def upcycle_params(params: Params, router_YxDxE: Array, divisor: float = 1) -> P
 def redraw_entries(params: Params, adam: Any, key: Array, share: float) -> tuple[Params, Any]:
     """Draws a share of every expert's entries anew; returns the parameters and Adam's state.
 
-    The experts of `params` are copies of one dense FFN, whose mean and standard deviation the new
-    entries have. Every entry of a matrix is chosen by itself; biases stay copies.
+    Every entry of a matrix is chosen by itself; biases stay copies.
     """
     experts, mu, nu = (dict(tree["layers"]["ffn"]) for tree in (params, adam.mu, adam.nu))
     for number, name in enumerate(FFN_MATRICES):
-        w_YxExMxN = experts[name]
-        choice_key, value_key = jax.random.split(jax.random.fold_in(key, number))
-        is_new_YxExMxN = jax.random.bernoulli(choice_key, share, w_YxExMxN.shape)
-        mean_Yx1x1x1 = jnp.mean(w_YxExMxN[:, :1], axis=(2, 3), keepdims=True)
-        std_Yx1x1x1 = jnp.std(w_YxExMxN[:, :1], axis=(2, 3), keepdims=True)
-        normal_YxExMxN = jax.random.normal(value_key, w_YxExMxN.shape, w_YxExMxN.dtype)
-        drawn_YxExMxN = mean_Yx1x1x1 + std_Yx1x1x1 * normal_YxExMxN
-        experts[name] = jnp.where(is_new_YxExMxN, drawn_YxExMxN, w_YxExMxN)
-        mu[name], nu[name] = (jnp.where(is_new_YxExMxN, 0, tree[name]) for tree in (mu, nu))
+        experts[name], is_new = redrawn(experts[name], jax.random.fold_in(key, number), share)
+        mu[name], nu[name] = (jnp.where(is_new, 0, tree[name]) for tree in (mu, nu))
 
     moments = adam._replace(mu=with_ffn(adam.mu, mu), nu=with_ffn(adam.nu, nu))
     return with_ffn(params, experts), moments
+
+
+def redrawn(w_YxExMxN: Array, key: Array, share: float) -> tuple[Array, Array]:
+    """Experts with a share of their entries drawn anew, and which entries those are.
+
+    New entries have the mean and the standard deviation of the first expert, of which the others
+    are copies.
+    """
+    choice_key, value_key = jax.random.split(key)
+    is_new_YxExMxN = jax.random.bernoulli(choice_key, share, w_YxExMxN.shape)
+    mean_Yx1x1x1 = jnp.mean(w_YxExMxN[:, :1], axis=(2, 3), keepdims=True)
+    std_Yx1x1x1 = jnp.std(w_YxExMxN[:, :1], axis=(2, 3), keepdims=True)
+    normal_YxExMxN = jax.random.normal(value_key, w_YxExMxN.shape, w_YxExMxN.dtype)
+    drawn_YxExMxN = mean_Yx1x1x1 + std_Yx1x1x1 * normal_YxExMxN
+    return jnp.where(is_new_YxExMxN, drawn_YxExMxN, w_YxExMxN), is_new_YxExMxN
+
+
+def grow(params: Params, times: int, key: Array, share: float) -> Params:
+    """The parameters with `times` as many experts: the old ones, then copies of all of them.
+
+    Copies have their original's column of the router, so that both have a part of its weight and
+    the model computes what it did. Alike copies would stay alike: `share` of the copies' entries
+    are drawn anew.
+    """
+    ffn = dict(params["layers"]["ffn"])
+    for number, name in enumerate(sorted(ffn.keys() - {"router"})):
+        copies = []
+        for expert in range(ffn[name].shape[1]):
+            original = ffn[name][:, expert : expert + 1]
+            copy = jnp.repeat(original, times - 1, axis=1)
+            if share and name in FFN_MATRICES:
+                own_key = jax.random.fold_in(jax.random.fold_in(key, number), expert)
+                copy = redrawn(copy, own_key, share)[0]
+            copies.append(copy)
+        # All first copies, then all second ones: in the order of the router's columns.
+        stacked = jnp.stack(copies, axis=2)
+        stacked = stacked.reshape(stacked.shape[0], -1, *stacked.shape[3:])
+        ffn[name] = jnp.concatenate([ffn[name], stacked], axis=1)
+    ffn["router"] = jnp.tile(ffn["router"], (1, 1, times))
+    return with_ffn(params, ffn)
 
 
 def with_ffn(params: Params, ffn: Params) -> Params:

@@ -269,6 +269,19 @@ def test_training_starts_from_it(start, hf, data, tmp_path):
     assert metrics[-1]["loss"] < metrics[0]["loss"]
     trained = lory_jax.load(tmp_path / "W").params["layers"]["ffn"]["gate"]
     assert np.any(trained[:, 0] != trained[:, 1])  # the experts have parted
+    grown = verb(
+        "train",
+        f"--config={recipe}:experts=16",
+        f"--init_from={tmp_path / 'W'}",
+        f"--data={data}",
+        f"--workdir={tmp_path / 'grown'}",
+        "--config.train.steps=1",
+        "--config.train.learning_rate=0",
+        *(f"--{field}" for field in fields),
+    )
+    assert grown.returncode == 0, grown.stderr
+    copies = lory_jax.load(tmp_path / "grown").params["layers"]["ffn"]["gate"]
+    np.testing.assert_array_equal(copies, np.concatenate([trained, trained], axis=1))
 
 
 def test_a_malformed_directory_leaves_no_work_directory(hf, tmp_path):

@@ -153,7 +153,7 @@ def assert_decodes_its_logits(model, prompts):
     """Token by token, each row decodes what the whole sequence gives."""
     ids = [model.encode(text) for text in prompts]
     lengths = np.array([len(row) for row in ids])
-    steps = LENGTH - max(lengths)
+    steps = LENGTH - int(max(lengths))
     for routing, ffn in itertools.product(("prompt", "segment"), ("merged", "experts")):
         seen = []
 

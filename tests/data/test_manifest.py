@@ -77,6 +77,25 @@ def test_verify_checks_what_the_prefix_and_hashes_ask_for(tmp_path):
         manifest.verify(tmp_path, hashes=False)
 
 
+def test_a_link_that_leads_out_of_the_directory_is_refused(tmp_path):
+    data = tmp_path / "data"
+    (data / "train").mkdir(parents=True)
+    (data / "train" / "a").write_text("contents")
+    manifest = make_manifest(describe_files(data))
+    (tmp_path / "link").symlink_to(data)
+    manifest.verify(tmp_path / "link", hashes=True)  # the directory itself may be a link
+    (data / "train").rename(data / "inside")
+    (data / "train").symlink_to(data / "inside")
+    manifest.verify(data, hashes=True)
+    (data / "inside").rename(tmp_path / "outside")
+    (data / "train").unlink()
+    for target in (tmp_path / "outside", "../outside", "../data/../outside"):
+        (data / "train").symlink_to(target)
+        with pytest.raises(InputError, match="train/a: a symbolic link that leads out"):
+            manifest.verify(data, hashes=True)
+        (data / "train").unlink()
+
+
 def test_differences_are_named_with_their_section():
     found = {"seed": 1, "data": {"a": 2, "b": 3}, "old": 0}
     wanted = {"seed": 1, "data": {"a": 2, "b": 4}, "new": 0}

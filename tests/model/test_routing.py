@@ -12,6 +12,8 @@ from lory_jax.model import routing
 from lory_jax.model.ffn import MergedFFN
 from lory_jax.model.parameters import Initializer
 from lory_jax.model.routing import Routing, keep_top_k
+from lory_jax.model.routing_rules import SOURCES
+from lory_jax.model.routing_source import add_token, after_prompt, at_border, summaries
 from lory_jax.model.transformer import assemble
 from tests.support.models import assert_close, float64, tiny_config
 from tests.support.reference import central_differences, lory_layer, routing_weights
@@ -23,18 +25,21 @@ GRADIENTS = 2e-4
 # (L, T): L not divisible by T, divisible, L = T, L < T, T = 1.
 LENGTHS = [(7, 3), (6, 3), (4, 4), (3, 5), (4, 1)]
 
-# How it is routed, the first segment, and the prompt of each row (longer than T, too).
+# How it is routed, the first segment, the prompt of each row (longer than T, too), and the source.
 RULES = [
-    ("causal", "self", None),
-    ("causal", "uniform", None),
-    ("prefix", "self", None),
-    ("prefix", "uniform", None),
-    ("prompt", "self", (0, 2, 6)),
-    ("segment", "self", (0, 2, 6)),
+    ("causal", "self", None, "last"),
+    ("causal", "uniform", None, "last"),
+    ("prefix", "self", None, "last"),
+    ("prefix", "uniform", None, "last"),
+    ("prompt", "self", (0, 2, 6), "last"),
+    ("segment", "self", (0, 2, 6), "last"),
 ]
+BEYOND = [source for source in SOURCES if source != "last"]
+RULES += [("causal", "self", None, source) for source in BEYOND]
+RULES += [("segment", "self", (0, 2, 6), source) for source in BEYOND]
 
 
-def layer(segment_length, kind, first_segment):
+def layer(segment_length, kind, first_segment, source="last"):
     """The layer as `(h, params, prompts) -> (y, weights)`, and parameters for it."""
     config = tiny_config(
         embed_dim=D,
@@ -42,6 +47,7 @@ def layer(segment_length, kind, first_segment):
         num_experts=E,
         segment_length=segment_length,
         first_segment_routing=first_segment,
+        routing_source=source,
     )
     abstract = nnx.eval_shape(lambda: MergedFFN(Initializer(jax.random.key(0)), config, 1.0))
     graph, state = nnx.split(abstract)
@@ -58,9 +64,9 @@ def layer(segment_length, kind, first_segment):
 
 
 @pytest.mark.parametrize(("L", "T"), LENGTHS)
-@pytest.mark.parametrize(("kind", "first", "prompts"), RULES)
-def test_layer_equals_loops_in_value_and_every_gradient(L, T, kind, first, prompts):
-    apply, params = layer(T, kind, first)
+@pytest.mark.parametrize(("kind", "first", "prompts", "source"), RULES)
+def test_layer_equals_loops_in_value_and_every_gradient(L, T, kind, first, prompts, source):
+    apply, params = layer(T, kind, first, source)
     rng = np.random.default_rng(0)
     h = rng.normal(size=(B, L, D)).astype(np.float32)
     probe = rng.normal(size=(B, L, D)).astype(np.float32)
@@ -77,7 +83,12 @@ def test_layer_equals_loops_in_value_and_every_gradient(L, T, kind, first, promp
     h64, params64 = float64(h), float64(params)
     prompts = None if lengths is None else list(map(int, lengths))
     reference = functools.partial(
-        lory_layer, segment_length=T, kind=kind, first_segment=first, prompts=prompts
+        lory_layer,
+        segment_length=T,
+        kind=kind,
+        first_segment=first,
+        prompts=prompts,
+        source=source,
     )
     y64, weights64 = reference(h64, params64)
     assert_close(y, y64, VALUES, "y")
@@ -155,6 +166,39 @@ def test_padding_after_the_prompt_has_no_influence():
     np.testing.assert_array_equal(
         routing.prompt_routing(h, router, lengths), routing.prompt_routing(padded, router, lengths)
     )
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_changed_token_reaches_later_segments_only(source):
+    T, N = 4, 5
+    h = jax.random.normal(jax.random.key(9), (1, T * N, D))
+    router = jax.random.normal(jax.random.key(10), (D, E))
+    route = functools.partial(
+        routing.causal_routing, router_DxE=router, segment_length=T, first_segment="self"
+    )
+    before = np.asarray(route(h, source=source))[0]
+    for position in range(T, T * N):
+        after = np.asarray(route(h.at[0, position].add(3.0), source=source))[0]
+        is_changed_N = np.any(before != after, axis=1)
+        k = position // T  # counted from 0
+        reached = range(k + 1, N) if source in ("cumulative", "average") else range(k + 1, k + 2)
+        assert np.flatnonzero(is_changed_N).tolist() == [n for n in reached if n < N]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_running_summaries_equal_those_of_whole_sequences(source):
+    T, L = 3, 14
+    h = jax.random.normal(jax.random.key(11), (4, L, D))
+    expected = summaries(h, T, source)
+    lengths = jnp.array([1, 3, 7, 9])
+    running = after_prompt(h, lengths, T, source)
+    for offset in range(int(L - lengths.max())):
+        positions = lengths + offset
+        summary, running = at_border(running, positions, T, source)
+        for row, position in enumerate(positions.tolist()):
+            if position % T == 0:
+                assert_close(summary[row], np.asarray(expected)[row, position // T - 1], VALUES)
+        running = add_token(running, h[jnp.arange(4), positions])
 
 
 def test_means_and_weights_are_float32_for_half_precision_input():

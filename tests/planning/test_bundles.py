@@ -126,7 +126,7 @@ def test_conditional_parts_count_as_often_as_they_run():
     assert always.bundles - some.bundles == pytest.approx(5 * (0.8 * 1 + 1.0 * 2))
     unknown = count(PARTS, slots_of(PARTS), ORIGINAL, (None, 0.0))
     assert always.bundles - unknown.bundles == pytest.approx(5 * 2)
-    with pytest.raises(PartsDiffer, match="2 conditional parts .* expected 1"):
+    with pytest.raises(PartsDiffer, match=r"2 conditional parts .* expected 1"):
         count(PARTS, slots_of(PARTS), ORIGINAL, (0.5,))
 
 

@@ -11,7 +11,10 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from lory_jax.planning.bundles import KernelCost
+from lory_jax.planning.kernels import price_of
 from lory_jax.planning.mosaic import Product, read_work, text_of
+from lory_jax.planning.topology import DEVICES
 
 
 def body_of(function, *shapes):
@@ -100,6 +103,26 @@ def test_equal_kernels_from_other_lines_have_one_text():
     assert text_of(first) != text_of(body_of(functools.partial(triangle, turns=2), *SHAPES))
 
 
+def test_cores_share_what_is_declared_parallel():
+    def double(x, semantics):
+        return pl.pallas_call(
+            lambda x_ref, o_ref: o_ref.__setitem__(..., x_ref[...] * 2),
+            grid=(4,),
+            in_specs=[pl.BlockSpec((8, 128), lambda i: (i, 0))],
+            out_specs=pl.BlockSpec((8, 128), lambda i: (i, 0)),
+            out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+            compiler_params=pltpu.CompilerParams(dimension_semantics=(semantics,)),
+        )(x)
+
+    v5p = DEVICES["v5p"]
+    for semantics, bundles in (("parallel", 500), ("arbitrary", 1000)):
+        body = body_of(functools.partial(double, semantics=semantics), ((32, 128), "float32"))
+        work = read_work(body)
+        cost = KernelCost(1000.0, {}, {"SALU": 0.5})
+        assert price_of(work, cost, v5p, 0).bundles == bundles
+        assert price_of(work, cost, DEVICES["v5e"], 0).bundles == 1000
+
+
 def test_what_is_no_kernel_is_refused():
-    with pytest.raises(Exception, match="MLIR|parse"):
+    with pytest.raises(Exception, match=r"MLIR|parse"):
         read_work(b"nothing")

@@ -97,7 +97,7 @@ def test_every_gpu_has_a_target_that_agrees_with_its_sheet():
 
 def test_a_missing_plug_in_is_named(monkeypatch):
     monkeypatch.setattr(gpus.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="jax_cuda12_plugin: not found.*requirements-cuda"):
+    with pytest.raises(InputError, match=r"jax_cuda12_plugin: not found.*requirements-cuda"):
         parse_gpus("h100-8").devices()
     assert parse_gpus("v5e-8") is None
 

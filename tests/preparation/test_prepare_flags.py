@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import html
 import json
 import random
 from collections import Counter
@@ -100,6 +101,10 @@ def test_broken_documents_are_listed_and_stop_the_run_above_a_share(tmp_path):
     assert reject["path"] == str(source) and "int" in reject["reason"]
     assert reject["position"] == f"byte {source.stat().st_size - len(BROKEN)}"
     assert f"rejects/{path.name}" in data.manifest.files
+    # The page counts them by reason.
+    reason = html.escape(reject["reason"].partition(" (")[0])
+    page = (tmp_path / "data" / "report.html").read_text()
+    assert f'<td class="">{reason}</td><td class="">1</td>' in page
 
 
 def test_documents_are_ordered_by_the_encoder_that_was_given(tmp_path):

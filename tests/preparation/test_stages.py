@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -45,7 +46,9 @@ def test_the_result_has_several_shards_and_no_leftovers(prepared):
     data.verify(hashes=True)
     assert len(data.manifest.names("train/")) >= 4
     assert data.manifest.similarity["similar"]["mean_cosine"] > 0.9
-    assert "<h1>Prepared data</h1>" in (prepared / "report.html").read_text()
+    page = (prepared / "report.html").read_text()
+    assert "<h1>Prepared data</h1>" in page
+    assert re.search(r"cosine 0\.\d+: domain\d, source-\d+ → domain\d, source-\d+", page)
 
 
 def test_two_workers_give_the_same_bytes(prepared, corpus, tmp_path):

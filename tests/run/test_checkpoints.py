@@ -143,3 +143,45 @@ def test_choices_and_their_text(choice):
 def test_other_choices_are_refused(choice):
     with pytest.raises(ConfigError, match=r"^step: "):
         parse_step(choice)
+
+
+def lead_out(path, elsewhere):
+    """Moves a file or directory elsewhere and puts a link in its place."""
+    elsewhere.mkdir(exist_ok=True)
+    path.rename(elsewhere / path.name)
+    path.symlink_to(elsewhere / path.name)
+
+
+@pytest.mark.parametrize("name", ["state", "meta", "meta/metadata", "."])
+def test_a_link_that_leads_out_of_a_checkpoint_is_damage(directory, tmp_path, name, capsys):
+    """As an unpacked archive may hold one; what it names is not read."""
+    lead_out(directory / "50" / name, tmp_path / "elsewhere")
+    assert restored_step(directory, "newest") == 40
+    assert "50 is damaged" in capsys.readouterr().err
+    with pytest.raises(InputError, match="leads out"):
+        restored_step(directory, 50)
+    assert Checkpoints(directory).read_meta(50) is None
+
+
+def test_the_directory_of_checkpoints_may_be_a_link_itself(directory, tmp_path):
+    lead_out(directory, tmp_path / "large disk")
+    assert restored_step(directory, "newest") == 50
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"phase": "other"}, {"phase": None}, {"sums": None}, {"sums": {"a": "b"}}),
+        *({"validation_loss": "low"}, {"watch": {"skipped": None}}, {"goodput": [1]}),
+    ],
+    ids=str,
+)
+def test_a_forged_meta_is_damage(directory, change):
+    """Well-formed and with no digest, as the first checkpoints were, but of other types."""
+    path = directory / "50" / "meta" / "metadata"
+    meta = json.loads(path.read_text()) | change
+    del meta["digest"]
+    path.write_text(json.dumps(meta))
+    assert restored_step(directory, "newest") == 40
+    assert restored_step(directory, "best") == 30
+    assert Checkpoints(directory).read_meta(50) is None

@@ -150,6 +150,19 @@ def test_a_config_without_a_size_is_damaged_and_one_without_a_younger_field_is_n
         _ = RunDirectory(run.path).model_config
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard", "checkpoints", "lock"])
+def test_a_run_whose_links_lead_out_is_not_written_to(name, tmp_path, data):
+    """As an unpacked archive may hold them."""
+    config = load_config(f"{write_recipe(tmp_path)}:experts=4", []).to_dict()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "private").write_text("kept")
+    (tmp_path / "run" / name).symlink_to(tmp_path / "private")
+    with pytest.raises(InputError, match=f"{name}: a symbolic link that leads out"):
+        opened(tmp_path / "run", data, config)
+    assert (tmp_path / "private").read_text() == "kept"
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
+
+
 def test_metrics_without_the_line_that_a_killed_run_left_unfinished(tmp_path):
     run = RunDirectory(tmp_path)
     lines = [metric_line(step) for step in (1, 2)]

@@ -24,7 +24,14 @@ def segments(length, segment_length):
 
 
 def routing_weights(
-    h_LxD, router, segment_length, kind, first_segment="self", prompt=0, frozen=None
+    h_LxD,
+    router,
+    segment_length,
+    kind,
+    first_segment="self",
+    prompt=0,
+    frozen=None,
+    source="last",
 ):
     """One distribution over the experts per segment of one sequence, as a list of arrays [E].
 
@@ -33,25 +40,41 @@ def routing_weights(
     num_experts = router.shape[1]
     uniform = np.full(num_experts, 1.0 / num_experts)
 
-    def route(tokens):
-        mean = np.zeros(h_LxD.shape[1])
+    def mean(tokens):
+        total = np.zeros(h_LxD.shape[1])
         for h in tokens:
-            mean += h / len(tokens)
-        return softmax(mean @ router)
+            total += h / len(tokens)
+        return total
+
+    def pool(tokens):
+        if source != "attention":
+            return mean(tokens)
+        return softmax(np.array([tokens[0] @ h for h in tokens]) / len(tokens[0]) ** 0.5) @ tokens
+
+    def route(tokens):
+        return softmax(mean(tokens) @ router)
 
     if kind == "prompt":
         return [route(h_LxD[:prompt]) if prompt else uniform]
     bounds = segments(len(h_LxD), segment_length)
     if kind == "segment":
-        first = route(h_LxD[: min(prompt, bounds[0][1])]) if prompt else uniform
+        first = uniform
+        if prompt:
+            first = softmax(pool(h_LxD[: min(prompt, bounds[0][1])]) @ router)
     elif first_segment == "uniform":
         first = uniform
     else:
-        first = route(h_LxD[: bounds[0][1]]) if frozen is None else frozen
-    weights = [first]
+        first = softmax(pool(h_LxD[: bounds[0][1]]) @ router) if frozen is None else frozen
+    weights, pools = [first], [pool(h_LxD[start:end]) for start, end in bounds]
     for k in range(1, len(bounds)):
-        start, end = bounds[0] if kind == "prefix" else bounds[k - 1]
-        weights.append(route(h_LxD[start:end]))
+        summary = pools[0 if kind == "prefix" else k - 1]
+        if source == "cumulative":
+            summary = mean(pools[:k])
+        if source == "average":
+            summary = pools[0]
+            for later in pools[1:k]:
+                summary = (summary + later) / 2
+        weights.append(softmax(summary @ router))
     return weights
 
 
@@ -73,7 +96,9 @@ def merged_ffn(h_TxD, experts, weights):
     return np.array(rows)
 
 
-def lory_layer(h_BxLxD, params, segment_length, kind, first_segment, prompts=None, frozen=None):
+def lory_layer(
+    h_BxLxD, params, segment_length, kind, first_segment, prompts=None, frozen=None, source="last"
+):
     """The FFN layer of Lory: outputs [B, L, D] and routing weights [B, N, E]."""
     outputs, all_weights = [], []
     for b, h_LxD in enumerate(h_BxLxD):
@@ -85,6 +110,7 @@ def lory_layer(h_BxLxD, params, segment_length, kind, first_segment, prompts=Non
             first_segment,
             0 if prompts is None else prompts[b],
             None if frozen is None else frozen[b],
+            source,
         )
         length = len(h_LxD) if kind == "prompt" else segment_length
         bounds = segments(len(h_LxD), length)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from tools.study import arms, fair_start, ladder
+from tools.study import arms, beyond, fair_start, ladder
 from tools.study.__main__ import unavailable
 from tools.study.claims import read_claims
 from tools.study.report import CLAIMS, write_report
@@ -73,6 +73,7 @@ def write(results, arm, seed, instances, corpus="packages"):
     record |= {"corpus": corpus, "seed": seed}
     record |= {"status": "finished", "losses": losses, "settings": {}, "step_seconds": 0.3}
     record |= {"curve": [[250, 4.0], [500, 3.5]], "flops_per_token": 1e6}
+    record |= {"parameters": {"total": 1000, "active": 500}}
     if arm == "lory" and corpus == "packages":
         distance = [{"between": 0.3 + 0.01 * seed, "within": 0.05}]
         record |= {"routing_distance": distance, "expert_cosine": 0.7, "experts_used": 0.9}
@@ -167,6 +168,29 @@ def test_the_baseline_is_checked_against_its_neighbours(tmp_path, capsys, monkey
         fair_start.main()
     assert missing.value.code and better.value.code
     assert "-0.0200 nats" in capsys.readouterr().out
+
+
+def test_the_page_of_what_is_beyond_the_paper_compares_with_the_recipe(tmp_path):
+    results = Results(tmp_path / "study" / "runs")
+    write_held_out(results, {d: list(range(n)) for d, n in DOMAINS.items()}, "packages")
+    rng = np.random.default_rng(2)
+    for seed in range(3):
+        of_instance = {d: rng.normal(3, 0.3, n) for d, n in DOMAINS.items()}
+        for arm, effect in ((arms.BEYOND_BASE, 0.0), ("source_average", -0.05)):
+            noise = rng.normal(0, 0.001)
+            write(
+                results,
+                arm,
+                seed,
+                {"test": {d: x + effect + noise for d, x in of_instance.items()}},
+            )
+    page = tmp_path / "beyond.md"
+    page.write_text(f"before\n<!-- begin: {beyond.MARK} -->\nold\n<!-- end -->\nafter\n")
+    beyond.write_page(tmp_path / "study", page)
+    text = page.read_text()
+    assert "model.routing_source=average | -0.0" in text and "old" not in text
+    assert "Without runs so far: source_cumulative, source_attention." in text
+    assert text.startswith("before\n") and text.endswith("after\n")
 
 
 # ---------------------------------------------------------------- claims and arms

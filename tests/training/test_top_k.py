@@ -100,16 +100,16 @@ def test_no_logit_depends_on_later_tokens(straight):
     graph, _ = build(config)
 
     @jax.jit
-    def logits(tokens):
+    def logits(params, tokens):
         routing = Routing("causal", None, jnp.float32(2.5), straight)
-        return assemble(graph, params_of(config))(tokens, routing)[0][0]
+        return assemble(graph, params)(tokens, routing)[0][0]
 
-    tokens = random_tokens(1, config.sequence_length)
-    before = np.asarray(logits(tokens))
+    params, tokens = params_of(config), random_tokens(1, config.sequence_length)
+    before = np.asarray(logits(params, tokens))
     for changed in range(config.sequence_length):
         other = tokens.copy()
         other[0, changed] = (other[0, changed] + 1) % config.vocab_size
-        differs = (np.asarray(logits(other)) != before).any(axis=-1)
+        differs = (np.asarray(logits(params, other)) != before).any(axis=-1)
         assert not differs[:changed].any() and differs[changed]
 
 

@@ -1,5 +1,7 @@
 """From dense to experts: the same function, the same next update."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -8,11 +10,12 @@ from lory_jax.model.transformer import init_params
 from lory_jax.parallel import make_mesh
 from lory_jax.training.state import NEVER, new_state
 from lory_jax.training.step import make_train_step
-from lory_jax.training.upcycle import FFN_MATRICES, make_upcycle, upcycle_params
+from lory_jax.training.upcycle import FFN_MATRICES, grow, make_upcycle, upcycle_params
 from tests.support.models import (
     assert_close,
     assert_trees_close,
     constant_rate,
+    forward,
     params_of,
     random_tokens,
     tiny_config,
@@ -220,3 +223,30 @@ def test_experts_that_are_not_routed_train_as_the_dense_model(routing, experts):
         expected.append(float(of_dense["loss"]))
     np.testing.assert_allclose(losses, expected, rtol=2e-5)
     assert np.ptp(expected) > 0.1
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_growing_the_experts_preserves_the_function(bias):
+    small = tiny_config(num_experts=2, router_init_scale=4.0, mlp_bias=bias, merged_ffn="einsum")
+    large = dataclasses.replace(small, num_experts=6)
+    params, tokens = params_of(small), random_tokens(2, 21)
+    expected, r_small = forward(small)(params, tokens)
+    grown = grow(params, 3, jax.random.key(1), 0.0)
+    logits, r_large = forward(large)(grown, tokens)
+    assert_close(logits, expected, 1e-5)
+    # An original and its two copies share its weight.
+    assert_close(np.asarray(r_large).reshape(*r_large.shape[:-1], 3, 2).sum(-2), r_small, 1e-6)
+
+
+def test_a_share_of_the_copies_entries_is_drawn_anew_and_the_originals_stay():
+    small = tiny_config(num_experts=2)
+    before, after = ffn(params_of(small)), ffn(grow(params_of(small), 2, jax.random.key(1), 0.25))
+    for name in FFN_MATRICES:
+        old, new = np.asarray(before[name]), np.asarray(after[name])
+        np.testing.assert_array_equal(new[:, :2], old)
+        changed = np.mean(new[:, 2:] != old)
+        assert 0.15 < changed < 0.35
+        for expert in range(2):  # as spread out as the expert that it copies
+            ratio = np.std(new[:, 2 + expert]) / np.std(old[:, expert])
+            assert 0.8 < ratio < 1.25
+    np.testing.assert_array_equal(after["router"], np.tile(before["router"], (1, 1, 2)))

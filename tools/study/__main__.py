@@ -1,6 +1,6 @@
 """Runs the study: a queue of runs, cheapest information first, resumable run by run.
 
-    python -m tools.study [--stage=A|B|C|D] [--hours=H] [--cores=N] [--out=DIR] [--work=DIR]
+    python -m tools.study [--stage=A|B|C|D|beyond] [--hours=H] [--cores=N] [--out=DIR] [--work=DIR]
 
 Each run is trained and evaluated on one core. A finished run leaves one small JSON file and the
 losses of its held-out instances in OUT/runs; its run directory is then removed. Ctrl-C, SIGTERM and
@@ -34,7 +34,7 @@ from tools.study.results import FIRST_CORPUS, SPLITS, Results
 from tools.study.run import Runner, Stopped
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-STAGES = "ADBC"  # in this order
+STAGES = ("A", "D", "B", "C", "beyond")  # in this order
 CORPORA = {"packages": corpus.make_corpus, "debian": debian_corpus.make_corpus}
 RECIPE = str(Path(__file__).with_name("recipe.py"))
 STEP_SECONDS = 0.13  # of the dense model on one core, until runs say better
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     if not debian_corpus.is_possible():
         print("stage D: left out, because its corpus can be made on a Debian system only")
         arms = [arm for arm in arms if arm.corpus == FIRST_CORPUS]
-    jobs = make_jobs(families, arms, args.stage or STAGES)
+    jobs = make_jobs(families, arms, (args.stage,) if args.stage else STAGES)
 
     data = Data(args.work, results, args.out / AUDIT)
 
@@ -73,16 +73,22 @@ def main(argv: list[str]) -> None:
     if signals:
         sys.exit(128 + signals[0])
     # Imported here: a study that is stopped draws nothing.
+    from tools.study.beyond import write_page
     from tools.study.report import write_report
 
     write_report(args.out)
+    write_page(args.out)
 
 
 def parse_flags(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser("study", __doc__)
     parser.prog = "python -m tools.study"
     add = parser.add_argument
-    add("--stage", choices=tuple(STAGES), help="run this stage only (default: A, D, B, C)")
+    add(
+        "--stage",
+        choices=STAGES,
+        help="run this stage only (default: all, in the order A, D, B, C, beyond)",
+    )
     add("--hours", type=float, metavar="H", help="stop after so many hours")
     add("--cores", type=int, default=1, metavar="N", help="runs at a time, one core each")
     add("--out", type=Path, default=ROOT / "docs" / "study", metavar="DIR", help="results")

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lory_jax.model.routing_rules import SOURCES
+
 Settings = Mapping[str, Any]
 
 TRIALS = 12  # of every family
@@ -25,6 +27,7 @@ COMMON = {
 RATE, START, EXPERT_START = "train.learning_rate", "model.ffn_init_scale", "model.expert_init_scale"
 REWARM = "train.upcycle_rewarm_fraction"
 REDRAW, WARMUP = "train.upcycle_redraw", "train.dense_warmup_fraction"
+SOURCE = "model.routing_source"
 ROUTING, EXPERTS = "model.routing", "model.num_experts"
 
 RATES = (8e-3, 1.6e-2, 2.4e-2, 3.2e-2)
@@ -222,6 +225,14 @@ def ladder_shape(width: int) -> dict[str, Any]:
     shape = {"embed_dim": width, "num_heads": width // 16, "mlp_dim": 11 * width // 4}
     return {f"model.{name}": value for name, value in shape.items()}
 
+
+# Beyond the paper: one change each to the recipe that partly redraws its experts.
+BEYOND_BASE = "lory_redrawn"
+ARMS += [
+    Arm(f"source_{source}", BEYOND_BASE, {SOURCE: source}, stage="beyond", group=5, cost=1.15)
+    for source in SOURCES
+    if source != "last"
+]
 
 FAMILIES += [
     Family(

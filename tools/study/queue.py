@@ -60,7 +60,7 @@ class Job:
         return round_number, self.source.group, is_final, self.seed, self.work, self.id
 
 
-def make_jobs(families: Sequence[Family], arms: Sequence[Arm], stages: str) -> list[Job]:
+def make_jobs(families: Sequence[Family], arms: Sequence[Arm], stages: Sequence[str]) -> list[Job]:
     """The runs of the stages, stage by stage; a family is tuned in the first that needs it."""
     jobs: list[Job] = []
     tuned: set[str] = set()

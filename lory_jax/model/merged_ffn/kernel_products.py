@@ -167,7 +167,10 @@ def _to_hidden(
         (call.groups, call.blocks, call.tiling.parts),
         [
             call.spread_block(),
-            pl.BlockSpec((G, padded.T, padded.D), lambda g, f, d: (g, 0, 0)),
+            # A group's x stays for all its blocks: room to fetch the next group's is not worth it.
+            pl.BlockSpec(
+                (G, padded.T, padded.D), lambda g, f, d: (g, 0, 0), pipeline_mode=pl.Buffered(1)
+            ),
             *[experts_block] * len(weights),
             *[hidden_block] * len(given),
         ],

@@ -182,7 +182,7 @@ def _tilings(problem: Problem, side: int) -> list[Tiling]:
 
 
 def vmem_bytes(problem: Problem, tiling: Tiling) -> int:
-    """Bytes of on-chip memory that a kernel's blocks use; those in transit count twice."""
+    """Bytes of on-chip memory that a kernel's blocks use; those fetched ahead count twice."""
     size, T, D = problem.itemsize, problem.T, problem.D
     G, b = tiling.group, tiling.columns
     part = -(-D // tiling.parts)
@@ -194,7 +194,7 @@ def vmem_bytes(problem: Problem, tiling: Tiling) -> int:
     held = hidden + experts + spread
     if problem.kernel == TO_HIDDEN:
         sums = 4 * problem.weights * G * T * b
-        return held + 2 * size * G * T * D + size * G * part * b + sums
+        return held + size * G * T * D + size * G * part * b + sums
     if problem.kernel == FROM_HIDDEN:
         return held + (2 * size + 4) * G * T * part + size * G * part * b
     gradients = (2 * size + 4) * part * E * b + 2 * 4 * G * tiling.rows * PE

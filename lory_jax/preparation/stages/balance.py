@@ -44,6 +44,17 @@ def run(work: Work, task: int, out: Path) -> Facts:
     counts_C = np.zeros(cluster.num_leaves(work), np.int64)
     for reader in range(read.count(work)):
         counts_C += np.diff(read_array(work.directory("assign", reader), "starts"))
+    shards = make_shards(counts_C, largest)
+    (out / SHARDS_NAME).write_text(json.dumps(shards) + "\n", encoding="utf-8")
+    sizes = [shard.stop - shard.start for shard in shards]
+    say = []
+    if len(shards) > 1:
+        say = [f"{len(shards)} shards of {min(sizes):,} to {max(sizes):,} documents"]
+    return Facts(values={"shards": len(shards), "sizes": sizes}, say=say)
+
+
+def make_shards(counts_C: np.ndarray, largest: int) -> list[Shard]:
+    """Returns the shards of leaves that hold so many documents each."""
     shards = []
     smallest = max(int(largest * SMALLEST_SHARE), 1)
     for first, end in merge_small(counts_C.tolist(), smallest, largest):
@@ -51,12 +62,7 @@ def run(work: Work, task: int, out: Path) -> Facts:
         pieces = max(1, -(-documents // largest))
         bounds = [documents * piece // pieces for piece in range(pieces + 1)]
         shards += [Shard(first, end, *pair) for pair in itertools.pairwise(bounds)]
-    (out / SHARDS_NAME).write_text(json.dumps(shards) + "\n", encoding="utf-8")
-    sizes = [shard.stop - shard.start for shard in shards]
-    say = []
-    if len(shards) > 1:
-        say = [f"{len(shards)} shards of {min(sizes):,} to {max(sizes):,} documents"]
-    return Facts(values={"shards": len(shards), "sizes": sizes}, say=say)
+    return shards
 
 
 def read_shard(work: Work, number: int) -> Rows:

@@ -213,12 +213,25 @@ def _seconds(work: Work, stage: str) -> float:
     return round(sum(work.marker(stage, task)["seconds"] for task in range(tasks)), 2)
 
 
+def _rejects_by_reason(work: Work) -> dict[str, int]:
+    """Returns how often each reason occurs, without what it says in brackets about one document."""
+    reasons: Counter[str] = Counter()
+    for task in range(read.count(work)):
+        if work.values("read", task)["read"]["rejects"]:
+            path = work.directory("read", task) / read.REJECTS_NAME
+            with path.open("rb") as lines:
+                reasons.update(json.loads(line)["reason"].partition(" (")[0] for line in lines)
+    return dict(reasons.most_common())
+
+
 def _for_report(work: Work) -> dict[str, Any]:
     """Returns what the report shows and the manifest does not hold."""
     parts = [work.values("order", task) for task in range(order.count(work))]
     return {
         "shard_sizes": work.values("balance")["sizes"],
         "lengths": [part["lengths"] for part in parts],
+        "cosines": [part["cosines"] for part in parts],
+        "rejects": _rejects_by_reason(work),
         "examples": [example for part in parts for example in part["examples"]],
         "sample": work.values("fit")["sample"],
     }

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from lory_jax.errors import shorten
 from lory_jax.preparation.deduplication import near_duplicates, shingle_width
 from lory_jax.preparation.engine.columns import write_array
 from lory_jax.preparation.engine.work import Facts, Work, hash_sum
 from lory_jax.preparation.neighbors import Neighbors, find_neighbors, has_scann
-from lory_jax.preparation.ordering import order_by_similarity
+from lory_jax.preparation.ordering import consecutive_cosines, order_by_similarity
 from lory_jax.preparation.packing import cut_instances, instance_domains, write_shards
 from lory_jax.preparation.stages import balance, cluster, read
 from lory_jax.preparation.stages.rows import Rows
@@ -80,6 +81,7 @@ def run(work: Work, task: int, out: Path) -> Facts:
         "tokens": len(stream_T),
         "lengths": [lengths.tolist(), counts.tolist()],
         "figures": figures,
+        "cosines": _cosines(rows, order_N),
         "method": ordered.method,
         "neighbour_cpu_seconds": round(ordered.cpu_seconds, 3),
         "near_duplicates": len(ordered.near),
@@ -159,8 +161,19 @@ def _write_dropped(out: Path, rows: Rows, near: dict[int, int], names: list[str]
             file.write(read.drop_line(digest, domain, origin, "near duplicate", kept.hex()))
 
 
+def _cosines(rows: Rows, order_N: np.ndarray) -> list[list[float]]:
+    """Returns a histogram of the cosines of consecutive documents, in hundredths."""
+    pieces = [
+        np.floor(100 * cosines_C.astype(np.float32)) / 100
+        for cosines_C in consecutive_cosines(rows.vectors_NxD, order_N)
+    ]
+    values, counts = np.unique(np.concatenate([np.empty(0), *pieces]), return_counts=True)
+    return [np.round(values, 2).tolist(), counts.tolist()]
+
+
 def _examples(work: Work, rows: Rows, order_N: np.ndarray) -> list[dict[str, Any]]:
     """Returns the beginnings of a few pairs of consecutive documents, for the report."""
+    names = work.values("split")["domains"]
     pairs = []
     for at in np.linspace(0, max(len(order_N) - 2, 0), EXAMPLES).astype(int):
         pair = order_N[at : at + 2]
@@ -169,6 +182,10 @@ def _examples(work: Work, rows: Rows, order_N: np.ndarray) -> list[dict[str, Any
         pairs.append(
             {
                 "cosine": round(float(vectors_2xD[0] @ vectors_2xD[-1]), 3),
+                "origins": [
+                    f"{names[rows.domain_N[i]]}, {shorten(rows.origin[i].tobytes().decode())}"
+                    for i in pair
+                ],
                 "texts": [text[:EXAMPLE_CHARACTERS] for text in texts],
             }
         )

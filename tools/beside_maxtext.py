@@ -1,6 +1,6 @@
 """Compares our training step with MaxText's: same shape, mesh, batch and compiler.
 
-    python tools/maxtext.py [--maxtext_python=PATH]
+    python tools/beside_maxtext.py [--maxtext_python=PATH]
 
 Writes the table between the two marks in docs/scaling.md from docs/maxtext.json and docs/plans.
 With --maxtext_python, the interpreter of an environment that has MaxText and libtpu, it first
@@ -29,7 +29,7 @@ from lory_jax.planning.kernels import price_kernels
 from lory_jax.planning.topology import DEVICES
 
 FILE, PAGE = ROOT / "docs" / "maxtext.json", ROOT / "docs" / "scaling.md"
-WORKER = Path(__file__).with_name("maxtext_worker.py")
+WORKER = Path(__file__).with_name("beside_maxtext_worker.py")
 DEVICE = "v5e"
 
 # The 0.3B dense model of configs/lory_0_3b.py, 256 sequences of 4,096 on 64 devices of `fsdp`.
@@ -72,7 +72,7 @@ def main() -> None:
     python = parser.parse_args().maxtext_python
     if python:
         write(FILE, json.dumps(compile_theirs(python), indent=1) + "\n")
-    replace_marked(PAGE, "tools/maxtext.py", table(json.loads(FILE.read_text())))
+    replace_marked(PAGE, "tools/beside_maxtext.py", table(json.loads(FILE.read_text())))
 
 
 def compile_theirs(python: str) -> dict[str, Any]:

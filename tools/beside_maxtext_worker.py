@@ -1,6 +1,6 @@
 """Compiles MaxText's training step and writes its program; runs in MaxText's own environment.
 
-    MAXTEXT_PYTHON tools/maxtext_worker.py OUT.txt FIELD=VALUE ...
+    MAXTEXT_PYTHON tools/beside_maxtext_worker.py OUT.txt FIELD=VALUE ...
 
 The program is that of `maxtext.trainers.pre_train.train_compile`, with the fields of its base.yml
 set as given. Prints one JSON object: bytes per device and versions.
