@@ -68,7 +68,7 @@ def analysis_page(analysis: dict[str, Any]) -> str:
             for found in best
         ]
         pieces.append(html.paragraph(f"Layer {layer}"))
-        pieces.append(html.table(["", "weight", "domain", "text"], rows, is_text=True))
+        pieces.append(html.table(["", "weight", "domain", "text"], rows, text_columns=(1, 2, 3)))
     return html.page("What the experts do", pieces)
 
 

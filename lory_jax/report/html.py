@@ -25,7 +25,8 @@ th, td { padding: .38rem .7rem; border-bottom: 1px solid #e4e7eb; text-align: ri
   white-space: nowrap; }
 th { font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
-td.text { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+th.text, td.text { text-align: left; }
+td.text { white-space: normal; overflow-wrap: anywhere; min-width: 7rem; }
 thead tr:last-child th { border-bottom: 2px solid #1f2933; }
 thead th.group { text-align: center; border-bottom: 1px solid #9aa5b1; }
 tr.strong td { font-weight: 600; border-top: 2px solid #1f2933; }
@@ -87,7 +88,7 @@ def table(
     groups: Sequence[tuple[str, int]] = (),
     strong_rows: Iterable[int] = (),
     judged_columns: Iterable[int] = (),
-    is_text: bool = False,
+    text_columns: Sequence[int] = (),
 ) -> str:
     """A table whose first column names the row.
 
@@ -97,19 +98,22 @@ def table(
       groups: names above the header, each with the number of columns that it spans.
       strong_rows: indices of the rows that summarise the others.
       judged_columns: indices of the columns with differences, where a minus is better.
-      is_text: whether the cells hold text rather than figures.
+      text_columns: indices of the columns that hold text rather than figures.
     """
     strong, judged = set(strong_rows), set(judged_columns)
     spans = "".join(
         f'<th class="group" colspan="{span}">{escape(name)}</th>' if name else "<th></th>" * span
         for name, span in groups
     )
-    names = "".join(f"<th>{escape(name)}</th>" for name in header)
+    names = "".join(
+        f"<th{' class=text' if column in text_columns else ''}>{escape(name)}</th>"
+        for column, name in enumerate(header)
+    )
     lines = []
     for index, row in enumerate(rows):
         cells = []
         for column, cell in enumerate(row):
-            kind = "text" if is_text and column else ""
+            kind = "text" if column in text_columns else ""
             if column in judged:
                 kind = {"−": "better", "+": "worse"}.get(cell[:1], "")
             cells.append(f'<td class="{kind}">{escape(cell)}</td>')

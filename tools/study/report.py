@@ -47,6 +47,7 @@ from tools.study.tables import (
 ROOT = Path(__file__).resolve().parent.parent.parent
 OUT = ROOT / "docs" / "study"
 CLAIMS = ROOT / "docs" / "claims.json"
+WORDS = ("claim", "source", "verdict", "best settings", "at an end of its grid", "on")  # columns
 SCALE = (
     "The model has four layers of width 32 and contexts of 256 tokens in segments of 32 "
     "(tools/study/recipe.py), and sees 6.1M tokens. The first corpus is code, headers, stubs and "
@@ -202,7 +203,8 @@ def markdown_page(report: Report) -> str:
 def html_page(report: Report) -> str:
     pieces = [html.paragraph(_intro(report), "lead")]
     for title, (header, rows) in _sections(report):
-        pieces += [html.heading(title), html.table(header, rows, is_text=title == "Claims")]
+        words = [i for i, name in enumerate(header) if name in WORDS]
+        pieces += [html.heading(title), html.table(header, rows, text_columns=words)]
         pieces += _pictures(title, report)
     return html.page("The study: what is true of Lory's claims", pieces)
 

@@ -55,7 +55,9 @@ def tuning(records: Sequence[Record]) -> dict[str, list[dict[str, Any]]]:
 
 def claims_table(findings: Sequence[Finding]) -> Table:
     header = ["claim", "source", "verdict", "effect", "95 % interval", "adjusted p", "seeds"]
-    return header, [[f.claim.claim, f.claim.source, _verdict(f), *_figures(f)] for f in findings]
+    tested_first = sorted(findings, key=lambda finding: finding.effect is None)
+    rows = [[f.claim.claim, f.claim.source, _verdict(f), *_figures(f)] for f in tested_first]
+    return header, rows
 
 
 def again_table(report: Report) -> Table:
