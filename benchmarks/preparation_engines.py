@@ -99,11 +99,14 @@ def main() -> None:
 
     shutil.rmtree(trial.scratch / "killed", ignore_errors=True)
     rng, done, kills = random.Random(0), {}, 0
-    while kills < args.kills and not (trial.scratch / "killed").exists():
+    while kills < args.kills:
         name = list(engines)[kills % len(engines)]
         trial.kill("killed", engines[name], rng, most=2)
-        if (trial.scratch / "killed").exists():
-            break
+        if (trial.scratch / "killed").exists():  # it was finished first: begin again
+            manifests[f"{kills} kills"] = trial.manifest("killed")
+            shutil.rmtree(trial.scratch / "killed")
+            done = {}
+            continue
         kills += 1
         now = trial.markers("killed")
         again = [path for path, marker in done.items() if now.get(path) != marker]

@@ -18,6 +18,7 @@ def order_by_similarity(
     *,
     seed: int,
     backtrack: int = BACKTRACK,
+    both_ways: bool = False,
 ) -> np.ndarray:
     """Returns a permutation of the documents in which each is followed by a similar one.
 
@@ -33,6 +34,9 @@ def order_by_similarity(
       similarities_NxK: their similarities.
       seed: decides between documents that nothing else distinguishes.
       backtrack: how many documents to go back before a restart, at least 0.
+      both_ways: whether the chain may go from a document to one that has it as a neighbour, too.
+        This makes consecutive documents more similar; without it, the order is that of earlier
+        versions.
 
     Returns:
       int64 `[N]`.
@@ -42,6 +46,8 @@ def order_by_similarity(
         raise ValueError(f"got {neighbors_NxK.shape} ids but {similarities_NxK.shape} similarities")
     if neighbors_NxK.size and not -1 <= neighbors_NxK.min() <= neighbors_NxK.max() < num_docs:
         raise ValueError(f"neighbour ids outside -1..{num_docs - 1}")
+    if both_ways:
+        neighbors_NxK, similarities_NxK = _both_ways(neighbors_NxK, similarities_NxK)
     first_ranks_N = np.random.default_rng(seed).permutation(num_docs)
     return _chain(neighbors_NxK, similarities_NxK, first_ranks_N, backtrack)
 
@@ -118,6 +124,34 @@ def _reverse(neighbors_NxK):  # type: ignore[no-untyped-def]
                 sources[ends[target]] = doc
                 ends[target] += 1
     return starts, sources
+
+
+@njit
+def _both_ways(neighbors_NxK, similarities_NxK):  # type: ignore[no-untyped-def]
+    """Adds to each document those that have it as a neighbour; keeps the 2 K most similar."""
+    num_docs, width = neighbors_NxK.shape
+    starts, sources = _reverse(neighbors_NxK)
+    ids = np.full((num_docs, 2 * width), -1, np.int32)
+    similarities = np.full((num_docs, 2 * width), -np.inf, np.float32)
+    for doc in range(num_docs):
+        mine = neighbors_NxK[doc]
+        found_ids = np.empty(width + starts[doc + 1] - starts[doc], np.int32)
+        found = np.empty(len(found_ids), np.float32)
+        count = 0
+        for i in range(width):
+            if mine[i] >= 0:
+                found_ids[count], found[count] = mine[i], similarities_NxK[doc, i]
+                count += 1
+        for source in sources[starts[doc] : starts[doc + 1]]:
+            if not (mine == source).any():
+                for i in range(width):
+                    if neighbors_NxK[source, i] == doc:
+                        found_ids[count], found[count] = source, similarities_NxK[source, i]
+                count += 1
+        best = np.argsort(-found[:count], kind="mergesort")[: 2 * width]
+        for i in range(len(best)):
+            ids[doc, i], similarities[doc, i] = found_ids[best[i]], found[best[i]]
+    return ids, similarities
 
 
 @njit

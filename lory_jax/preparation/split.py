@@ -117,9 +117,13 @@ def _fill(
             side[origin] = split
             filled.update(sizes[origin])
     # A domain with only a few big origins may have received none: it gives its smallest.
+    origins_of: dict[str, list[str]] = defaultdict(list)
+    for origin in order:
+        for domain in sizes[origin]:
+            origins_of[domain].append(origin)
     for domain in sorted(totals):
         if not filled[domain]:
-            free = [o for o in order if domain in sizes[o] and o not in side]
+            free = [origin for origin in origins_of[domain] if origin not in side]
             if len(free) < 2:
                 raise InputError(
                     f"domain {domain!r}: shares its origins with other domains, and none is left "

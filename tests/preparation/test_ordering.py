@@ -113,3 +113,46 @@ def test_consecutive_similarity_equals_the_plain_mean(num_docs):
 def test_consecutive_similarity_needs_two_documents():
     with pytest.raises(ValueError, match="1 documents"):
         consecutive_similarity(np.ones((1, 1)), np.array([0]))
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(2, 25), st.integers(1, 5), st.integers(0, 2**32 - 1))
+def test_both_ways_adds_the_documents_that_have_one_as_a_neighbour(num_docs, width, seed):
+    rng = np.random.default_rng(seed)
+    ids_NxK = np.full((num_docs, width), -1, np.int32)
+    similarities_NxK = np.full((num_docs, width), -np.inf, np.float32)
+    for doc in range(num_docs):
+        others = rng.permutation([other for other in range(num_docs) if other != doc])
+        others = others[: rng.integers(0, width + 1)]
+        ids_NxK[doc, : len(others)] = others
+        similarities_NxK[doc, : len(others)] = np.sort(rng.random(len(others)))[::-1]
+    wide = np.full((num_docs, 2 * width), -1, np.int32)
+    similar = np.full((num_docs, 2 * width), -np.inf, np.float32)
+    for doc in range(num_docs):
+        edges = {i: s for i, s in zip(ids_NxK[doc], similarities_NxK[doc], strict=True) if i >= 0}
+        for other in range(num_docs):
+            for i, similarity in zip(ids_NxK[other], similarities_NxK[other], strict=True):
+                if i == doc:
+                    edges.setdefault(other, similarity)
+        best = sorted(edges.items(), key=lambda edge: -edge[1])[: 2 * width]
+        for i, (other, similarity) in enumerate(best):
+            wide[doc, i], similar[doc, i] = other, similarity
+    found = order_by_similarity(ids_NxK, similarities_NxK, seed=0, both_ways=True)
+    assert found.tolist() == order_by_similarity(wide, similar, seed=0).tolist()
+
+
+def test_both_ways_makes_consecutive_documents_more_similar():
+    rng = np.random.default_rng(0)
+    vectors_NxD = rng.normal(size=(600, 8)).astype(np.float32)
+    vectors_NxD /= np.linalg.norm(vectors_NxD, axis=1, keepdims=True)
+    similarity_NxN = vectors_NxD @ vectors_NxD.T
+    np.fill_diagonal(similarity_NxN, -np.inf)
+    ids_NxK = np.argsort(-similarity_NxN, axis=1)[:, :5].astype(np.int32)
+    similarities_NxK = np.take_along_axis(similarity_NxN, ids_NxK, axis=1)
+    one_way, both_ways = (
+        consecutive_similarity(
+            vectors_NxD, order_by_similarity(ids_NxK, similarities_NxK, seed=0, both_ways=both)
+        )
+        for both in (False, True)
+    )
+    assert both_ways > 1.01 * one_way

@@ -124,7 +124,10 @@ def _order(rows: Rows, work: Work) -> Ordered:
             found = find_neighbors(rows.vectors_NxD.astype(np.float32), data["num_neighbors"])
         else:
             found = _without(found, is_kept_N, number_N)
-    similar_N = order_by_similarity(found.ids_NxK, found.similarities_NxK, seed=seed)
+    # One shard keeps the order of earlier versions.
+    similar_N = order_by_similarity(
+        found.ids_NxK, found.similarities_NxK, seed=seed, both_ways=count(work) > 1
+    )
     return Ordered(rows, {"random": random_N, "similar": similar_N}, found.method, near, seconds)
 
 
