@@ -224,9 +224,7 @@ def _constant(module: Module, computation: Computation, name: str) -> str | None
         if source.opcode == "parameter":
             caller, source = _loop_of(module, computation) or (computation, source)
         if source.opcode == "while":
-            if not _is_handed_on(module, source, index):
-                return None
-            source = caller.instructions[source.operands[0]]
+            return _in_every_turn(module, caller, source, index, frozenset())
         if source.opcode == "tuple":
             return _constant(module, caller, source.operands[index])
     return None
@@ -241,9 +239,36 @@ def _loop_of(module: Module, body: Computation) -> tuple[Computation, Instructio
     return None
 
 
-def _is_handed_on(module: Module, loop: Instruction, index: int) -> bool:
-    """Whether a loop leaves an element of its tuple as it is."""
+def _in_every_turn(
+    module: Module, caller: Computation, loop: Instruction, index: int, seen: frozenset[int]
+) -> str | None:
+    """The constant that an element of a loop's tuple is in every turn, if it is one.
+
+    The next turn may take it from another element, as where a copy runs ahead of its use; that
+    element must then be the same constant in every turn.
+    """
+    start = caller.instructions[loop.operands[0]]
+    text = None
+    if start.opcode == "tuple":
+        text = _constant(module, caller, start.operands[index])
+    if text is None or index in seen:
+        return text
+    next_index = _handed_on(module, loop, index)
+    if next_index is None:
+        return None
+    if next_index == index:
+        return text
+    same = _in_every_turn(module, caller, loop, next_index, seen | {index})
+    return text if same == text else None
+
+
+def _handed_on(module: Module, loop: Instruction, index: int) -> int | None:
+    """Which element of its tuple a loop's body hands on, or copies, as this one."""
     body = module.computations[loop.attribute("body") or ""]
     result = body.instructions[body.instructions[body.root].operands[index]]
-    is_element = result.opcode == "get-tuple-element"
-    return is_element and re.findall(r"\bindex=(\d+)", result.attributes)[0] == str(index)
+    while result.opcode in ("copy", "copy-start", "copy-done", "bitcast"):
+        result = body.instructions[result.operands[0]]
+    if result.opcode != "get-tuple-element":
+        return None
+    is_own = body.instructions[result.operands[0]].opcode == "parameter"
+    return int(re.findall(r"\bindex=(\d+)", result.attributes)[0]) if is_own else None

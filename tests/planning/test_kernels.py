@@ -114,6 +114,30 @@ def prefetched(text):
 def test_prefetched_arrays_are_found_through_copies_and_loops():
     array, number = prefetched(CARRIED)
     assert array.tolist() == [4, -5, 6] and number.tolist() == 7
+    copied = prefetched(CARRIED.replace("tuple(%i, %a)", "tuple(%i, %c)"))[0]
+    assert copied.tolist() == [4, -5, 6]
     # What the loop changes is unknown, and so is what comes from outside.
-    assert prefetched(CARRIED.replace("tuple(%i, %a)", "tuple(%i, %c)"))[0] is None
+    changed = CARRIED.replace("%c = s32[3]{0:T(128)S(1)} copy(%a)", "%c = s32[3]{0} negate(%a)")
+    changed = changed.replace("custom-call(%c, %i)", "custom-call(%a, %i)")
+    assert prefetched(changed)[0].tolist() == [4, -5, 6]
+    assert prefetched(changed.replace("tuple(%i, %a)", "tuple(%i, %c)"))[0] is None
     assert prefetched(CARRIED.replace("tuple(%n, %v)", "tuple(%n, %x)"))[0] is None
+
+
+def test_an_element_that_a_copy_of_another_replaces_is_constant_if_both_are():
+    """A copy that runs one turn ahead of its use: element 1 is what element 2 was."""
+    ahead = CARRIED.replace("(s32[], s32[3])", "(s32[], s32[3], s32[3])")
+    ahead = ahead.replace("(s32[], s32[3]{0})", "(s32[], s32[3]{0}, s32[3]{0})")
+    ahead = (
+        ahead.replace(
+            "  ROOT %r",
+            "  %b = s32[3]{0} get-tuple-element(%t), index=2\n"
+            "  %d = s32[3]{0:S(1)} copy(%b)\n  ROOT %r",
+        )
+        .replace("tuple(%i, %a)", "tuple(%i, %d, %b)")
+        .replace("tuple(%n, %v)", "tuple(%n, %v, %w)")
+    )
+    equal = ahead.replace("  %s =", "  %w = s32[3]{0} constant({4, -5, 6})\n  %s =")
+    other = ahead.replace("  %s =", "  %w = s32[3]{0} constant({4, -5, 7})\n  %s =")
+    assert prefetched(equal)[0].tolist() == [4, -5, 6]
+    assert prefetched(other)[0] is None
