@@ -35,12 +35,12 @@ def assert_refused(status, text, number, disk):
 
 
 def contents(disk):
-    """Every file, but for what `prepare` resumes from, and the file that fills the disk."""
+    """Every file, but for what fills the disk, what `prepare` resumes from, and an empty lock."""
     files = (path for path in sorted(disk.rglob("*")) if path.is_file())
     return {
         path.relative_to(disk): path.read_bytes()
         for path in files
-        if path.name != "ballast" and ".tmp-prepare" not in str(path)
+        if path.name not in ("ballast", "lock") and ".tmp-prepare" not in str(path)
     }
 
 
