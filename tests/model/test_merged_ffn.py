@@ -327,7 +327,7 @@ def test_remat_recomputes_no_more_than_of_a_dense_layer(remat, products):
     ("platform", "D", "chosen"),
     [
         ("cpu", 1024, "whole"),
-        ("gpu", 1024, "blocks"),
+        ("gpu", 1024, "whole"),
         ("tpu", 1024, "kernel"),
         ("tpu", 96, "blocks"),
     ],
