@@ -8,7 +8,8 @@
    layers, tokens per second, MFU, and peak memory beside what the compiler planned.
 3. `merged_ffn` = whole and blocks: one layer, and the step.
 4. Batch sizes and what is recomputed (`remat`).
-5. Decoding: tokens per second of a dense model and of a Lory model whose experts were merged.
+5. Decoding: tokens per second of a dense model, and of a Lory model whose experts are merged for
+   each row or stay experts.
 6. With the time that is left, 0.3B with 8 experts and dense, trained on the same instances.
 
 Each case runs in a process of its own, so that its peak memory is its own and a case that does not
@@ -142,11 +143,15 @@ def all_cases(args: argparse.Namespace) -> dict[str, Case]:
     for size in (batch // 2, batch * 2):
         cases[f"step dense, batch {size}"] = step(0, size)
         cases[f"step 8 experts, batch {size}"] = step(8, size)
-    for experts, name in ((0, "dense"), (8, "8 experts")):
+    for experts, name, ffn in (
+        (0, "dense", "merged"),
+        (8, "merged", "merged"),
+        (8, "experts", "experts"),
+    ):
         for rows in (1, 32):
-            model = shape | {"num_experts": experts}
-            decode = {"kind": "decode", "model": model, "batch": rows}
-            cases[f"decode {name}, {rows} rows"] = decode | {"tokens": 4 if args.dry_run else 64}
+            decode = {"kind": "decode", "model": shape | {"num_experts": experts}, "batch": rows}
+            decode |= {"ffn": ffn, "tokens": 4 if args.dry_run else 64}
+            cases[f"decode {name}, {rows} rows"] = decode
     for experts, name in ((8, "8 experts"), (0, "dense")):
         model = shape | {"num_experts": experts, "remat": "full"}
         train = {"kind": "train", "model": model, "batch": batch}

@@ -177,18 +177,19 @@ def layer(case: Case) -> Result:
 
 
 def decode(case: Case) -> Result:
-    """Tokens per second after a prompt; one merge is shared by all rows."""
+    """Tokens per second after a prompt, with experts merged for each row, or kept as experts."""
     model = model_config(case)
     params = init_params(model, jax.random.key(0))
     rows, prompt = case["batch"], model.segment_length
     tokens = np.ones((rows, prompt), np.int32)
     lengths = np.full(rows, prompt, np.int32)
-    decoder = make_decoder(model, "prompt")
+    decoder = make_decoder(model, "prompt", None, case["ffn"])
     room = prompt + case["tokens"] + 1
-    jax.block_until_ready(decoder.prefill(params, tokens, lengths, room, True))  # compiles
+    jax.block_until_ready(decoder.prefill(params, tokens, lengths, room, None))  # compiles
     begin = time.perf_counter()
-    logits_BxV, weights, cache = decoder.prefill(params, tokens, lengths, room, True)
-    jax.block_until_ready(logits_BxV)
+    logits_BxV, merged, cache = decoder.prefill(params, tokens, lengths, room, None)
+    weights = decoder.weights(params, merged)
+    jax.block_until_ready((logits_BxV, weights))
     prefill = time.perf_counter() - begin
     seconds = []
     for _ in range(case["tokens"]):
@@ -198,7 +199,12 @@ def decode(case: Case) -> Result:
         jax.block_until_ready(logits_BxV)
         seconds.append(time.perf_counter() - begin)
     median = statistics.median(seconds[1:])
-    return {"rows": rows, "prefill_seconds": prefill, "tokens_per_second": rows / median}
+    return {
+        "rows": rows,
+        "ffn": case["ffn"],
+        "prefill_seconds": prefill,
+        "tokens_per_second": rows / median,
+    }
 
 
 # ---------------------------------------------------------------- training
