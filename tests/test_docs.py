@@ -69,6 +69,7 @@ def test_every_command_and_field_exists(page):
         ("    python -m lory_jax.train --dta=DATA", "--dta"),
         ("```\nlory train \\\n  --dta=DATA\n```", "--dta"),
         ("    bash launch/gpu.sh --hosts=2 train --dta=DATA", "--dta"),
+        ("    bash launch/gpu.sh bench --minute=5", "--minute"),
         ("Use `generate --top_k_expert=K`.", "--top_k_expert"),
         ("    lory convert to-hf --hf=DIR", "--hf"),
         ("    lory train --config.train.stepz=3", "--config.train.stepz"),
@@ -135,11 +136,21 @@ def unknown_in(line: str) -> list[str]:
     if not found:
         return []
     name, rest = found.groups()
+    if name == "bench" and "launch/gpu.sh" in line:  # a script, not a verb of the package
+        return [f"bench {flag}" for flag in FLAG.findall(rest) if flag not in flags_of_bench()]
     if name not in VERBS:
         return [name]
     kind = re.match(r" (to-hf|from-hf|prune)\b", rest) if name == "convert" else None
     known = flags_of(name, *([kind.group(1)] if kind else []))
     return [f"{name} {flag}" for flag in FLAG.findall(rest) if flag not in known]
+
+
+@functools.cache
+def flags_of_bench() -> frozenset[str]:
+    """The flags of `launch/gpu.sh bench`."""
+    script = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--help"]
+    done = subprocess.run(script, capture_output=True, text=True, check=True)
+    return frozenset(FLAG.findall(done.stdout))
 
 
 @functools.cache
