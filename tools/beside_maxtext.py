@@ -80,7 +80,9 @@ def compile_theirs(python: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         program = Path(directory) / "program.txt"
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        # libtpu must not ask what this host is.
         environment |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+        environment |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
         fields = [f"{name}={value}" for name, value in FIELDS.items()]
         done = subprocess.run(
             [python, str(WORKER), str(program), *fields],
