@@ -247,7 +247,7 @@ def test_slow_clients_do_not_hold_up_others(slow):
 
 
 def test_a_body_that_never_ends_is_given_up(served, monkeypatch):
-    monkeypatch.setattr("lory_jax.serving.server.BODY_SECONDS", 0.1)
+    monkeypatch.setattr("lory_jax.serving.handlers.BODY_SECONDS", 0.1)
     with served.connect() as connection:
         connection.sendall(head(10) + b"{")
         assert connection.recv(100).split()[1] == b"408"

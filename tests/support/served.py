@@ -13,7 +13,8 @@ import numpy as np
 
 from lory_jax.api import Model
 from lory_jax.serving.engine import Engine
-from lory_jax.serving.server import Handlers, listen, make_server
+from lory_jax.serving.handlers import Handlers
+from lory_jax.serving.server import listen, make_server
 
 
 @dataclass
