@@ -369,6 +369,7 @@ def test_the_architecture_is_what_decides_the_parameters_and_their_meaning():
         "num_kv_heads",
         "head_dim",
         "attention_bias",
+        "mlp_bias",
         "mlp_dim",
         "tie_embeddings",
         "norm_epsilon",
