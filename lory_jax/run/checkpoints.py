@@ -297,8 +297,9 @@ def checked_meta(meta: Any, step: int) -> Meta:
         raise ValueError("meta differs from what was saved")
     if meta.get("phase") not in (DENSE, EXPERTS) or not _are_numbers(meta.get("sums")):
         raise ValueError("meta is malformed")
-    loss = {"validation_loss": meta["validation_loss"]} if meta.get("validation_loss") else {}
-    if not all(_are_numbers(part) for part in (loss, *(meta.get(c) or {} for c in COUNTERS))):
+    loss = meta.get("validation_loss")
+    counters = [meta[name] for name in COUNTERS if meta.get(name) is not None]
+    if not (loss is None or is_number(loss)) or not all(map(_are_numbers, counters)):
         raise ValueError("meta is malformed")
     # The first checkpoints had no digest. Damage that removed the digest would also break the JSON.
     if meta.get("digest", digest(meta)) != digest(meta):
