@@ -436,7 +436,10 @@ REFUSED = {
         lambda d: edit_config(d, rope_parameters={"partial_rotary_factor": 0.5}),
         "partial_rotary_factor: got 0.5",
     ),
-    "biases": (lambda d: edit_config(d, mlp_bias=True), "mlp_bias: got True"),
+    "missing biases of the FFN": (
+        lambda d: edit_config(d, mlp_bias=True),
+        "mlp.gate_proj.bias is missing",
+    ),
     "missing biases": (lambda d: edit_config(d, attention_bias=True), "bias is missing"),
     "activation": (lambda d: edit_config(d, hidden_act="gelu"), "hidden_act: got 'gelu'"),
     "quantized": (lambda d: edit_config(d, quantization_config={}), "quantization_config"),
