@@ -471,7 +471,8 @@ def test_what_is_missing_is_named(evaluated, tmp_path):
         (result.parent / name).write_bytes((evaluated / "lory" / name).read_bytes())
     with pytest.raises(InputError, match=r"evaluation\.json: missing"):
         compare.main([f"lory={result.parent}", f"--out={tmp_path / 'r'}"])
-    result.write_text('{"step": 3}')
+    found = json.loads((evaluated / "lory" / "evaluation.json").read_text())
+    result.write_text(json.dumps(found | {"step": 3}))
     with pytest.raises(InputError, match=r"evaluation\.json: .* step 3, .* step 12"):
         compare.main([f"lory={result.parent}", f"--out={tmp_path / 'r'}"])
 
