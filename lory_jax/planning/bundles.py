@@ -21,6 +21,7 @@ _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:[\s>]*\{(.*)$")
 _EXIT = re.compile(r"(%\w+) = scmp\.ge\.s32\.totalorder (%\w+), (\d+) /\* loop exit test")
 _BACK = re.compile(r"sbr\.rel \(!(%\w+)\)")
 _FORWARD = re.compile(r"sbr\.rel \(!?%\w+\) target = \$region(\d+)")
+_COMMENT = re.compile(r"\bregion (\d+)")
 _REGION = re.compile(r"^\s*\$region(\d+): .*?(?:// (\w+))?$")
 DELAY = 4  # bundles after a branch that still run
 FILL = 2  # iterations of the grid's loop beyond the grid's steps
@@ -205,15 +206,20 @@ def repetitions(bundles: list[Bundle], shares: Mapping[int, float] | None = None
 def _skipped(bundles: list[Bundle]) -> list[tuple[int, int, int]]:
     """The bundles that forward branches skip: first, end, and the region where they continue.
 
-    Branches are nested, and continue at bundles labelled PF.
+    Branches are nested, and continue at bundles labelled PF. Where an inner part ends together with
+    the one around it, both continue at the same bundle, whose comments name their regions.
     """
     loops = {match[1] for bundle in bundles for match in _EXIT.finditer(bundle.text)}
     found: list[tuple[int, int, int]] = []
     open_branches: list[tuple[int, int]] = []
     for i, bundle in enumerate(bundles):
-        if bundle.label == "PF" and open_branches:
-            start, after = open_branches.pop()
-            found.append((start, i, after))
+        if bundle.label == "PF":
+            here = {int(number) for number in _COMMENT.findall(bundle.text)}
+            is_innermost = True
+            while open_branches and (is_innermost or open_branches[-1][1] in here):
+                start, after = open_branches.pop()
+                found.append((start, i, after))
+                is_innermost = False
         back = _BACK.search(bundle.text)
         branch = _FORWARD.search(bundle.text)
         if branch and not (back and back[1] in loops):

@@ -31,7 +31,7 @@ from lory_jax.planning.topology import Device
 
 TARGET = 'custom_call_target="tpu_custom_call"'
 ALONE = "ffi_call"  # what the compiler calls the call in a program that holds nothing else
-VERSION = 1  # of how a price is made; another one makes the kept prices void
+VERSION = 2  # of how a price is made; another one makes the kept prices void
 
 _ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
 

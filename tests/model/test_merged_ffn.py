@@ -364,7 +364,8 @@ def test_tilings_fit_the_chip_in_whole_tiles(S, E, F, mib, cores, side):
         assert cut.group * cut.rows % tiling.ROWS == 0
         assert cut.rows * cut.experts % tiling.ROWS == 0
         assert cut.rows * E <= side or cut.rows == 4
-        assert 1024 % (cut.parts * tiling.LANES) == 0
+        is_whole = call[0] == tiling.TO_HIDDEN  # its parts are of experts, not of lanes
+        assert 1024 % (cut.parts * (tiling.ROWS if is_whole else tiling.LANES)) == 0
         assert S == 1 or -S % cut.group <= S / 4
         assert max(tiling.shared(problem, cut)) >= cores
         assert -F % cut.columns < tiling.LANES
@@ -378,19 +379,31 @@ def moved_by_walking_the_grid(problem, cut):
     hidden = size * cut.group * problem.T * cut.columns
     experts = size * part * problem.E * cut.columns
     g, f, d = range(groups), range(blocks), range(cut.parts)
+    matrices = range(problem.weights)
+    experts_at = [lambda g, f, d, k: (f, d)] * problem.weights
     if problem.kernel == tiling.TO_HIDDEN:
-        steps = [(i, j, k) for i in g for j in f for k in d]
-        moving = [(activations * cut.parts, lambda g, f, d: g)]
+        steps = [(i, j, part, k) for i in g for j in f for k in matrices for part in d]
+        moving = [(activations * cut.parts, lambda g, f, d, k: g)]
+        # A matrix moves in its own turn only.
+        last = cut.parts - 1
+        experts_at = [
+            lambda g, f, d, k, own=own: (f, d if k == own else last if k > own else 0)
+            for own in matrices
+        ]
     elif problem.kernel == tiling.FROM_HIDDEN:
-        steps = [(i, j, k) for i in g for k in d for j in f]
-        moving = [(activations, lambda g, f, d: (g, d))]
+        steps = [(i, j, k, 0) for i in g for k in d for j in f]
+        moving = [(activations, lambda g, f, d, k: (g, d))]
     else:
-        steps = [(i, j, k) for j in f for k in d for i in g]
+        steps = [(i, j, k, 0) for k in d for j in f for i in g]
         routing = 4 * cut.group * cut.rows * cut.rows * problem.E
-        moving = [(activations, lambda g, f, d: (g, d)), (routing, lambda *step: step)]
-        moving.append((experts, lambda g, f, d: (f, d)))  # the gradients, beside the experts
-    moving += [(hidden, lambda g, f, d: (g, f))] * problem.hidden
-    moving += [(experts, lambda g, f, d: (f, d))] * problem.weights
+        moving = [(routing, lambda *step: step)]
+        if cut.is_held:
+            moving.append((activations * groups, lambda g, f, d, k: d))
+        else:
+            moving.append((activations, lambda g, f, d, k: (g, d)))
+        moving.append((experts, lambda g, f, d, k: (f, d)))  # the gradients, beside the experts
+    moving += [(hidden, lambda g, f, d, k: (g, f))] * problem.hidden
+    moving += [(experts, index) for index in experts_at]
     return sum(
         bytes_
         for bytes_, index in moving
@@ -399,12 +412,12 @@ def moved_by_walking_the_grid(problem, cut):
     )
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(("parts", "is_held"), [(1, False), (2, False), (2, True)])
 @pytest.mark.parametrize("call", tiling.CALLS, ids=str)
-def test_what_a_call_moves(call, parts):
+def test_what_a_call_moves(call, parts, is_held):
     # Two blocks at least of everything, so that what is walked through is fetched again.
     problem = tiling.Problem(*call, S=12, T=16, D=512, F=384, E=8, itemsize=2)
-    cut = dataclasses.replace(tiling.smallest_tiling(8), group=4, parts=parts)
+    cut = dataclasses.replace(tiling.smallest_tiling(8), group=4, parts=parts, is_held=is_held)
     assert tiling.moved_bytes(problem, cut) == moved_by_walking_the_grid(problem, cut)
 
 
@@ -423,12 +436,13 @@ def test_the_matrix_unit_works_off_128_numbers_at_a_time(E, P):
 def test_the_fastest_tiling_is_chosen():
     v5p = tiling.Chip(vmem=64 * 2**20, cores=2, flops_per_byte=166)
     problem = tiling.Problem(*tiling.CALLS[-1], S=64, T=256, D=1536, F=4096, E=32, itemsize=2)
-    # Groups of 4 move least, and fill an eighth of the matrix unit.
-    assert tiling.tile(problem, v5p).group == 32
-    problem = dataclasses.replace(problem, D=1024, F=2816)
-    # x is read once per block of F: wide blocks, for which D is cut.
+    # Groups of 4 fill an eighth of the matrix unit. A part of x stays for all blocks of F.
+    chosen = tiling.tile(problem, v5p)
+    assert (chosen.group * chosen.rows >= 128, chosen.is_held) == (True, True)
+    # With more segments than the chip holds, x is read once per block of F: the blocks are wide.
+    problem = dataclasses.replace(problem, D=1024, F=2816, S=512)
     chosen = tiling.tile(problem, tiling.V5E)
-    assert (chosen.columns, chosen.parts) == (256, 2)
+    assert (chosen.columns, chosen.is_held) == (256, False)
 
 
 def test_spreading_merges_as_the_plain_sum_and_its_gradient_is_its_transpose():

@@ -130,6 +130,50 @@ def test_conditional_parts_count_as_often_as_they_run():
         count(PARTS, slots_of(PARTS), ORIGINAL, (0.5,))
 
 
+# As PARTS, but the second part is the end of the first, and both continue at one bundle.
+NESTED = BUNDLES.replace(
+    "   0x5   : > { %s77 = smov (%p6), 3 }\n",
+    textwrap.dedent("""\
+           0x5   : > { %s77 = smov (%p6), 3 }
+           0x5   : > { %31 = sbr.rel (%p2) target = $region52 }
+           0x5   :  {}
+           0x5   :  {}
+           0x5   :  {}
+           0x5   :  {}
+           0x5   : > { %v5 = vst %v4 }
+           0x5   : > { %32 = sbr.rel (%p3) target = $region56 }
+           0x5   :  {}
+           0x5   :  {}
+           0x5   :  {}
+           0x5   :  {}
+           0x5   : > { %v6 = vst %v4 }
+           0x5   : > { %v7 = vst %v4 }
+           0x5 PF: > { %s78 = smov 4 } /* Start/End empty region 56 :: Start/End empty region 52 */
+        """),
+)
+NESTED_ORIGINAL = textwrap.dedent("""\
+    $region0: #{k}
+      $region50: #{k} parent=35 // pred_check_branch
+        %31 = sbr.rel (%p2) target = $region52
+      $region51: #{k} parent=35 // pred_region
+        %v5 = vst %v4
+        $region54: #{k} parent=51 // pred_check_branch
+          %32 = sbr.rel (%p3) target = $region56
+        $region55: #{k} parent=51 // pred_region
+          %v6 = vst %v4
+        $region56: #{k} parent=51 // pred_fallthru
+      $region52: #{k} parent=35 // pred_fallthru
+    """)
+
+
+def test_conditional_parts_that_end_together_are_told_apart():
+    assert conditional_parts(NESTED_ORIGINAL) == [52, 56]
+    always = count(NESTED, slots_of(NESTED))
+    some = count(NESTED, slots_of(NESTED), NESTED_ORIGINAL, (0.5, 0.2))
+    # Half of the time, the first part's 6 bundles run, and of that in a fifth the second's 2.
+    assert always.bundles - some.bundles == pytest.approx(5 * (0.5 * 6 + 0.9 * 2))
+
+
 def test_a_dump_is_read_by_the_beginning_of_the_calls_name(tmp_path):
     names = {"final_bundles": BUNDLES, "final_hlo-static-per-bundle-utilization": SLOTS}
     for i, (name, text) in enumerate((names | {"original": ORIGINAL}).items()):

@@ -70,12 +70,12 @@ class _Call:
 
     def spread_block(self) -> pl.BlockSpec:
         size = (self.tiling.group * self.tiling.rows, self.width)
-        return pl.BlockSpec(size, lambda g, i, j: (g, 0))
+        return pl.BlockSpec(size, lambda g, *_: (g, 0))
 
     def run(
         self,
         kernel: Any,
-        grid: tuple[int, int, int],
+        grid: tuple[int, ...],
         in_specs: Sequence[pl.BlockSpec],
         out_specs: Sequence[pl.BlockSpec],
         out_shape: Sequence[jax.ShapeDtypeStruct],
@@ -92,7 +92,7 @@ class _Call:
             out_shape=out_shape,
             scratch_shapes=scratch,
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=self._semantics(),
+                dimension_semantics=self._semantics(len(grid)),
                 vmem_limit_bytes=tilings.vmem_limit(tilings.traced_chip().vmem),
             ),
             cost_estimate=pl.CostEstimate(
@@ -107,12 +107,11 @@ class _Call:
         # function.
         return jax.jit(call)(*arguments)
 
-    def _semantics(self) -> Sequence[Literal["parallel", "arbitrary"]]:
+    def _semantics(self, dimensions: int) -> Sequence[Literal["parallel", "arbitrary"]]:
         """Cores share the outer dimension of the grid if they can, the next if not."""
         outer, _ = tilings.shared(self.problem, self.tiling)
-        if outer >= tilings.traced_chip().cores:
-            return ("parallel", "arbitrary", "arbitrary")
-        return ("arbitrary", "parallel", "arbitrary")
+        is_shared = 0 if outer >= tilings.traced_chip().cores else 1
+        return ["parallel" if i == is_shared else "arbitrary" for i in range(dimensions)]
 
 
 def _prepare(
@@ -158,27 +157,35 @@ def _to_hidden(
     call = _prepare(TO_HIDDEN, list(weights.values()), r_SxE, T, hidden, interpret)
     G, b, padded = call.tiling.group, call.tiling.columns, call.problem
     out = jax.ShapeDtypeStruct((padded.S, padded.T, padded.F), x_SxTxD.dtype)
-    hidden_block = pl.BlockSpec((G, padded.T, b), lambda g, f, d: (g, 0, f))
-    experts_block = pl.BlockSpec((call.part * padded.E, b), lambda g, f, d: (d, f))
+    hidden_block = pl.BlockSpec((G, padded.T, b), lambda g, f, k, d: (g, 0, f))
+    parts = call.tiling.parts
+
+    def experts_block(matrix: int) -> pl.BlockSpec:
+        def index(g: Any, f: Any, k: Any, d: Any) -> tuple[Any, Any]:
+            # Before its turn, a matrix's first part waits; after it, the last one stays.
+            return jnp.clip((k - matrix) * parts + d, 0, parts - 1), f
+
+        return pl.BlockSpec((call.part * padded.E, b), index)
+
     results = call.run(
         functools.partial(
             to_hidden_kernel, weights=len(weights), given=len(given), combine=combine
         ),
-        (call.groups, call.blocks, call.tiling.parts),
+        (call.groups, call.blocks, len(weights), parts),
         [
             call.spread_block(),
             # A group's x stays for all its blocks: room to fetch the next group's is not worth it.
             pl.BlockSpec(
-                (G, padded.T, padded.D), lambda g, f, d: (g, 0, 0), pipeline_mode=pl.Buffered(1)
+                (G, padded.T, padded.D), lambda g, f, k, d: (g, 0, 0), pipeline_mode=pl.Buffered(1)
             ),
-            *[experts_block] * len(weights),
+            *map(experts_block, range(len(weights))),
             *[hidden_block] * len(given),
         ],
         [hidden_block] * outs,
         [out] * outs,
         [
-            pltpu.VMEM((G, call.part, b), x_SxTxD.dtype),
-            pltpu.VMEM((len(weights), G, padded.T, b), jnp.float32),
+            *[pltpu.VMEM((len(weights) - 1, G, padded.T, b), jnp.float32)] * (len(weights) > 1),
+            pltpu.VMEM((G, padded.D, b), x_SxTxD.dtype),
         ],
         "_backward" if given else "",
         call.a_SPxPE,
@@ -210,7 +217,7 @@ def _from_hidden(
         [pl.BlockSpec((G, padded.T, call.part), lambda g, d, f: (g, 0, d))],
         [jax.ShapeDtypeStruct((padded.S, padded.T, padded.D), first.dtype)],
         [
-            pltpu.VMEM((G, call.part, b), first.dtype),
+            pltpu.VMEM((len(hidden), G, call.part, b), first.dtype),
             pltpu.VMEM((G, padded.T, call.part), jnp.float32),
         ],
         "_backward" if len(hidden) > 1 else "",
@@ -228,18 +235,19 @@ def _gradients(
     call = _prepare(GRADIENTS, [w_DExF], r_SxE, T, 1, interpret)
     G, P, b, padded = call.tiling.group, call.tiling.rows, call.tiling.columns, call.problem
     parts, part, width, DE = call.tiling.parts, call.part, call.width, padded.D * padded.E
+    held = padded.S if call.tiling.is_held else G
     dw_DExF, dr = call.run(
         gradients_kernel,
-        (call.blocks, parts, call.groups),
+        (parts, call.blocks, call.groups),
         [
-            pl.BlockSpec((1, width, G * P), lambda f, d, g: (g, 0, 0)),
-            pl.BlockSpec((G, part, padded.T), lambda f, d, g: (g, d, 0)),
-            pl.BlockSpec((G, padded.T, b), lambda f, d, g: (g, 0, f)),
-            pl.BlockSpec((part * padded.E, b), lambda f, d, g: (d, f)),
+            pl.BlockSpec((1, width, G * P), lambda d, f, g: (g, 0, 0)),
+            pl.BlockSpec((held, part, padded.T), lambda d, f, g: (g * G // held, d, 0)),
+            pl.BlockSpec((G, padded.T, b), lambda d, f, g: (g, 0, f)),
+            pl.BlockSpec((part * padded.E, b), lambda d, f, g: (d, f)),
         ],
         [
-            pl.BlockSpec((part * padded.E, b), lambda f, d, g: (d, f)),
-            pl.BlockSpec((1, 1, 1, G * P, width), lambda f, d, g: (f, d, g, 0, 0)),
+            pl.BlockSpec((part * padded.E, b), lambda d, f, g: (d, f)),
+            pl.BlockSpec((1, 1, 1, G * P, width), lambda d, f, g: (f, d, g, 0, 0)),
         ],
         [
             jax.ShapeDtypeStruct((DE, padded.F), w_DExF.dtype),

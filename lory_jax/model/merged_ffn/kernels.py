@@ -16,6 +16,7 @@ Letters: S segments, G of them at a time, T tokens per segment, D model, F FFN, 
 time, E experts, P rows of D in one product.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -97,10 +98,11 @@ def _rows_of(start: Any, P: int, per_row: int) -> Any:
     return pl.ds(pl.multiple_of(start * per_row, P * per_row), P * per_row)
 
 
-def _merge(a_ref: Any, w_ref: Any, m_ref: Any, P: int) -> None:
-    """Merges a block of columns for a group of segments into `m_ref` `[G, D, b]`."""
-    G, D, _ = m_ref.shape
-    E = w_ref.shape[0] // D
+def _merge(a_ref: Any, w_ref: Any, m_ref: Any, P: int, first: Any = 0) -> None:
+    """Merges experts' rows of D for a group of segments, into `m_ref` `[G, D, b]` from a row on."""
+    G = m_ref.shape[0]
+    E = a_ref.shape[1] // P
+    rows = w_ref.shape[0] // E
 
     def step(i: Array, _: None) -> None:
         tiles = []
@@ -109,9 +111,9 @@ def _merge(a_ref: Any, w_ref: Any, m_ref: Any, P: int) -> None:
             parts = [_dot(a_ref[...], w_ref[_rows_of(d, P, E), :]) for d in starts]
             tiles.append(_join_rows(parts, G, P))
         m_Gx16xb = jnp.concatenate(tiles, axis=1).astype(m_ref.dtype)
-        m_ref[:, pl.ds(pl.multiple_of(i * ROWS, ROWS), ROWS), :] = m_Gx16xb
+        m_ref[:, pl.ds(pl.multiple_of(first + i * ROWS, ROWS), ROWS), :] = m_Gx16xb
 
-    jax.lax.fori_loop(0, D // ROWS, step, None, unroll=UNROLL)
+    jax.lax.fori_loop(0, rows // ROWS, step, None, unroll=UNROLL)
 
 
 def _add(is_first: Any, sums: Array, value: Array) -> Array:
@@ -134,49 +136,58 @@ def to_hidden_kernel(
 ) -> None:
     """Products of x with matrices, passed with the `given` activations through `combine`.
 
-    The grid: groups of segments, blocks of F, parts of D. `refs`: the matrices, what is given, what
-    comes out, and as scratch a block of merged weights and the sums over parts.
+    The grid: groups of segments, blocks of F, matrices, parts of D. Experts arrive part by part;
+    the product waits for the whole of D, so that no sum over parts has to be kept. `refs`: the
+    matrices, what is given, what comes out, and as scratch the products with all matrices but the
+    last, if there are several, and a block of one merged matrix.
     """
-    *blocks, m_ref, sums_ref = refs
-    w_refs, given_refs, out_refs = _split(blocks, weights, given)
-    part, size = pl.program_id(2), m_ref.shape[1]
-    is_whole, is_first = size == x_ref.shape[2], part == 0
-    here = slice(None) if is_whole else pl.ds(pl.multiple_of(part * size, LANES), size)
+    *blocks, m_ref = refs
+    w_refs, given_refs, rest = _split(blocks, weights, given)
+    *out_refs, products_ref = rest if weights > 1 else [*rest, None]
+    G, D, _ = m_ref.shape
+    rows = w_refs[0].shape[0] * P // a_ref.shape[1]  # of D in a part
+    part = pl.program_id(3)
 
-    def step(g: Array, k: int) -> None:
-        h_Txb = _dot(x_ref[g, :, here], m_ref[g])
-        sums_ref[k, g] = h_Txb if is_whole else _add(is_first, sums_ref[k, g], h_Txb)
-        if k == weights - 1:
-            products = [sums_ref[i, g] for i in range(weights)]
-            outs = combine(*products, *(ref[g].astype(jnp.float32) for ref in given_refs))
-            for ref, value in zip(out_refs, outs, strict=True):
-                ref[g] = value.astype(ref.dtype)
+    def product(g: Array, k: int) -> None:
+        h_Txb = _dot(x_ref[g], m_ref[g])
+        if k < weights - 1:
+            products_ref[k, g] = h_Txb
+            return
+        products = [*(products_ref[i, g] for i in range(k)), h_Txb]
+        outs = combine(*products, *(ref[g].astype(jnp.float32) for ref in given_refs))
+        for ref, value in zip(out_refs, outs, strict=True):
+            ref[g] = value.astype(ref.dtype)
 
     for k, w_ref in enumerate(w_refs):
-        _merge(a_ref, w_ref, m_ref, P)
-        jax.lax.fori_loop(0, x_ref.shape[0], lambda g, _, k=k: step(g, k), None)
+
+        @pl.when(pl.program_id(2) == k)
+        def _(k: int = k, w_ref: Any = w_ref) -> None:
+            _merge(a_ref, w_ref, m_ref, P, pl.multiple_of(part * rows, ROWS))
+
+            @pl.when(part == D // rows - 1)
+            def _() -> None:
+                jax.lax.fori_loop(0, G, lambda g, _: product(g, k), None)
 
 
 def from_hidden_kernel(a_ref: Any, *refs: Any, P: int, weights: int) -> None:
     """The sum of the products of activations, each with its matrix, over blocks of F.
 
     The grid: groups of segments, parts of D, blocks of F. `refs`: the activations, the matrices,
-    what comes out, and as scratch a block of merged weights and the sums over blocks.
+    what comes out, and as scratch a block of every merged matrix and the sums over blocks.
     """
     *blocks, y_ref, m_ref, sums_ref = refs
     h_refs, w_refs, _ = _split(blocks, weights, weights)
-    block = pl.program_id(2)
+    is_first = pl.program_id(2) == 0
 
-    def step(g: Array, k: int) -> None:
-        y_Txd = _dot(h_refs[k][g], m_ref[g], (1, 1))
-        y_Txd = _add((block == 0) & (k == 0), sums_ref[g], y_Txd)
+    def step(g: Array, _: None) -> None:
+        terms = [_dot(h_ref[g], m_ref[k, g], (1, 1)) for k, h_ref in enumerate(h_refs)]
+        y_Txd = _add(is_first, sums_ref[g], functools.reduce(jnp.add, terms))
         sums_ref[g] = y_Txd
-        if k == weights - 1:
-            y_ref[g] = y_Txd.astype(y_ref.dtype)
+        y_ref[g] = y_Txd.astype(y_ref.dtype)
 
     for k, w_ref in enumerate(w_refs):
-        _merge(a_ref, w_ref, m_ref, P)
-        jax.lax.fori_loop(0, y_ref.shape[0], lambda g, _, k=k: step(g, k), None)
+        _merge(a_ref, w_ref, m_ref.at[k], P)
+    jax.lax.fori_loop(0, y_ref.shape[0], step, None)
 
 
 def gradients_kernel(
@@ -193,15 +204,17 @@ def gradients_kernel(
 ) -> None:
     """The gradients of one matrix's experts, summed over segments, and of the routing weights.
 
-    The grid: blocks of F, parts of D, groups of segments. Scratch: the gradients of a block of
-    merged weights, and the sums over groups.
+    The grid: parts of D, blocks of F, groups of segments. `xt_ref` holds the group's segments or
+    all of them. Scratch: the gradients of a block of merged weights, and the sums over groups.
     """
     G, D, _ = dm_ref.shape
     E = w_ref.shape[0] // D
-    is_first = pl.program_id(2) == 0
+    group = pl.program_id(2)
+    is_first = group == 0
+    first = 0 if xt_ref.shape[0] == G else group * G
 
     def product(g: Array, _: None) -> None:
-        dm_ref[g] = _dot(xt_ref[g], h_ref[g])
+        dm_ref[g] = _dot(xt_ref[first + g], h_ref[g])
 
     jax.lax.fori_loop(0, G, product, None)
 

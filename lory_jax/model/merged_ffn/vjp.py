@@ -112,7 +112,7 @@ def forward(
     whole = functools.partial(_whole, products, experts, x_SxTxD)
     with jax.named_scope("expert_ffn"):
         inwards = {name: whole(name) for name in ("gate", "up")}
-        gate_SxTxF, up_SxTxF, hidden_SxTxF = products.to_hidden(x_SxTxD, inwards, r_SxE, _activate)
+        gate_SxTxF, up_SxTxF, hidden_SxTxF = products.to_hidden(x_SxTxD, inwards, r_SxE, activate)
         outwards = {"down": whole("down")}
         y_SxTxD = products.from_hidden({"down": hidden_SxTxF}, outwards, r_SxE)
         if has_mesh():
@@ -120,11 +120,11 @@ def forward(
     return y_SxTxD, gate_SxTxF, up_SxTxF
 
 
-def _activate(gate: Array, up: Array) -> tuple[Array, Array, Array]:
+def activate(gate: Array, up: Array) -> tuple[Array, Array, Array]:
     return gate, up, jax.nn.silu(gate) * up
 
 
-def _activate_backward(dhidden: Array, gate: Array, up: Array) -> tuple[Array, Array, Array]:
+def activate_backward(dhidden: Array, gate: Array, up: Array) -> tuple[Array, Array, Array]:
     """Returns the gradients of gate and up, and the recomputed hidden activation."""
     sigmoid = jax.nn.sigmoid(gate)
     act = gate * sigmoid
@@ -145,7 +145,7 @@ def backward(
     weights = {name: _whole(products, experts, x_SxTxD, name) for name in experts}
     with jax.named_scope("expert_ffn"):
         dgate_SxTxF, dup_SxTxF, hidden_SxTxF = products.to_hidden(
-            dy_SxTxD, {"down": weights["down"]}, r_SxE, _activate_backward, gate_SxTxF, up_SxTxF
+            dy_SxTxD, {"down": weights["down"]}, r_SxE, activate_backward, gate_SxTxF, up_SxTxF
         )
         dinwards = {"gate": dgate_SxTxF, "up": dup_SxTxF}
         dx_SxTxD = products.from_hidden(dinwards, weights, r_SxE)
