@@ -2,10 +2,10 @@
 
     python tools/tilings.py --topology=v5e-1 [--experts=8,32] [--segments=64] [--json=FILE]
 
-Compiles the five kernel calls of one layer's forward and backward pass alone, once with every tiling
+Compiles the five kernel calls of a layer's forward and backward pass alone, once with every tiling
 that fits on the chip and is not far from the best by the model of
-lory_jax/model/merged_ffn/tiling.py, and prints what the compiled call takes beside what the model
-expects. It shows whether `tile` chooses well; the model has no term for what bundles cost.
+lory_jax/model/merged_ffn/tiling.py. It shows whether `tile` chooses well, because that model knows
+the matrix unit's work and the bytes, but not how many bundles the compiler needs.
 """
 
 import argparse

@@ -26,9 +26,10 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from lory_jax.model.merged_ffn.tiling import LANES, ROWS, SUBLANES, Tiling
+from lory_jax.model.merged_ffn.tiling import ROWS, SUBLANES, Tiling
 
-UNROLL = 4  # loop steps per iteration, so that products overlap with reading earlier results
+# Loop steps per iteration, so that products overlap with reading earlier results.
+UNROLL_ROWS, UNROLL_SEGMENTS = 16, 4
 
 
 def spread(r_SxE: Array, tiling: Tiling, dtype: Any) -> Array:
@@ -113,7 +114,7 @@ def _merge(a_ref: Any, w_ref: Any, m_ref: Any, P: int, first: Any = 0) -> None:
         m_Gx16xb = jnp.concatenate(tiles, axis=1).astype(m_ref.dtype)
         m_ref[:, pl.ds(pl.multiple_of(first + i * ROWS, ROWS), ROWS), :] = m_Gx16xb
 
-    jax.lax.fori_loop(0, rows // ROWS, step, None, unroll=UNROLL)
+    jax.lax.fori_loop(0, rows // ROWS, step, None, unroll=UNROLL_ROWS)
 
 
 def _add(is_first: Any, sums: Array, value: Array) -> Array:
@@ -166,7 +167,7 @@ def to_hidden_kernel(
 
             @pl.when(part == D // rows - 1)
             def _() -> None:
-                jax.lax.fori_loop(0, G, lambda g, _: product(g, k), None)
+                jax.lax.fori_loop(0, G, lambda g, _: product(g, k), None, unroll=UNROLL_SEGMENTS)
 
 
 def from_hidden_kernel(a_ref: Any, *refs: Any, P: int, weights: int) -> None:
@@ -187,7 +188,7 @@ def from_hidden_kernel(a_ref: Any, *refs: Any, P: int, weights: int) -> None:
 
     for k, w_ref in enumerate(w_refs):
         _merge(a_ref, w_ref, m_ref.at[k], P)
-    jax.lax.fori_loop(0, y_ref.shape[0], step, None)
+    jax.lax.fori_loop(0, y_ref.shape[0], step, None, unroll=UNROLL_SEGMENTS)
 
 
 def gradients_kernel(
@@ -216,7 +217,7 @@ def gradients_kernel(
     def product(g: Array, _: None) -> None:
         dm_ref[g] = _dot(xt_ref[first + g], h_ref[g])
 
-    jax.lax.fori_loop(0, G, product, None)
+    jax.lax.fori_loop(0, G, product, None, unroll=UNROLL_SEGMENTS)
 
     def take_apart(i: Array, dr: Array) -> Array:
         start = pl.multiple_of(i * SUBLANES, SUBLANES)
@@ -231,4 +232,4 @@ def gradients_kernel(
         return dr
 
     zero = jnp.zeros((G * P, P * E), jnp.float32)
-    dr_ref[0, 0, 0] = jax.lax.fori_loop(0, D // SUBLANES, take_apart, zero, unroll=UNROLL)
+    dr_ref[0, 0, 0] = jax.lax.fori_loop(0, D // SUBLANES, take_apart, zero, unroll=UNROLL_ROWS)

@@ -119,7 +119,7 @@ def traced_chip() -> Chip:
 
 def vmem_budget(capacity: int) -> int:
     """Bytes of on-chip memory that a kernel's blocks may use."""
-    return min(capacity * 7 // 8, 100 * MIB)
+    return min(capacity * 7 // 8, 106 * MIB)
 
 
 def vmem_limit(capacity: int) -> int:
@@ -184,9 +184,12 @@ def _tilings(problem: Problem, side: int) -> list[Tiling]:
         if larger > problem.S or -problem.S % larger > problem.S / 4:
             break
         groups.append(larger)
-    # A part of x or y is a block of lanes, but a part of the experts that TO_HIDDEN reads is not.
-    step = ROWS if problem.kernel == TO_HIDDEN else LANES
-    parts = [p for p in range(1, MAX_PARTS + 1) if p == 1 or problem.D % (p * step) == 0]
+    # Parts of experts are rows; parts of x are lanes; parts of y are also the product's columns, of
+    # which the matrix unit should get whole squares.
+    step = {TO_HIDDEN: ROWS, FROM_HIDDEN: LANES if problem.D % side else side, GRADIENTS: LANES}
+    parts = [
+        p for p in range(1, MAX_PARTS + 1) if p == 1 or problem.D % (p * step[problem.kernel]) == 0
+    ]
     is_even = -(-problem.F // LANES) % 2 == 0
     columns = [LANES, 2 * LANES] if is_even else [LANES]
     return [
