@@ -122,6 +122,9 @@ def test_pages_show_claims_parts_and_pictures(out):
         assert claim.claim in text
     assert "without near-duplicates" in text and "which dominates" in text
     assert page.count("data:image/svg+xml") == 2 and "<script" not in page
+    arms_part = text.split("## Arms")[1].split("##")[0]
+    rows = [line.split("|")[1].strip() for line in arms_part.splitlines() if line.startswith("| ")]
+    assert len(rows) == len(set(rows)) > 3
 
 
 def test_without_runs_nothing_is_testable(tmp_path):

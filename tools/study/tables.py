@@ -96,7 +96,8 @@ def arms_table(report: Report) -> Table:
         if record["kind"] == "run":
             by_arm.setdefault(record["arm"], []).append(record)
     rows = []
-    for arm in (arm.name for arm in arms.ARMS if arm.name in by_arm):
+    # An arm of several corpora is in the list once for each.
+    for arm in dict.fromkeys(arm.name for arm in arms.ARMS if arm.name in by_arm):
         finished = [r for r in by_arm[arm] if r["status"] == "finished"]
         losses = [mean_loss(r, report.split) for r in finished if report.split in r["losses"]]
         rows.append(
