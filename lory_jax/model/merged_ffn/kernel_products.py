@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lory_jax.model.merged_ffn import tiling as tilings
 from lory_jax.model.merged_ffn.kernels import (
+    Unroll,
     from_hidden_kernel,
     gather_spread,
     gradients_kernel,
@@ -84,8 +85,10 @@ class _Call:
         *arguments: Array,
     ) -> Any:
         problem, tiling = self.problem, self.tiling
+        # Interpreted, every step that is unrolled is compiled for nothing.
+        unroll = Unroll(2, 2) if self.interpret else Unroll()
         call = pl.pallas_call(
-            functools.partial(kernel, P=tiling.rows),
+            functools.partial(kernel, P=tiling.rows, unroll=unroll),
             grid=grid,
             in_specs=in_specs,
             out_specs=out_specs,

@@ -18,6 +18,7 @@ time, E experts, P rows of D in one product.
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -28,8 +29,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lory_jax.model.merged_ffn.tiling import ROWS, SUBLANES, Tiling
 
-# Loop steps per iteration, so that products overlap with reading earlier results.
-UNROLL_ROWS, UNROLL_SEGMENTS = 16, 4
+
+@dataclass(frozen=True)
+class Unroll:
+    """Loop steps per iteration, so that products overlap with reading earlier results."""
+
+    rows: int = 16  # of tiles of D
+    segments: int = 4
 
 
 def spread(r_SxE: Array, tiling: Tiling, dtype: Any) -> Array:
@@ -99,7 +105,7 @@ def _rows_of(start: Any, P: int, per_row: int) -> Any:
     return pl.ds(pl.multiple_of(start * per_row, P * per_row), P * per_row)
 
 
-def _merge(a_ref: Any, w_ref: Any, m_ref: Any, P: int, first: Any = 0) -> None:
+def _merge(a_ref: Any, w_ref: Any, m_ref: Any, P: int, unroll: int, first: Any = 0) -> None:
     """Merges experts' rows of D for a group of segments, into `m_ref` `[G, D, b]` from a row on."""
     G = m_ref.shape[0]
     E = a_ref.shape[1] // P
@@ -114,7 +120,7 @@ def _merge(a_ref: Any, w_ref: Any, m_ref: Any, P: int, first: Any = 0) -> None:
         m_Gx16xb = jnp.concatenate(tiles, axis=1).astype(m_ref.dtype)
         m_ref[:, pl.ds(pl.multiple_of(first + i * ROWS, ROWS), ROWS), :] = m_Gx16xb
 
-    jax.lax.fori_loop(0, rows // ROWS, step, None, unroll=UNROLL_ROWS)
+    jax.lax.fori_loop(0, rows // ROWS, step, None, unroll=unroll)
 
 
 def _add(is_first: Any, sums: Array, value: Array) -> Array:
@@ -131,6 +137,7 @@ def to_hidden_kernel(
     x_ref: Any,
     *refs: Any,
     P: int,
+    unroll: Unroll,
     weights: int,
     given: int,
     combine: Callable[..., tuple[Array, ...]],
@@ -163,14 +170,14 @@ def to_hidden_kernel(
 
         @pl.when(pl.program_id(2) == k)
         def _(k: int = k, w_ref: Any = w_ref) -> None:
-            _merge(a_ref, w_ref, m_ref, P, pl.multiple_of(part * rows, ROWS))
+            _merge(a_ref, w_ref, m_ref, P, unroll.rows, pl.multiple_of(part * rows, ROWS))
 
             @pl.when(part == D // rows - 1)
             def _() -> None:
-                jax.lax.fori_loop(0, G, lambda g, _: product(g, k), None, unroll=UNROLL_SEGMENTS)
+                jax.lax.fori_loop(0, G, lambda g, _: product(g, k), None, unroll=unroll.segments)
 
 
-def from_hidden_kernel(a_ref: Any, *refs: Any, P: int, weights: int) -> None:
+def from_hidden_kernel(a_ref: Any, *refs: Any, P: int, unroll: Unroll, weights: int) -> None:
     """The sum of the products of activations, each with its matrix, over blocks of F.
 
     The grid: groups of segments, parts of D, blocks of F. `refs`: the activations, the matrices,
@@ -187,8 +194,8 @@ def from_hidden_kernel(a_ref: Any, *refs: Any, P: int, weights: int) -> None:
         y_ref[g] = y_Txd.astype(y_ref.dtype)
 
     for k, w_ref in enumerate(w_refs):
-        _merge(a_ref, w_ref, m_ref.at[k], P)
-    jax.lax.fori_loop(0, y_ref.shape[0], step, None, unroll=UNROLL_SEGMENTS)
+        _merge(a_ref, w_ref, m_ref.at[k], P, unroll.rows)
+    jax.lax.fori_loop(0, y_ref.shape[0], step, None, unroll=unroll.segments)
 
 
 def gradients_kernel(
@@ -202,6 +209,7 @@ def gradients_kernel(
     sums_ref: Any,
     *,
     P: int,
+    unroll: Unroll,
 ) -> None:
     """The gradients of one matrix's experts, summed over segments, and of the routing weights.
 
@@ -217,7 +225,7 @@ def gradients_kernel(
     def product(g: Array, _: None) -> None:
         dm_ref[g] = _dot(xt_ref[first + g], h_ref[g])
 
-    jax.lax.fori_loop(0, G, product, None, unroll=UNROLL_SEGMENTS)
+    jax.lax.fori_loop(0, G, product, None, unroll=unroll.segments)
 
     def take_apart(i: Array, dr: Array) -> Array:
         start = pl.multiple_of(i * SUBLANES, SUBLANES)
@@ -232,4 +240,4 @@ def gradients_kernel(
         return dr
 
     zero = jnp.zeros((G * P, P * E), jnp.float32)
-    dr_ref[0, 0, 0] = jax.lax.fori_loop(0, D // SUBLANES, take_apart, zero, unroll=UNROLL_ROWS)
+    dr_ref[0, 0, 0] = jax.lax.fori_loop(0, D // SUBLANES, take_apart, zero, unroll=unroll.rows)
