@@ -7,9 +7,11 @@ With --maxtext_python, the interpreter of an environment that has MaxText and li
 compiles MaxText's step again and writes docs/maxtext.json. Such an environment needs Python 3.12:
 
     python3.12 -m venv ENV
-    ENV/bin/pip install jax==0.10.2 libtpu==0.0.42.1 flax==0.12.8 maxtext==0.2.4 ...
+    ENV/bin/pip install jax==0.10.2 libtpu==0.0.42.1 flax==0.12.8 maxtext==0.2.4
+    ENV/bin/pip install omegaconf packaging pathwaysutils jinja2 qwix aqtp tokamax grain transformers
+    ENV/bin/pip install huggingface_hub drjax pillow tiktoken sentencepiece ml-goodput-measurement
 
-Both programs are read and priced alike (lory_jax/planning/cycles.py).
+The second and third lines are what MaxText imports and its wheel does not ask for. Both programs are read and priced alike (lory_jax/planning/cycles.py).
 """
 
 import argparse
