@@ -8,10 +8,12 @@ compiles MaxText's step again and writes docs/maxtext.json. Such an environment 
 
     python3.12 -m venv ENV
     ENV/bin/pip install jax==0.10.2 libtpu==0.0.42.1 flax==0.12.8 maxtext==0.2.4
-    ENV/bin/pip install omegaconf packaging pathwaysutils jinja2 qwix aqtp tokamax grain transformers
-    ENV/bin/pip install huggingface_hub drjax pillow tiktoken sentencepiece ml-goodput-measurement
+    ENV/bin/pip install omegaconf packaging pathwaysutils jinja2 qwix aqtp tokamax grain drjax
+    ENV/bin/pip install transformers huggingface_hub pillow tiktoken sentencepiece
+    ENV/bin/pip install ml-goodput-measurement
 
-The second and third lines are what MaxText imports and its wheel does not ask for. Both programs are read and priced alike (lory_jax/planning/cycles.py).
+All lines but the first two are packages that MaxText imports and its wheel does not ask for. Both
+programs are read and priced alike (lory_jax/planning/cycles.py).
 """
 
 import argparse
