@@ -207,7 +207,8 @@ def test_a_real_run_from_training_to_its_result(tmp_path):
 
 def test_a_real_finishing_phase_starts_from_its_parent_and_keeps_few_experts(tmp_path):
     """Without a learning rate, a child is its parent, evaluated with as many experts."""
-    runner = runner_of(tmp_path, recipe=str(write_recipe(tmp_path)), modules=MODULES)
+    recipe = str(write_recipe(tmp_path))
+    runner = runner_of(tmp_path, recipe=recipe, modules=MODULES, splits=("test",))
     write_prepared(tmp_path / "data")
     parent = Arm("parent", "f", steps=6, seeds=1, measures=("top1", "top2"), keeps_run=True)
     of_parent = {"train.steps": 6, "train.seed": 3}
