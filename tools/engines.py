@@ -1,6 +1,6 @@
 """What other engines make of an export: writes docs/engines.json and the table of interchange.md.
 
-    python -m tools.engines --hf=EXPORTED [--llama_cpp=SOURCE]
+    python -m tools.engines --hf=EXPORTED [--llama_cpp=SOURCE] [--engines=NAME,...]
     python -m tools.engines
 
 The first continues texts greedily in every engine that is installed, and compares tokens with those
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,23 +57,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hf", type=Path)
     parser.add_argument("--llama_cpp", type=Path)
+    parser.add_argument("--engines", default=",".join(ENGINES))
     args = parser.parse_args()
     if args.hf:
         found = json.loads(DATA.read_text()) if DATA.is_file() else {}
-        found |= measure(args.hf, args.llama_cpp)
-        write(DATA, json.dumps(found, indent=1) + "\n")
+        for name, entry in measure(args.hf, args.llama_cpp, args.engines.split(",")):
+            found[name] = entry
+            write(DATA, json.dumps(found, indent=1) + "\n")
     replace_marked(PAGE, "tools/engines.py", table(json.loads(DATA.read_text())))
 
 
-def measure(directory: Path, llama_cpp: Path | None) -> dict[str, Any]:
-    """What every installed engine makes of an export, by its name."""
+def measure(
+    directory: Path, llama_cpp: Path | None, names: list[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What those of the engines that are installed make of an export."""
     prompts = encode(directory)
     expected = by_transformers(directory, prompts)
-    found = {}
-    for name, (engine, packages) in ENGINES.items():
+    for name in names:
+        engine, packages = ENGINES[name]
         if importlib.util.find_spec(packages[0]):
             got = engine(directory, prompts, llama_cpp)
-            found[name] = {
+            entry = {
                 "versions": {p: importlib.metadata.version(p) for p in packages},
                 "transformers": importlib.metadata.version("transformers"),
                 "date": datetime.date.today().isoformat(),
@@ -82,8 +86,8 @@ def measure(directory: Path, llama_cpp: Path | None) -> dict[str, Any]:
                 "tokens": sum(map(len, expected)),
                 "equal_tokens": sum(map(common, got, expected)),
             }
-            print(name, found[name])
-    return found
+            print(name, entry)
+            yield name, entry
 
 
 def common(first: list[int], second: list[int]) -> int:
@@ -154,13 +158,16 @@ def by_llama_cpp(directory: Path, prompts: Ids, llama_cpp: Path | None = None) -
         params.model.path, params.n_ctx, params.warmup = str(file), CONTEXT, False
         params.n_parallel, params.cpuparams.n_threads = 1, 1
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        address = xllamacpp.Server(params).listening_address
+        server = xllamacpp.Server(params)  # it stops when nothing refers to it
+        address = server.listening_address
         for text, ids in zip(TEXTS, prompts, strict=True):
             encoded = post(f"{address}/tokenize", content=text, add_special=True)["tokens"]
             if encoded != ids:
                 raise ValueError(f"llama.cpp encodes {text!r} as {encoded}, transformers as {ids}")
         settings = {"n_predict": NEW_TOKENS, "temperature": 0.0, "return_tokens": True}
-        return [post(f"{address}/completion", prompt=ids, **settings)["tokens"] for ids in prompts]
+        found = [post(f"{address}/completion", prompt=ids, **settings) for ids in prompts]
+        del server
+        return [answer["tokens"] for answer in found]
 
 
 def post(url: str, **body: Any) -> Any:
