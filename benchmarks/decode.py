@@ -70,10 +70,11 @@ def main() -> None:
     params = {config: init_params(config, jax.random.key(0)) for config in (lory, dense)}
     llama = load_llama(dense, params[dense])
 
+    cores = len(os.sched_getaffinity(0))
     result: dict[str, Any] = {
         "model": {name: getattr(lory, name) for name in SHAPE},
         "experts": args.experts,
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.processor() or platform.machine()}, {cores} cores",
         "device": jax.devices()[0].device_kind,
         "prefill_seconds": prefill_seconds(params, args.rounds),
         "limits": machine_limits(lory, args.rounds),
@@ -102,11 +103,11 @@ def main() -> None:
         result["ffn_bound"][batch] = ffn_bounds(lory, result["limits"], batch)
         result["chosen"][batch] = choose_ffn("auto", lory, rows=batch, ffns=batch)
         print(f"batch {batch} done", result["tokens_per_second"][batch], file=sys.stderr)
+        if args.json:
+            temporary = args.json.with_name(args.json.name + ".tmp")
+            temporary.write_text(json.dumps(result, indent=1) + "\n")
+            os.replace(temporary, args.json)
     print(table(result))
-    if args.json:
-        temporary = args.json.with_name(args.json.name + ".tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(temporary, args.json)
 
 
 def ours(

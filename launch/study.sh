@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the study of docs/study.md: every claim about Lory, with seeds, intervals and a verdict.
 #
-#   bash launch/study.sh [--stage=A|B|C|D|beyond] [--hours=H] [--cores=N]
+#   bash launch/study.sh [--stage=A|B|C|D|beyond|sparse] [--hours=H] [--cores=N]
 #
 # It resumes from the finished runs in docs/study/runs, trains the next ones on one core each (--cores,
 # default 1) and writes docs/study.json, docs/study.md and docs/study.html. Ctrl-C and the end of the

@@ -45,6 +45,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from lory_jax.evaluation import variants
     from lory_jax.evaluation.held_out import encode_instances
     from lory_jax.evaluation.measure import measure, measure_losses, open_model, summarize_losses
+    from lory_jax.evaluation.perplexity import perplexity
     from lory_jax.evaluation.text_sets import read_sets
     from lory_jax.parallel import start_process
     from lory_jax.run.directory import RunDirectory
@@ -76,10 +77,12 @@ def evaluate(args: argparse.Namespace) -> None:
     sets = held_out or own_sets
     if own_sets:
         result["perplexity_sets"] = measure(evaluated, own_sets, args.routing)
+    top_k_losses = variants.top_k_losses(evaluated, sets, args.top_k_experts, args.routing)
     if args.top_k_experts:
-        result["top_k_experts"] = variants.top_k_perplexity(
-            evaluated, sets, args.top_k_experts, args.routing
-        )
+        result["top_k_experts"] = {
+            k: {domain: perplexity(loss_N) for domain, loss_N in by_domain.items()}
+            for k, by_domain in top_k_losses.items()
+        }
     if args.leakage:
         result["leakage"] = variants.leakage(evaluated, sets)
     result["seconds"] = time.perf_counter() - start
@@ -89,8 +92,11 @@ def evaluate(args: argparse.Namespace) -> None:
     write(out, json.dumps(result, indent=1) + "\n")
     segment_length = evaluated.model.config.segment_length
     if held_out:
-        of_instances = encode_instances(losses.of_instances(segment_length), origins)
-        write(out.with_name(f"{out.stem}_instances.npz"), of_instances)
+        tables = {"": losses.of_instances(segment_length)}
+        tables |= {f"_top{k}": by_domain for k, by_domain in top_k_losses.items()}
+        for suffix, of_instances in tables.items():
+            path = out.with_name(f"{out.stem}{suffix}_instances.npz")
+            write(path, encode_instances(of_instances, origins))
     if args.leakage:
         draw_positions(result["leakage"]["loss_by_position"], segment_length, out)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from lory_jax.errors import InputError
 from lory_jax.evaluation.measure import EvaluatedModel, as_trained, losses
-from lory_jax.evaluation.perplexity import perplexity
+from lory_jax.evaluation.perplexity import instance_losses, perplexity
 
 
 def check_variants(evaluated: EvaluatedModel, counts: Sequence[int], leakage: bool) -> None:
@@ -28,19 +28,20 @@ def check_variants(evaluated: EvaluatedModel, counts: Sequence[int], leakage: bo
         )
 
 
-def top_k_perplexity(
+def top_k_losses(
     evaluated: EvaluatedModel,
     sets: dict[str, np.ndarray],
     counts: Sequence[int],
     routing: str | None,
-) -> dict[str, dict[str, float]]:
-    """`{k: {domain: perplexity}}` over positions >= T, merging only the k largest experts."""
+) -> dict[str, dict[str, np.ndarray]]:
+    """`{k: {domain: loss_N}}`: the mean loss in nats of every instance over its positions >= T,
+    float32, merging only the k largest experts."""
     T = evaluated.model.config.segment_length
     found = {}
     for k in counts:
         fewer = evaluated.replace(top_k_experts=k)
         by_domain = losses(fewer, sets, f"evaluating, top {k}", routing or as_trained(evaluated))
-        found[str(k)] = {d: perplexity(nll_NxL[:, T:]) for d, nll_NxL in by_domain.items()}
+        found[str(k)] = {d: instance_losses(nll_NxL, T) for d, nll_NxL in by_domain.items()}
     return found
 
 

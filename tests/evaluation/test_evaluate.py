@@ -125,6 +125,10 @@ def test_fewer_experts_are_what_their_logits_say(evaluated):
     by_k = result["top_k_experts"]
     assert list(by_k) == ["1", "2", "4"]
     assert by_k["4"] == pytest.approx(result["perplexity"], rel=1e-6)
+    for k, perplexity in by_k.items():
+        losses, _ = read_instances(evaluated / "lory" / f"evaluation_top{k}_instances.npz")
+        means = {domain: np.exp(loss_N.mean()) for domain, loss_N in losses.items()}
+        assert means == pytest.approx(perplexity, rel=1e-6)
     model = lory_jax.load(evaluated / "lory").with_top_k_experts(2)
     for domain, rows in PreparedData.open(evaluated / "data").held_out("test").items():
         logits = model.logits(rows[:, :-1]).astype(np.float64)

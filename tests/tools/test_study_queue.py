@@ -59,6 +59,22 @@ def test_the_order_is_tuning_first_then_seeds_in_rounds_then_cheap_before_dear()
     assert ids == [*tuning, *first_round, *others, "twice-s0"]
 
 
+def test_a_run_waits_for_its_parent_whose_directory_stays(tmp_path):
+    arms = [
+        Arm("early", "plain", seeds=2, group=0, steps=3, parent="late"),
+        Arm("late", "plain", seeds=2, group=2, steps=4, keeps_run=True),
+    ]
+    runner = runner_of(tmp_path)
+    queue = Queue(make_jobs(FAMILIES, arms, "A"), runner.results)
+    work_off(queue, runner, [core()])
+    assert not queue.remaining()
+    log = (runner.work / "steps.txt").read_text()
+    for seed in range(2):
+        assert log.index(f"late-s{seed} 4") < log.index(f"early-s{seed} 1")
+    kept = ["late-s0", "late-s1", "logs", "steps.txt"]
+    assert sorted(path.name for path in runner.work.iterdir()) == kept
+
+
 def test_a_stage_alone_tunes_what_it_needs():
     ids = [job.id for job in make_jobs(FAMILIES, ARMS, "B")]
     assert ids == ["plain-t00", "plain-t01", "plain-t02", "twice-s0"]
@@ -187,6 +203,29 @@ def test_a_real_run_from_training_to_its_result(tmp_path):
         for domain, loss_N in runner.results.instances("lory-s0", split).items():
             assert loss_N.mean() == pytest.approx(losses[domain], abs=2e-3)
     assert not (runner.work / "lory-s0").exists()
+
+
+def test_a_real_finishing_phase_starts_from_its_parent_and_keeps_few_experts(tmp_path):
+    """Without a learning rate, a child is its parent, evaluated with as many experts."""
+    recipe = str(write_recipe(tmp_path))
+    runner = runner_of(tmp_path, recipe=recipe, modules=MODULES, splits=("test",))
+    write_prepared(tmp_path / "data")
+    parent = Arm("parent", "f", steps=6, seeds=1, measures=("top1", "top2"), keeps_run=True)
+    of_parent = {"train.steps": 6, "train.seed": 3}
+    still = {"train.steps": 2, "train.seed": 3, RATE: 0.0}
+    children = {"all": still, "two": still | {"model.top_k_experts": 2}}
+    arms = [parent, *(Arm(name, "f", seeds=1, parent="parent") for name in children)]
+    for job in sorted(make_jobs([], arms, "A"), key=lambda job: job.id != "parent-s0"):
+        settings = children.get(job.source.name, of_parent)
+        runner.run(job, settings, core())
+    losses = {r["arm"]: r["losses"] for r in runner.results.records()}
+    assert losses["all"]["test"] == pytest.approx(losses["parent"]["test"], abs=1e-6)
+    assert losses["two"]["test"] == pytest.approx(losses["parent"]["test_top2"], abs=1e-6)
+    kept = [losses["parent"][split]["ones"] for split in ("test", "test_top1", "test_top2")]
+    assert min(abs(a - b) for a, b in ((kept[0], kept[1]), (kept[0], kept[2]), kept[1:])) > 1e-6
+    for domain, loss_N in runner.results.instances("parent-s0", "test_top2").items():
+        found_N = runner.results.instances("two-s0", "test")[domain]
+        np.testing.assert_allclose(found_N, loss_N, atol=2e-3)
 
 
 def wait_for(condition, seconds=60):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from tools.study import arms, beyond, fair_start, ladder
+from tools.study import arms, beyond, fair_start, ladder, sparse
 from tools.study.__main__ import unavailable
 from tools.study.claims import read_claims
 from tools.study.report import CLAIMS, write_report
@@ -68,7 +68,7 @@ def write_held_out(results, origins, corpus):
 
 def write(results, arm, seed, instances, corpus="packages"):
     losses = {s: {d: float(x.mean()) for d, x in found.items()} for s, found in instances.items()}
-    losses["validation"] = losses["test"]
+    losses |= {s.replace("test", "validation"): found for s, found in losses.items()}
     record = {"id": run_id(arm, seed, corpus), "kind": "run", "arm": arm, "family": arm}
     record |= {"corpus": corpus, "seed": seed}
     record |= {"status": "finished", "losses": losses, "settings": {}, "step_seconds": 0.3}
@@ -196,13 +196,61 @@ def test_the_page_of_what_is_beyond_the_paper_compares_with_the_recipe(tmp_path)
     assert text.startswith("before\n") and text.endswith("after\n")
 
 
+def test_the_page_of_few_experts_compares_at_equal_tokens(tmp_path):
+    """Effects of made-up runs: finishing +0.03 for k = 2, annealing +0.01, keeping 2 +0.2."""
+    results = Results(tmp_path / "study" / "runs")
+    for corpus in ("packages", "debian"):
+        write_held_out(results, {d: list(range(n)) for d, n in DOMAINS.items()}, corpus)
+    rng = np.random.default_rng(2)
+    levels = {
+        "sparse_parent": 0.0,
+        "lory": 0.0,
+        "sparse_all_finish0.1": -0.06,
+        "sparse_all_finish0.3": -0.08,  # the better control
+        "sparse_k2_renormalised_finish0.1": -0.02,
+        "sparse_k2_straight_through_finish0.3": -0.05,  # the better of these
+        "sparse_k2_renormalised_annealed": 0.01,
+    }
+    for seed in range(3):
+        of_instance = {d: rng.normal(3, 0.3, n) for d, n in DOMAINS.items()}
+        for arm, level in levels.items():
+            kept = {"test_top2": 0.2, "test_top1": 0.4} if arm == "sparse_parent" else {}
+            splits = {"test": level} | kept
+            noise = 0.0 if arm in ("lory", "sparse_parent") else rng.normal(0, 0.001)
+            instances = {
+                split: {d: x + value + noise for d, x in of_instance.items()}
+                for split, value in splits.items()
+            }
+            write(results, arm, seed, instances)
+            if arm in ("sparse_parent", "sparse_k2_renormalised_annealed") and seed == 0:
+                write(results, arm, seed, instances, "debian")
+    page = tmp_path / "evaluation.md"
+    page.write_text(f"before\n<!-- begin: {sparse.MARK} -->\nold\n<!-- end -->\nafter\n")
+    sparse.write_page(tmp_path / "study", page)
+    rows = [[cell.strip() for cell in line.split("|")] for line in page.read_text().splitlines()]
+    by_way = {row[2]: row[3:] for row in rows if len(row) == 8 and row[1] == "2"}
+    expected = {
+        "kept of the finished model": ("", 0.2, "no, no"),
+        "a finishing phase of 10 %": ("sparse_k2_straight_through_finish0.3", 0.03, "no, no runs"),
+        "annealed in training": ("sparse_k2_renormalised_annealed", 0.01, "yes, in the mean"),
+    }
+    for how, (chosen, level, aims) in expected.items():
+        name, packages, _, met, _ = by_way[how]
+        assert (name, met) == (chosen, aims)
+        assert float(packages.split()[0]) == pytest.approx(level, abs=3e-3)
+    assert "+0.01" in by_way["annealed in training"][2]
+    assert "any test instance is 0 nats" in page.read_text()
+    assert [row[2] for row in rows if row[1:2] == ["1"]] == ["kept of the finished model"]
+
+
 # ---------------------------------------------------------------- claims and arms
 
 
 def test_claims_name_arms_that_exist_with_seeds_for_an_interval():
     by_name = {arm.name: arm for arm in arms.ARMS if arm.corpus == "packages"}
     assert len({run_id(arm.name, 0, arm.corpus) for arm in arms.ARMS}) == len(arms.ARMS)
-    assert {arm.name for arm in arms.ARMS if arm.corpus == "debian"} == set(arms.ON_DEBIAN)
+    on_debian = {*arms.ON_DEBIAN, *(arm.name for arm in arms.SPARSE_ARMS)}
+    assert {arm.name for arm in arms.ARMS if arm.corpus == "debian"} == on_debian
     claims, margin = read_claims(CLAIMS)
     assert margin == 0.01
     for claim in claims:

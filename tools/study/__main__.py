@@ -1,11 +1,13 @@
 """Runs the study: a queue of runs, cheapest information first, resumable run by run.
 
-    python -m tools.study [--stage=A|B|C|D|beyond] [--hours=H] [--cores=N] [--out=DIR] [--work=DIR]
+    python -m tools.study [--stage=A|B|C|D|beyond|sparse] [--hours=H] [--cores=N]
+        [--out=DIR] [--work=DIR]
 
 Each run is trained and evaluated on one core. A finished run leaves one small JSON file and the
-losses of its held-out instances in OUT/runs; its run directory is then removed. Ctrl-C, SIGTERM and
-the end of the hours save the runs under way; run the same command again to resume. In the end it
-writes OUT.json, OUT.md and OUT.html (tools/study/report.py).
+losses of its held-out instances in OUT/runs; its run directory is then removed, unless other runs
+start from it: those stay in WORK. Ctrl-C, SIGTERM and the end of the hours save the runs under way;
+run the same command again to resume. In the end it writes OUT.json, OUT.md and OUT.html
+(tools/study/report.py), and the tables of docs/beyond.md and docs/evaluation.md.
 """
 
 import argparse
@@ -34,7 +36,7 @@ from tools.study.results import FIRST_CORPUS, SPLITS, Results
 from tools.study.run import Runner, Stopped
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-STAGES = ("A", "D", "B", "C", "beyond")  # in this order
+STAGES = ("A", "D", "B", "C", "beyond", "sparse")  # in this order
 CORPORA = {"packages": corpus.make_corpus, "debian": debian_corpus.make_corpus}
 RECIPE = str(Path(__file__).with_name("recipe.py"))
 STEP_SECONDS = 0.13  # of the dense model on one core, until runs say better
@@ -73,11 +75,12 @@ def main(argv: list[str]) -> None:
     if signals:
         sys.exit(128 + signals[0])
     # Imported here: a study that is stopped draws nothing.
-    from tools.study.beyond import write_page
+    from tools.study import beyond, sparse
     from tools.study.report import write_report
 
     write_report(args.out)
-    write_page(args.out)
+    beyond.write_page(args.out)
+    sparse.write_page(args.out)
 
 
 def parse_flags(argv: list[str]) -> argparse.Namespace:
@@ -87,7 +90,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     add(
         "--stage",
         choices=STAGES,
-        help="run this stage only (default: all, in the order A, D, B, C, beyond)",
+        help="run this stage only (default: all, in the order A, D, B, C, beyond, sparse)",
     )
     add("--hours", type=float, metavar="H", help="stop after so many hours")
     add("--cores", type=int, default=1, metavar="N", help="runs at a time, one core each")

@@ -73,7 +73,10 @@ class Arm:
       cost: a guess of a step's seconds, as a multiple of the dense model's.
       data: "similar" or "random", the order of the training documents.
       corpus: "packages" or "debian". Families are tuned on the first.
-      measures: what is measured beside losses: "routing" (of domains), "prompt" (routing by it).
+      measures: what is measured beside losses: "routing" (of domains), "prompt" (routing by it),
+        "top1" and "top2" (keeping that many experts of the finished model).
+      parent: the arm whose finished run of the same seed and corpus it starts from.
+      keeps_run: whether its run directories stay, for the arms that start from them.
     """
 
     name: str
@@ -88,6 +91,8 @@ class Arm:
     data: str = "similar"
     corpus: str = "packages"
     measures: tuple[str, ...] = ()
+    parent: str = ""
+    keeps_run: bool = False
 
 
 def expert_cost(experts: int) -> float:
@@ -269,3 +274,46 @@ def _ladder_arm(width: int, experts: int, steps: int) -> Arm:
 ARMS += [
     _ladder_arm(*point) for point in itertools.product(LADDER_COST, LADDER_EXPERTS, LADDER_STEPS)
 ]
+
+# Stage sparse: merges of few experts, against all eight after the same number of tokens. The fall
+# from eight to k takes the first half of a run, or of the finishing phase of a finished run.
+SPARSE_PARENT, SPARSE_COUNTS = "sparse_parent", (2, 1)
+SPARSE_GRADIENTS = ("renormalised", "straight_through")
+FINISH_STEPS, FINISH_RATES = STEPS // 10, (0.1, 0.3)  # rates as multiples of the run's own
+
+
+def sparse_settings(k: int, gradient: str) -> dict[str, Any]:
+    """Settings of a run that ends with k experts in every merge."""
+    return {"model.top_k_experts": k, "train.top_k_gradient": gradient}
+
+
+def _sparse_arms() -> list[Arm]:
+    parent = Arm(SPARSE_PARENT, "lory", measures=("top1", "top2"), keeps_run=True)
+    annealed = [
+        Arm(f"sparse_k{k}_{gradient}_annealed", "lory", sparse_settings(k, gradient), group=3)
+        for k, gradient in itertools.product(SPARSE_COUNTS, SPARSE_GRADIENTS)
+    ]
+    kinds: dict[str, dict[str, Any]] = {"all": {}} | {
+        f"k{k}_{gradient}": sparse_settings(k, gradient)
+        for k, gradient in itertools.product(SPARSE_COUNTS, SPARSE_GRADIENTS)
+    }
+    finished = [
+        Arm(
+            f"sparse_{name}_finish{rate:g}",
+            "lory",
+            settings,
+            {RATE: rate},
+            steps=FINISH_STEPS,
+            group=2,
+            parent=SPARSE_PARENT,
+        )
+        for (name, settings), rate in itertools.product(kinds.items(), FINISH_RATES)
+    ]
+    return [
+        replace(arm, stage="sparse", seeds=3, cost=1.15) for arm in (parent, *finished, *annealed)
+    ]
+
+
+SPARSE_ARMS = _sparse_arms()
+ARMS += SPARSE_ARMS
+ARMS += [replace(arm, corpus="debian", group=arm.group + 3) for arm in SPARSE_ARMS]

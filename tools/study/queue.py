@@ -47,6 +47,16 @@ class Job:
         return self.source.measures if isinstance(self.source, Arm) else ()
 
     @property
+    def parent(self) -> str:
+        """The id of the run that this one starts from; empty for none."""
+        name = self.source.parent if isinstance(self.source, Arm) else ""
+        return run_id(name, self.seed, self.corpus) if name else ""
+
+    @property
+    def keeps_run(self) -> bool:
+        return isinstance(self.source, Arm) and self.source.keeps_run
+
+    @property
     def work(self) -> float:
         """Steps times the cost of one."""
         return self.source.steps * self.source.cost
@@ -143,14 +153,14 @@ class Queue:
         return True
 
     def settings(self, job: Job) -> dict[str, Any] | None:
-        """The settings of a run; None as long as its family is not tuned."""
+        """The settings of a run; None as long as its family is not tuned or its parent not made."""
         own: dict[str, Any]
         if isinstance(job.source, Family):
             assert job.trial is not None
             own = job.source.trials()[job.trial]
         else:
             best = self.best(job.family)
-            if best is None:
+            if best is None or (job.parent and self.results.read(job.parent) is None):
                 return None
             own = {**best, **job.source.settings}
             own |= {name: factor * own[name] for name, factor in job.source.factors.items()}

@@ -39,7 +39,8 @@ class Runner:
     Attributes:
       recipe: what `--config` names.
       data: returns the prepared data of a corpus and order of documents, made if need be.
-      work: run directories, which are removed when their result is written.
+      work: run directories, which are removed when their result is written, but for those that
+        other runs start from.
       results: where results go.
       splits: the held-out sets that the data have.
       stop: when it is set, the run under way is saved and `Stopped` is raised.
@@ -65,6 +66,8 @@ class Runner:
         fields = [f"--config.{name}={value}" for name, value in settings.items()]
         data = self.data(*job.data)
         flags = [f"--config={self.recipe}", *fields, f"--data={data}"]
+        if job.parent:
+            flags.append(f"--init_from={self.work / job.parent}")
         status = self._process("train", job, core, *flags, f"--workdir={workdir}")
         if status == DIVERGED:
             self.results.write(_describe(job, settings) | {"status": "diverged"}, {})
@@ -72,7 +75,8 @@ class Runner:
             self.results.write(_describe(job, settings) | trial_result(workdir), {})
         else:
             self._measure(job, settings, core, workdir, data)
-        shutil.rmtree(workdir)
+        if not job.keeps_run:
+            shutil.rmtree(workdir)
 
     def _measure(
         self, job: Job, settings: Mapping[str, Any], core: int, workdir: Path, data: Path
@@ -84,9 +88,13 @@ class Runner:
                 where = (f"--workdir={workdir}", f"--data={data}", f"--out={out}")
                 self._process("evaluate", job, core, *where, *flags)
             found = json.loads(out.read_text("utf-8"))
-            losses[name] = {d: math.log(x) for d, x in found["perplexity"].items()}
+            perplexity = {"": found["perplexity"]}
+            perplexity |= {f"_top{k}": of_k for k, of_k in found.get("top_k_experts", {}).items()}
+            for end, by_domain in perplexity.items():
+                losses[name + end] = {d: math.log(x) for d, x in by_domain.items()}
+                path = out.with_name(f"{name}{end}_instances.npz")
+                instances[name + end], _ = read_instances(path)
             seconds[name] = found["seconds"]
-            instances[name], _ = read_instances(out.with_name(f"{out.stem}_instances.npz"))
         measured = workdir / "measured.json"
         if not measured.is_file():
             wanted = [f"--{name}" for name in job.measures if name == "routing"]
@@ -98,7 +106,9 @@ class Runner:
 
     def _evaluations(self, job: Job) -> dict[str, list[str]]:
         """The flags of every evaluation of an arm."""
-        flags = {split: [f"--split={split}"] for split in self.splits}
+        kept = [name.removeprefix("top") for name in job.measures if name.startswith("top")]
+        more = [f"--top_k_experts={','.join(kept)}"] if kept else []
+        flags = {split: [f"--split={split}", *more] for split in self.splits}
         if "prompt" in job.measures:
             for split in self.splits[1:]:
                 flags[f"{split}_prompt"] = [f"--split={split}", "--routing=prompt"]
