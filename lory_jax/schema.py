@@ -10,8 +10,9 @@ from typing import Any
 
 from lory_jax.errors import ConfigError, shorten
 from lory_jax.fields import Field, bool_field, choice_field, float_field, int_field
-from lory_jax.model.routing_rules import MERGED, SOURCES, SPARSE
+from lory_jax.model.routing_rules import EXPERT_LAYERS, MERGED, SOURCES, SPARSE
 from lory_jax.running_fields import CHECKPOINT, DATA, PARALLEL
+from lory_jax.segment_schedule import FORM, is_schedule
 
 SCHEMA: dict[str, dict[str, Field]] = {
     "model": {
@@ -50,6 +51,23 @@ SCHEMA: dict[str, dict[str, Field]] = {
         # Not architecture: a run with experts may start from the parameters of a dense model.
         "num_experts": int_field(
             8, "expert FFNs per layer E; 0 is the dense baseline", 0, is_size=True
+        ),
+        "expert_layers": choice_field(
+            "which layers hold experts; the others hold a dense FFN",
+            *EXPERT_LAYERS,
+            of_experts=True,
+        ),
+        "expert_rank": int_field(
+            0,
+            "rank of what each expert adds to one FFN that all share; 0 means full experts",
+            0,
+            of_experts=True,
+        ),
+        "token_deltas": int_field(
+            0,
+            "small FFNs (F/16) beside the FFN of every layer, of which each token picks one",
+            0,
+            is_architecture=True,
         ),
         "sequence_length": int_field(4096, "tokens per training instance L", 1, is_size=True),
         "segment_length": int_field(256, "tokens per routing segment T", 1, is_size=True),
@@ -223,8 +241,8 @@ SCHEMA: dict[str, dict[str, Field]] = {
         ),
         "upcycle_redraw": float_field(
             0.0,
-            "share of every expert's entries drawn anew when the dense FFN is copied "
-            "(Drop-Upcycling)",
+            "share of every expert's entries drawn anew when experts are copied: from the dense "
+            "FFN (Drop-Upcycling), or in growth; with expert_rank, only growth copies any",
             0.0,
             1.0,
         ),
@@ -233,6 +251,13 @@ SCHEMA: dict[str, dict[str, Field]] = {
             "share of the steps after upcycling with a second linear warm-up; 0 for none",
             0.0,
             1.0,
+        ),
+        "segment_schedule": Field(
+            "",
+            "segment lengths before model.segment_length, such as 128:0.25,64:0.5: 128 for the "
+            "first quarter of the steps, 64 until half of them",
+            FORM,
+            is_schedule,
         ),
         "top_k_anneal_start": float_field(
             0.0,

@@ -51,6 +51,11 @@ def export_run(
     if top_k_experts is not None:
         model = model.with_top_k_experts(top_k_experts)
     config, params = model.config, model.params
+    if config.token_deltas:
+        raise InputError(
+            f"{run}: config.model.token_deltas is {config.token_deltas}: each token picks a delta, "
+            "which a LLaMA cannot; must be 0"
+        )
     merged_by = _merged_by(model, run, data, prompt=prompt, text=text, domain=domain)
     card = model_card(config, model.step, dtype, merged_by)
     if merged_by is not None:

@@ -27,6 +27,11 @@ def check_source(source: RunDirectory, model_config: ModelConfig, data: Prepared
     # Parameters mean the same only if these fields agree; all others may change between runs.
     architecture = fields_where("model", is_architecture=True)
     wrong = [name for name in architecture if getattr(found, name) != getattr(model_config, name)]
+    if found.num_experts and model_config.num_experts:
+        of_experts = fields_where("model", of_experts=True)
+        wrong += [
+            name for name in of_experts if getattr(found, name) != getattr(model_config, name)
+        ]
     if found.num_experts and not _grows_by(found, model_config):
         wrong.append("num_experts")
     if wrong:

@@ -145,12 +145,14 @@ def announce(
         kind = f"baseline {model_config.routing} with {num_experts} experts"
     epochs = config.train.steps / batches.batches_per_epoch
     device = jax.devices()[0].device_kind
+    rank = model_config.expert_rank
+    merged_by = f"deltas of rank {rank}" if rank else model_config.merged_ffn
     say(
         f"{kind}: {counts['total'] / 1e6:,.1f}M parameters, {counts['active'] / 1e6:,.1f}M active\n"
         f"{config.train.steps:,} steps of {tokens:,} tokens, {epochs:.2f} epochs of "
         f"{batches.num_instances:,} instances\n"
         f"mesh {dict(mesh.shape)} of {device}, attention by {model_config.attention}"
-        + (f", merged FFN by {model_config.merged_ffn}" if num_experts else "")
+        + (f", merged FFN by {merged_by}" if num_experts else "")
         + ("" if peak_flops(device) else " (peak FLOP/s unknown: MFU is not reported)")
     )
     if batches.mixture is not None:

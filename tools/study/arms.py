@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lory_jax.model.routing_rules import SOURCES
+from lory_jax.model.routing_rules import EXPERT_LAYERS, SOURCES
 
 Settings = Mapping[str, Any]
 
@@ -27,7 +27,8 @@ COMMON = {
 RATE, START, EXPERT_START = "train.learning_rate", "model.ffn_init_scale", "model.expert_init_scale"
 REWARM = "train.upcycle_rewarm_fraction"
 REDRAW, WARMUP = "train.upcycle_redraw", "train.dense_warmup_fraction"
-SOURCE = "model.routing_source"
+SOURCE, LAYERS, RANK = "model.routing_source", "model.expert_layers", "model.expert_rank"
+SCHEDULE = "train.segment_schedule"
 ROUTING, EXPERTS = "model.routing", "model.num_experts"
 
 RATES = (8e-3, 1.6e-2, 2.4e-2, 3.2e-2)
@@ -232,6 +233,24 @@ ARMS += [
     Arm(f"source_{source}", BEYOND_BASE, {SOURCE: source}, stage="beyond", group=5, cost=1.15)
     for source in SOURCES
     if source != "last"
+]
+
+ARMS += [
+    Arm(f"layers_{which}", BEYOND_BASE, {LAYERS: which}, stage="beyond", group=5, cost=1.1)
+    for which in EXPERT_LAYERS
+    if which != "all"
+]
+ARMS += [
+    Arm(f"rank_{rank}", BEYOND_BASE, {RANK: rank}, stage="beyond", group=5, cost=1.3)
+    for rank in (4, 8)
+]
+# As many parameters as 8 full experts, nearly: 6.5 FFNs.
+ARMS += [
+    Arm("rank_4_e32", BEYOND_BASE, {RANK: 4, EXPERTS: 32}, stage="beyond", group=5, cost=1.8),
+]
+ARMS += [
+    Arm(f"schedule_{name}", BEYOND_BASE, {SCHEDULE: text}, stage="beyond", group=5, cost=1.1)
+    for name, text in (("t64", "64:0.5"), ("t128_t64", "128:0.25,64:0.5"))
 ]
 
 FAMILIES += [
