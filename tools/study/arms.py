@@ -28,7 +28,7 @@ RATE, START, EXPERT_START = "train.learning_rate", "model.ffn_init_scale", "mode
 REWARM = "train.upcycle_rewarm_fraction"
 REDRAW, WARMUP = "train.upcycle_redraw", "train.dense_warmup_fraction"
 SOURCE, LAYERS, RANK = "model.routing_source", "model.expert_layers", "model.expert_rank"
-SCHEDULE = "train.segment_schedule"
+SCHEDULE, DELTAS = "train.segment_schedule", "model.token_deltas"
 ROUTING, EXPERTS = "model.routing", "model.num_experts"
 
 RATES = (8e-3, 1.6e-2, 2.4e-2, 3.2e-2)
@@ -252,6 +252,11 @@ ARMS += [
     Arm(f"schedule_{name}", BEYOND_BASE, {SCHEDULE: text}, stage="beyond", group=5, cost=1.1)
     for name, text in (("t64", "64:0.5"), ("t128_t64", "128:0.25,64:0.5"))
 ]
+ARMS += [
+    Arm(f"deltas_{k}", BEYOND_BASE, {DELTAS: k}, stage="beyond", group=5, cost=1.5) for k in (4, 8)
+]
+# What tokens pick, without what segments merge.
+ARMS += [Arm("deltas_8_dense", "dense", {DELTAS: 8}, stage="beyond", group=5, cost=1.3)]
 
 FAMILIES += [
     Family(
