@@ -1,6 +1,6 @@
 """Every config field, declared once: default, meaning, check, and what a change of it does.
 
-This file, with running_fields.py, is the only place that lists fields. Other code asks:
+Only this file, running_fields.py and variant_fields.py list fields. Other code asks:
 `find_field`, `fields_where`, `section_defaults`, `may_change`. It imports nothing heavy, so that
 `--help` is fast.
 """
@@ -10,9 +10,9 @@ from typing import Any
 
 from lory_jax.errors import ConfigError, shorten
 from lory_jax.fields import Field, bool_field, choice_field, float_field, int_field
-from lory_jax.model.routing_rules import EXPERT_LAYERS, MERGED, SOURCES, SPARSE
+from lory_jax.model.routing_rules import MERGED, SPARSE
 from lory_jax.running_fields import CHECKPOINT, DATA, PARALLEL
-from lory_jax.segment_schedule import FORM, is_schedule
+from lory_jax.variant_fields import MODEL_VARIANTS, TRAINING_VARIANTS
 
 SCHEMA: dict[str, dict[str, Field]] = {
     "model": {
@@ -52,33 +52,12 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "num_experts": int_field(
             8, "expert FFNs per layer E; 0 is the dense baseline", 0, is_size=True
         ),
-        "expert_layers": choice_field(
-            "which layers hold experts; the others hold a dense FFN",
-            *EXPERT_LAYERS,
-            of_experts=True,
-        ),
-        "expert_rank": int_field(
-            0,
-            "rank of what each expert adds to one FFN that all share; 0 means full experts",
-            0,
-            of_experts=True,
-        ),
-        "token_deltas": int_field(
-            0,
-            "small FFNs (F/16) beside the FFN of every layer, of which each token picks one",
-            0,
-            is_architecture=True,
-        ),
         "sequence_length": int_field(4096, "tokens per training instance L", 1, is_size=True),
         "segment_length": int_field(256, "tokens per routing segment T", 1, is_size=True),
         "routing": choice_field(
             "causal is Lory; the others are baselines (docs/baselines.md)", *MERGED, *SPARSE
         ),
-        "routing_source": choice_field(
-            "what routes a segment: the mean of the last one (the paper), of all earlier ones, an "
-            "average that halves with every segment, or attention of the last one's first token",
-            *SOURCES,
-        ),
+        **MODEL_VARIANTS,
         "first_segment_routing": choice_field(
             "routing of segment 1: by its own mean (the paper) or 1/E each (strictly causal)",
             "self",
@@ -252,13 +231,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
             0.0,
             1.0,
         ),
-        "segment_schedule": Field(
-            "",
-            "segment lengths before model.segment_length, such as 128:0.25,64:0.5: 128 for the "
-            "first quarter of the steps, 64 until half of them",
-            FORM,
-            is_schedule,
-        ),
+        **TRAINING_VARIANTS,
         "top_k_anneal_start": float_field(
             0.0,
             "share of the steps after which the number of merged experts falls, linearly, from E "

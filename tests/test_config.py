@@ -387,6 +387,7 @@ def test_the_architecture_is_what_decides_the_parameters_and_their_meaning():
         "attention_bias",
         "mlp_bias",
         "mlp_dim",
+        "shared_expert",
         "token_deltas",
         "tie_embeddings",
         "norm_epsilon",

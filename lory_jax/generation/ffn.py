@@ -66,8 +66,9 @@ def step_ffn(
     """
     if isinstance(ffn, DenseFFN):
         # Without a leading R, the layer has held no experts.
-        is_shared = sharing is not None and ffn.gate[...].ndim == 3
-        return _shared_ffn(ffn, h_Bx1xD, sharing) if is_shared else ffn(h_Bx1xD)
+        if sharing is None or ffn.gate[...].ndim == 2:
+            return ffn(h_Bx1xD)
+        return _shared_ffn(ffn, h_Bx1xD, sharing)
     if r_BxE is None:
         return ffn(h_Bx1xD, Routing("prompt"))[0]
     if isinstance(ffn, SparseFFN):

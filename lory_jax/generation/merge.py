@@ -104,3 +104,17 @@ def merged_params(config: ModelConfig, params: Params, r_YxE: np.ndarray, mesh: 
 
     pinned = jax.jit(convert, out_shardings=shardings(build(dense)[1], mesh))
     return pinned(params, jnp.asarray(r_YxE))
+
+
+def join_shared(params: Params) -> Params:
+    """The same dense model, with each shared FFN made a part of the one beside it, now 2 F wide."""
+    layers = dict(params["layers"])
+    ffn, shared = layers["ffn"], layers.pop("shared")
+    joined = {
+        name: jnp.concatenate([ffn[name], shared[name]], axis=-2 if name == "down" else -1)
+        for name in ffn
+        if name != "down_bias"
+    }
+    if "down_bias" in ffn:
+        joined["down_bias"] = ffn["down_bias"] + shared["down_bias"]
+    return {**params, "layers": {**layers, "ffn": joined}}

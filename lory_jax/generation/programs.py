@@ -147,7 +147,7 @@ def make_decoder(
             segment = None
             if reroutes and not is_dense:
                 segment = after_prompt(h_BxPxD, lengths_B, T, source)
-            x_BxPxD += block.with_deltas(y_BxPxD, h_BxPxD)
+            x_BxPxD += block.with_others(y_BxPxD, h_BxPxD)
             return x_BxPxD, ((to_cache(key), to_cache(value)), routed, segment)
 
         x_BxPxD, (of_layers, routed, segments), of_dense = run_layers(
@@ -215,7 +215,7 @@ def make_decoder(
             x_Bx1xD += block.attention.combine(attended_BxHx1xK.swapaxes(1, 2))
             h_Bx1xD = rms_norm(x_Bx1xD, block.ffn_norm[...], epsilon)
             y_Bx1xD = step_ffn(block.ffn, h_Bx1xD, routing.get(y), cache.sharing)
-            x_Bx1xD += block.with_deltas(y_Bx1xD, h_Bx1xD)
+            x_Bx1xD += block.with_others(y_Bx1xD, h_Bx1xD)
             if y in config.layer_numbers:
                 inputs.append(h_Bx1xD[:, 0])
         segments = cache.segments

@@ -44,9 +44,10 @@ def served_weights(
     layer_axes = {**axes["layers"], "ffn": ffn_axes}
     found = _in_compute_type(served, {**params, "layers": {**params["layers"], "ffn": ffn}})
     of_dense = []
-    if dense_layers := found.pop("dense_layers", None):
+    if config.dense_layer_numbers:
         dense_axes = axes.get("dense_layers", axes["layers"])
-        of_dense = _apart(dense_layers, dense_axes, len(config.dense_layer_numbers), mesh)
+        stack = found.pop("dense_layers")
+        of_dense = _apart(stack, dense_axes, len(config.dense_layer_numbers), mesh)
     of_layers = _apart(found["layers"], layer_axes, len(config.layer_numbers), mesh)
     return {**found, "layers": tuple(in_order(config, of_layers, of_dense))}
 

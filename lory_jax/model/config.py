@@ -34,6 +34,7 @@ class ModelConfig:
     num_experts: int
     expert_layers: str
     expert_rank: int
+    shared_expert: bool
     token_deltas: int
     sequence_length: int
     segment_length: int

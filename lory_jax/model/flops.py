@@ -59,6 +59,7 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     outside = tables + D + Y * (_attention_parameters(config) + 2 * D)
     deltas, picked = Y * k * (delta + D), Y * min(k, 1) * delta
     ffn = 3 * D * F + (2 * F + D if config.mlp_bias else 0)
+    outside += Y * ffn if config.shared_expert else 0
     experts = config.num_experts * (ffn + D) if config.num_experts else ffn
     if config.num_experts and config.expert_rank:
         experts = ffn + config.num_experts * D + _factors(config)
@@ -74,7 +75,8 @@ def flops_per_token(config: ModelConfig) -> float:
     """Training FLOPs per token, embedding look-up excluded."""
     D, F, Y = config.embed_dim, config.mlp_dim, config.num_layers
     Y_e = len(config.layer_numbers)
-    ffns = 3 * D * F * (Y - Y_e + Y_e * _chosen(config))
+    shared = Y if config.shared_expert else 0
+    ffns = 3 * D * F * (shared + Y - Y_e + Y_e * _chosen(config))
     deltas = Y * config.token_deltas * (3 * D * config.delta_width + D)  # all are computed
     matmul = config.vocab_size * D + Y * _attention_parameters(config) + ffns + deltas
     attention = 12 * Y * config.num_heads * config.head_width * config.sequence_length

@@ -29,7 +29,7 @@ from lory_jax.model.token_deltas import TokenDeltas
 from lory_jax.parallel import constrain, on_mesh, partition_spec
 
 Params = dict[str, Any]
-Stack = tuple[nnx.GraphDef | None, Any]  # the graph of a layer, and the parameters of several
+Stack = tuple[nnx.GraphDef, Any]  # the graph of a layer, and the parameters of several
 
 
 class Block(nnx.Module):
@@ -54,6 +54,8 @@ class Block(nnx.Module):
         )
         self.ffn_norm = init.ones((D,), ("norm",))
         self.ffn = ffn_kind(config)(init, config, output_scale)
+        if config.shared_expert:
+            self.shared = DenseFFN(init, config, output_scale)
         if config.token_deltas:
             self.deltas = TokenDeltas(init, config)
 
@@ -73,16 +75,18 @@ class Block(nnx.Module):
         with jax.named_scope("ffn"):
             h_BxLxD = rms_norm(x_BxLxD, self.ffn_norm[...], self.config.norm_epsilon)
             if isinstance(self.ffn, DenseFFN):
-                return x_BxLxD + self.with_deltas(self.ffn(h_BxLxD), h_BxLxD), None
+                return x_BxLxD + self.with_others(self.ffn(h_BxLxD), h_BxLxD), None
             y_BxLxD, routed = self.ffn(h_BxLxD, routing)
-            return x_BxLxD + self.with_deltas(y_BxLxD, h_BxLxD), routed
+            return x_BxLxD + self.with_others(y_BxLxD, h_BxLxD), routed
 
-    def with_deltas(self, y_BxLxD: Array, h_BxLxD: Array) -> Array:
-        """The FFN's output and what tokens pick beside it, from what the FFN reads."""
-        if not self.config.token_deltas:
-            return y_BxLxD
-        h_BxLxD = constrain(h_BxLxD, "moe_batch", "length", "activation_embed")
-        return y_BxLxD + self.deltas(h_BxLxD)
+    def with_others(self, y_BxLxD: Array, h_BxLxD: Array) -> Array:
+        """The FFN's output and that of what stands beside it and reads the same."""
+        if self.config.shared_expert:
+            y_BxLxD = y_BxLxD + self.shared(h_BxLxD)
+        if self.config.token_deltas:
+            h_BxLxD = constrain(h_BxLxD, "moe_batch", "length", "activation_embed")
+            y_BxLxD = y_BxLxD + self.deltas(h_BxLxD)
+        return y_BxLxD
 
     def attend(self, h_BxLxD: Array, branches: Branches | None, starts_BxL: Array | None) -> Array:
         """Causal self-attention: across documents, or inside those that begin at `starts_BxL`.
@@ -140,10 +144,10 @@ class Transformer(nnx.Module):
             self.dense_layers = Block(init.stacked(len(config.dense_layer_numbers)), dense)
 
     def stacks(self) -> tuple[Stack, Stack]:
-        """`layers` and, where only some layers hold experts, `dense_layers`."""
+        """`layers`, and `dense_layers`, whose parameters are None unless some have no experts."""
+        layers = nnx.split(self.layers)
         has_dense = bool(self.config.dense_layer_numbers)
-        dense_layers = nnx.split(self.dense_layers) if has_dense else (None, None)
-        return nnx.split(self.layers), dense_layers
+        return layers, nnx.split(self.dense_layers) if has_dense else (layers[0], None)
 
     def output_head(self) -> Array:
         """`[D, V]`: a parameter of its own, or the embedding's."""

@@ -249,6 +249,9 @@ def transformer(params, tokens_BxL, config, kind=None, prompts=None, frozen=None
         else:
             one = {name: w[None] for name, w in ffn_y.items()}
             out = np.array([merged_ffn(h, one, [1.0]) for h in h_BxLxD])
+        if "shared" in layers:
+            one = {name: w[y][None] for name, w in layers["shared"].items()}
+            out = out + np.array([merged_ffn(h, one, [1.0]) for h in h_BxLxD])
         if "deltas" in layers:
             deltas_y = {name: w[y] for name, w in layers["deltas"].items()}
             out = out + np.array([[picked_delta(x, deltas_y) for x in row] for row in h_BxLxD])

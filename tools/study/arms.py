@@ -31,6 +31,8 @@ SOURCE, LAYERS, RANK = "model.routing_source", "model.expert_layers", "model.exp
 SCHEDULE, DELTAS = "train.segment_schedule", "model.token_deltas"
 ROUTING, EXPERTS = "model.routing", "model.num_experts"
 
+SHARED, WIDTH = "model.shared_expert", "model.mlp_dim"
+
 RATES = (8e-3, 1.6e-2, 2.4e-2, 3.2e-2)
 # Independent experts under uniform weights merge to 1/sqrt(8) of a dense FFN: 0.354 is that.
 STARTS = (1.0, 0.354, 0.1)
@@ -254,6 +256,10 @@ ARMS += [
 ]
 ARMS += [
     Arm(f"deltas_{k}", BEYOND_BASE, {DELTAS: k}, stage="beyond", group=5, cost=1.5) for k in (4, 8)
+]
+# As many active parameters and FLOPs: half of each FFN is shared, and half is merged.
+ARMS += [
+    Arm("shared_half", BEYOND_BASE, {SHARED: True, WIDTH: 44}, stage="beyond", group=5, cost=1.15)
 ]
 # What tokens pick, without what segments merge.
 ARMS += [Arm("deltas_8_dense", "dense", {DELTAS: 8}, stage="beyond", group=5, cost=1.3)]
