@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lory_jax.model.flops import parameter_counts
+from lory_jax.model.flops import flops_per_token, parameter_counts
 from tests.model.test_flops import built_size
 from tests.support import reference
 from tests.support.models import (
@@ -94,3 +94,19 @@ def test_no_logit_depends_on_later_tokens(fields):
 def test_counts_equal_the_size_of_a_built_model(fields):
     config = tiny_config(**fields)
     assert parameter_counts(config)["total"] == built_size(config)
+
+
+@ALL
+def test_flops_equal_a_count_of_every_matrix_product(fields):
+    config = tiny_config(**fields, sequence_length=16)
+    D, F, E, L, T = 16, config.mlp_dim, 4, 16, 4
+    f = F // 16
+    products = D * config.vocab_size  # multiplications of one token
+    for number in range(config.num_layers):
+        products += 4 * D * D + 2 * D * L + 3 * D * F
+        if reference.holds_experts(config, number):
+            rank = config.expert_rank
+            products += 3 * E * rank * (D + F) if rank else 3 * E * D * F / T
+        products += 3 * D * F * config.shared_expert
+        products += config.token_deltas * (3 * D * f + D)
+    assert flops_per_token(config) == pytest.approx(6 * products)
