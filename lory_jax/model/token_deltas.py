@@ -63,7 +63,7 @@ def picked_deltas(x_BxLxD: Array, deltas: Mapping[str, Array], router_Dxk: Array
         p_BxLxk = route(x_BxLxD, router_Dxk)
         is_picked_BxLxk = jax.nn.one_hot(jnp.argmax(p_BxLxk, axis=-1), p_BxLxk.shape[-1])
         weight_BxLxkx1 = (p_BxLxk * is_picked_BxLxk).astype(dtype)[..., None]
-    with jax.named_scope("token_deltas"):
+    with jax.named_scope("expert_ffn"):
         gate_BxLxkxf = jnp.einsum("bld,kdf->blkf", x_BxLxD, gate_kxDxf)
         up_BxLxkxf = jnp.einsum("bld,kdf->blkf", x_BxLxD, up_kxDxf)
         hidden_BxLxkxf = weight_BxLxkx1 * (jax.nn.silu(gate_BxLxkxf) * up_BxLxkxf)

@@ -110,7 +110,9 @@ class Trainer:
             position.state = phase.upcycle(position.state)
         position.phase, self._next_phase = phase, None
         self._first_step_of_phase = position.step
-        say(f"step {position.step}: every FFN upcycled to {phase.model_config.num_experts} experts")
+        model = phase.model_config
+        where = f" of {len(model.layer_numbers)} layers" if model.dense_layer_numbers else ""
+        say(f"step {position.step}: every FFN{where} upcycled to {model.num_experts} experts")
 
     def _train_step(self) -> None:
         """Dispatches one step, then logs the step before it."""
