@@ -81,10 +81,12 @@ def write_text_page(args: argparse.Namespace, out: Path) -> None:
     from lory_jax.report.analysis import text_page
 
     check_writable(out / TEXT_PAGE, "out")
-    segments, r_YxNxE = text_segments(api.load(args.workdir, args.step), text)
+    model = api.load(args.workdir, args.step)
+    segments, r_YxNxE = text_segments(model, text)
     print(strongest_experts(r_YxNxE))
     out.mkdir(parents=True, exist_ok=True)
-    page = text_page(f"Which experts read {args.text.name}", segments, r_YxNxE)
+    title = f"Which experts read {args.text.name}"
+    page = text_page(title, segments, r_YxNxE, model.config.layer_numbers)
     write_atomically(out / TEXT_PAGE, page)
     print(f"wrote {out / TEXT_PAGE}")
 

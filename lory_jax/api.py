@@ -54,6 +54,23 @@ class Model:
         config = dataclasses.replace(self.config, top_k_experts=k)
         return Model(config, self.params, self.tokenizer, self.step)
 
+    def with_segment_length(self, T: int) -> "Model":
+        """The same model with segments of another length, which no parameter depends on.
+
+        Raises:
+          InputError: the length does not leave two segments, so that none would route another.
+        """
+        config = self.config
+        if not 1 <= T < config.sequence_length:
+            raise InputError(
+                f"segment_length: got {T}, must be 1 to {config.sequence_length - 1}, less than "
+                "the positions that the model reads"
+            )
+        # The kernels of a TPU may not hold the new length; what replaces them computes the same.
+        ffn = "blocks" if config.merged_ffn == "kernel" else config.merged_ffn
+        config = dataclasses.replace(config, segment_length=T, merged_ffn=ffn)
+        return Model(config, self.params, self.tokenizer, self.step)
+
     def merged(self, text: str) -> "Model":
         """A dense model whose FFNs are the experts merged once, with this text as the prompt.
 

@@ -15,9 +15,12 @@ from typing import Any
 from ml_collections.config_dict import ConfigDict, RequiredValueError
 
 from lory_jax.config_checks import (
+    check_expert_layers,
+    check_expert_rank,
     check_model,
     check_phases,
     check_routing_source,
+    check_segment_schedule,
     check_segments,
     check_sparse,
     check_top_k,
@@ -212,6 +215,9 @@ def validate(config: ConfigDict) -> None:
                 raise ConfigError(_wrong(f"{section}.{name}", value, field.accepts))
     check_model(config.model)
     check_segments(config.model)
+    check_expert_layers(config.model)
+    check_expert_rank(config.model)
+    check_segment_schedule(config.model, config.train)
     check_routing_source(config.model)
     check_sparse(config.model, config.train)
     check_top_k(config.model, config.train)

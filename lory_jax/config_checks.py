@@ -4,6 +4,7 @@ from ml_collections.config_dict import ConfigDict
 
 from lory_jax.errors import ConfigError
 from lory_jax.model.routing_rules import EXPERT_CHOICE, GATED, MERGED, SPARSE, TOKEN_CHOICE
+from lory_jax.segment_schedule import parse_schedule
 
 
 def check_model(model: ConfigDict) -> None:
@@ -44,6 +45,39 @@ def check_model(model: ConfigDict) -> None:
         )
 
 
+def check_expert_layers(model: ConfigDict) -> None:
+    """Layers with experts and others must both be there; a dense model ignores the field."""
+    if not model.num_experts or model.expert_layers == "all":
+        return
+    if model.num_layers < 2:
+        raise ConfigError(
+            f"config.model.expert_layers: got {model.expert_layers!r}; must be all with "
+            f"config.model.num_layers={model.num_layers}"
+        )
+    if model.expert_layers == "every_second" and model.num_layers % 2:
+        raise ConfigError(
+            "config.model.expert_layers: got 'every_second'; must be all or upper_half with an "
+            f"odd config.model.num_layers ({model.num_layers})"
+        )
+
+
+def check_expert_rank(model: ConfigDict) -> None:
+    """Deltas must be smaller than full experts; only merges have them."""
+    if not (model.num_experts and model.expert_rank):
+        return
+    if model.routing not in MERGED:
+        raise ConfigError(
+            f"config.model.expert_rank: got {model.expert_rank}; must be 0 with "
+            f"config.model.routing={model.routing}, whose experts are not merged"
+        )
+    if model.expert_rank >= min(model.embed_dim, model.mlp_dim):
+        raise ConfigError(
+            f"config.model.expert_rank: got {model.expert_rank}; must be less than "
+            f"config.model.embed_dim and mlp_dim ({model.embed_dim}, {model.mlp_dim}), or 0 for "
+            "full experts"
+        )
+
+
 def check_segments(model: ConfigDict) -> None:
     """Where segments are routed by earlier ones, there must be two."""
     needs_segments = model.routing in MERGED or model.routing == "expert_choice_segment"
@@ -52,6 +86,24 @@ def check_segments(model: ConfigDict) -> None:
             f"config.model.segment_length: got {model.segment_length}; must be less than "
             f"config.model.sequence_length ({model.sequence_length}) with experts: a single "
             "segment is never routed by another"
+        )
+
+
+def check_segment_schedule(model: ConfigDict, train: ConfigDict) -> None:
+    """Every length must leave two segments, and must mean something; a dense model ignores it."""
+    pairs = parse_schedule(train.segment_schedule)
+    if not (pairs and model.num_experts):
+        return
+    if model.routing not in MERGED or model.routing == "uniform":
+        raise ConfigError(
+            f"config.train.segment_schedule: got {train.segment_schedule!r}; must be empty with "
+            f"config.model.routing={model.routing}, which does not merge by segments"
+        )
+    longest = max(length for length, _ in pairs)
+    if longest >= model.sequence_length:
+        raise ConfigError(
+            f"config.train.segment_schedule: got {longest}; must be less than "
+            f"config.model.sequence_length ({model.sequence_length})"
         )
 
 

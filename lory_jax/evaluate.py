@@ -57,6 +57,8 @@ def evaluate(args: argparse.Namespace) -> None:
     check_writable(out, "out")
     start_process()
     evaluated = open_model(run, args.batch_size)
+    if args.segment_length is not None:
+        evaluated = evaluated.with_segment_length(args.segment_length)
     variants.check_variants(evaluated, args.top_k_experts, args.leakage)
     held_out, origins, own_sets = {}, {}, {}
     if args.split != NO_SPLIT:
@@ -74,6 +76,7 @@ def evaluate(args: argparse.Namespace) -> None:
     losses = measure_losses(evaluated, held_out, args.routing)
     result = summarize_losses(evaluated, held_out, losses)
     result |= {"checkpoint": args.step, "split": args.split, "tasks": tasks}
+    result["segment_length"] = evaluated.model.config.segment_length
     sets = held_out or own_sets
     if own_sets:
         result["perplexity_sets"] = measure(evaluated, own_sets, args.routing)
@@ -187,6 +190,13 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         help="also measure perplexity with only the K experts of largest weight merged, for each K",
     )
     add(
+        "--segment_length",
+        type=int,
+        metavar="T",
+        help="tokens per routing segment, and the first position that is scored (default: as in "
+        "training); requires --out",
+    )
+    add(
         "--leakage",
         action="store_true",
         help="also measure what segment 1 gains from being routed by its own mean, and draw the "
@@ -237,6 +247,8 @@ def _check(parser: cli.Parser, args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name}: got {value}, must be an integer of at least 1")
+    if args.segment_length is not None and args.out is None:
+        parser.error("--segment_length: requires --out: the run's own evaluation is as trained")
     for name in ("limit", "tasks_data"):
         if getattr(args, name) is not None and args.tasks is None:
             parser.error(f"--{name}: requires --tasks")

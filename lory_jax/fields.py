@@ -19,6 +19,7 @@ class Field:
       accepts: what values it accepts, as the end of a sentence that begins with "must be".
       check: whether it accepts a value.
       is_architecture: whether trained parameters mean something else, or do not fit, if it differs.
+      of_experts: the same, but only between models with experts.
       may_change: whether a run may be resumed with another value, because the field decides how
         the run is computed, logged or saved, not what is computed.
       is_size: whether every saved config has it; a config without it is damaged, not old.
@@ -29,6 +30,7 @@ class Field:
     accepts: str
     check: Callable[[Any], bool]
     is_architecture: bool = False
+    of_experts: bool = False
     may_change: bool = False
     is_size: bool = False
 

@@ -72,6 +72,12 @@ def main(argv: list[str]) -> None:
     )
     add("--top_k_experts", type=int, metavar="K", help="merge only the K experts of largest weight")
     add(
+        "--segment_length",
+        type=int,
+        metavar="T",
+        help="tokens per routing segment (default: as in training)",
+    )
+    add(
         "--ffn",
         choices=("auto", "merged", "experts"),
         default="auto",
@@ -89,6 +95,8 @@ def main(argv: list[str]) -> None:
     model = api.load(args.workdir, args.step)
     if args.top_k_experts is not None:
         model = model.with_top_k_experts(args.top_k_experts)
+    if args.segment_length is not None:
+        model = model.with_segment_length(args.segment_length)
     if args.file:
         # Imported here, so that one prompt does not wait for it.
         from lory_jax.generation.prompt_file import continue_file

@@ -31,6 +31,7 @@ RULES: Mapping[str, MeshAxes] = {
     "mlp": ("tensor",),
     "experts": (),
     "router_experts": (),
+    "rank": (),
     "attention_embed": ("fsdp", "tensor"),
     "heads": (),
     "tensor_heads": ("tensor",),

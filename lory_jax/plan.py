@@ -109,7 +109,7 @@ def make_plan(
     import jax
 
     from lory_jax.model.config import ModelConfig
-    from lory_jax.model.flops import flops_per_token, parameter_counts
+    from lory_jax.model.flops import parameter_counts, trained_flops_per_token
     from lory_jax.planning.recipe import plan_recipe
     from lory_jax.planning.report import baselines_table, plan_table
 
@@ -121,7 +121,9 @@ def make_plan(
     )
     plan: dict[str, Any] = {
         "parameters": parameter_counts(model_config),
-        "flops_per_token": flops_per_token(model_config),
+        "flops_per_token": trained_flops_per_token(
+            model_config, args.config.train.segment_schedule
+        ),
     }
     if topology and not args.no_compile:
         plan |= plan_recipe(args.config, topology, mesh_shape)

@@ -1,6 +1,6 @@
 """Every config field, declared once: default, meaning, check, and what a change of it does.
 
-This file, with running_fields.py, is the only place that lists fields. Other code asks:
+Only this file, running_fields.py and variant_fields.py list fields. Other code asks:
 `find_field`, `fields_where`, `section_defaults`, `may_change`. It imports nothing heavy, so that
 `--help` is fast.
 """
@@ -10,8 +10,9 @@ from typing import Any
 
 from lory_jax.errors import ConfigError, shorten
 from lory_jax.fields import Field, bool_field, choice_field, float_field, int_field
-from lory_jax.model.routing_rules import MERGED, SOURCES, SPARSE
+from lory_jax.model.routing_rules import MERGED, SPARSE
 from lory_jax.running_fields import CHECKPOINT, DATA, PARALLEL
+from lory_jax.variant_fields import MODEL_VARIANTS, TRAINING_VARIANTS
 
 SCHEMA: dict[str, dict[str, Field]] = {
     "model": {
@@ -56,11 +57,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "routing": choice_field(
             "causal is Lory; the others are baselines (docs/baselines.md)", *MERGED, *SPARSE
         ),
-        "routing_source": choice_field(
-            "what routes a segment: the mean of the last one (the paper), of all earlier ones, an "
-            "average that halves with every segment, or attention of the last one's first token",
-            *SOURCES,
-        ),
+        **MODEL_VARIANTS,
         "first_segment_routing": choice_field(
             "routing of segment 1: by its own mean (the paper) or 1/E each (strictly causal)",
             "self",
@@ -223,8 +220,8 @@ SCHEMA: dict[str, dict[str, Field]] = {
         ),
         "upcycle_redraw": float_field(
             0.0,
-            "share of every expert's entries drawn anew when the dense FFN is copied "
-            "(Drop-Upcycling)",
+            "share of every expert's entries drawn anew when experts are copied: from the dense "
+            "FFN (Drop-Upcycling), or in growth; with expert_rank, only growth copies any",
             0.0,
             1.0,
         ),
@@ -234,6 +231,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
             0.0,
             1.0,
         ),
+        **TRAINING_VARIANTS,
         "top_k_anneal_start": float_field(
             0.0,
             "share of the steps after which the number of merged experts falls, linearly, from E "

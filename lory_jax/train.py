@@ -39,9 +39,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--init_from",
         type=storage_path,
-        metavar="OTHER_RUN",
+        metavar="OTHER_RUN[,OTHER_RUN…]",
         help="start at step 0 from the newest parameters of another run directory (trained, or "
-        "made by convert from-hf), with fresh optimiser moments",
+        "made by convert from-hf), with fresh optimiser moments; several dense runs become one "
+        "expert each, and all but their FFNs is averaged",
     )
     parser.add_argument(
         "--profile",
@@ -89,6 +90,7 @@ def main(argv: list[str]) -> None:
 def train(args: argparse.Namespace, began: float) -> None:
     """Starts or resumes one training run; `began` is when the process did (`time.monotonic`)."""
     from lory_jax.console import say
+    from lory_jax.data.prepared import split_directories
     from lory_jax.run.directory import RunDirectory
     from lory_jax.training.loop import Trainer, finish
     from lory_jax.training.monitoring.goodput import Goodput
@@ -97,7 +99,8 @@ def train(args: argparse.Namespace, began: float) -> None:
 
     goodput = Goodput(since=began)
     directory = RunDirectory(args.workdir)
-    init_from = RunDirectory(args.init_from) if args.init_from else None
+    names = split_directories(args.init_from) if args.init_from else []
+    init_from = tuple(RunDirectory(storage_path(name)) for name in names)
     run = setup(args.config, args.data, directory, goodput, init_from, args.change_steps)
     position = restore_or_initialize(run)
     if position.step >= args.config.train.steps:

@@ -162,6 +162,22 @@ def test_a_wrong_value_names_the_field_what_it_got_and_what_it_accepts(name, tex
         ),
         ([("train.beta2", "1")], ["config.train.beta1, beta2"]),
         (
+            [("model.expert_layers", "every_second"), ("model.num_layers", "3")],
+            ["config.model.expert_layers", "every_second", "upper_half", "num_layers (3)"],
+        ),
+        (
+            [("model.expert_layers", "upper_half"), ("model.num_layers", "1")],
+            ["config.model.expert_layers", "must be all", "num_layers=1"],
+        ),
+        (
+            [("model.expert_rank", "32")],
+            ["config.model.expert_rank", "got 32", "(32, 88)"],
+        ),
+        (
+            [("model.expert_rank", "4"), ("model.routing", "top1")],
+            ["config.model.expert_rank", "must be 0", "top1"],
+        ),
+        (
             [("data.test_fraction", "0.3"), ("data.validation_fraction", "0.3")],
             ["validation_fraction + test_fraction", "0.6", "0.5"],
         ),
@@ -371,9 +387,12 @@ def test_the_architecture_is_what_decides_the_parameters_and_their_meaning():
         "attention_bias",
         "mlp_bias",
         "mlp_dim",
+        "shared_expert",
+        "token_deltas",
         "tie_embeddings",
         "norm_epsilon",
     }
+    assert {*fields_where("model", of_experts=True)} == {"expert_layers", "expert_rank"}
     assert not any(
         fields_where(section, is_architecture=True) for section in SCHEMA.keys() - {"model"}
     )

@@ -1,6 +1,6 @@
 """How routing differs between domains, against how much it differs within one (section 5.4).
 
-Letters: I instances, L sequence, N segments, Y layers, E experts.
+Letters: I instances, L sequence, N segments, Y layers with experts, E experts.
 """
 
 import itertools
@@ -45,10 +45,13 @@ def analyze_run(run: RunDirectory, data: Path | None = None, seed: int = 0) -> d
         "checkpoint": run.step,
         "instances": {domain: len(rows) for domain, rows in sets.items()},
         "routing_weights": {d: w_YxIxE.mean(axis=1).tolist() for d, w_YxIxE in weights.items()},
-        "routing_distance": routing_distances(weights, seed),
+        "routing_distance": [
+            {**row, "layer": model.config.layer_numbers[row["layer"]]}
+            for row in routing_distances(weights, seed)
+        ],
         "telling_texts": telling_texts(by_segment, sets, model),
         "utilisation": expert_use(
-            run.read_metrics(), model.config.num_layers * model.config.num_experts
+            run.read_metrics(), len(model.config.layer_numbers) * model.config.num_experts
         ),
     }
 

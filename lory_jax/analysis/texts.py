@@ -1,6 +1,7 @@
 """Which texts an expert is chosen for, and which experts a text uses.
 
-Letters: I instances, L sequence, T tokens per segment, N segments, Y layers, E experts.
+Letters: I instances, L sequence, T tokens per segment, N segments, Y layers with experts,
+E experts.
 """
 
 import codecs
@@ -32,14 +33,15 @@ def telling_texts(
       model: the model that routed them.
 
     Returns:
-      `{layer: [E][up to 3]}` for the bottom, middle and top layer. Each entry has the `weight`, the
-      `domain` and the `text`, which is the beginning of the segment whose mean decided the weight.
-      The largest weight comes first; an instance appears at most once.
+      `{layer: [E][up to 3]}` for the bottom, middle and top layer with experts. Each entry has the
+      `weight`, the `domain` and the `text`, which is the beginning of the segment whose mean
+      decided the weight. The largest weight comes first; an instance appears at most once.
     """
     T = model.config.segment_length
     found: dict[str, list[list[dict[str, Any]]]] = {}
-    for layer in shown_layers(model.config.num_layers):
-        found[str(layer)] = []
+    numbers = model.config.layer_numbers
+    for layer in shown_layers(len(numbers)):
+        found[str(numbers[layer])] = []
         for expert in range(model.config.num_experts):
             best = []
             for domain, r_YxIxNxE in weights.items():
@@ -49,7 +51,7 @@ def telling_texts(
                 r_I = r_IxN[np.arange(len(n_I)), n_I]
                 best += [(float(r_I[i]), domain, int(i), int(n_I[i])) for i in range(len(n_I))]
             best.sort(key=lambda item: -item[0])
-            found[str(layer)].append(
+            found[str(numbers[layer])].append(
                 [
                     {
                         "weight": weight,

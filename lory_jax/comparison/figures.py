@@ -67,7 +67,7 @@ def describe_run(run: FinishedRun) -> dict[str, Any]:
         "parameters": parameter_counts(run.model_config),
         "flops_per_token": flops_per_token(run.model_config),
         "experts_active": last["experts_active"],
-        "expert_pairs": run.model_config.num_layers * run.model_config.num_experts,
+        "expert_pairs": len(run.model_config.layer_numbers) * run.model_config.num_experts,
         "dropped_tokens": sum(dropped) / len(dropped) if dropped else None,
         "num_experts": run.model_config.num_experts,
         "steps": last["step"],

@@ -71,10 +71,10 @@ def _routing(model_config: ModelConfig, merged_by: MergedBy | None) -> list[str]
     lines = [
         "## Routing",
         "",
-        f"The model was trained as a Lory model (arXiv 2405.03133) with {E} expert FFNs per layer. "
-        f"Here {_which(model_config)} merged, once and for all, into one FFN per layer, by "
-        f"{merged_by.what}. For other kinds of text, another merge of the same model may work "
-        "better.",
+        f"The model was trained as a Lory model (arXiv 2405.03133) with {E} expert FFNs per layer"
+        f"{_where(model_config)}. Here {_which(model_config)} merged, once and for all, into one "
+        f"FFN per layer, by {merged_by.what}. For other kinds of text, another merge of the same "
+        "model may work better.",
         "",
     ]
     if merged_by.text is not None:
@@ -92,11 +92,15 @@ def _routing(model_config: ModelConfig, merged_by: MergedBy | None) -> list[str]
         "|---" * (E + 1) + "|",
         *(
             f"| {layer} | " + " | ".join(f"{weight:.3f}" for weight in row) + " |"
-            for layer, row in enumerate(merged_by.weights_YxE)
+            for layer, row in zip(model_config.layer_numbers, merged_by.weights_YxE, strict=True)
         ),
         "",
     ]
     return lines
+
+
+def _where(model_config: ModelConfig) -> str:
+    return " that is listed" if model_config.dense_layer_numbers else ""
 
 
 def _which(model_config: ModelConfig) -> str:

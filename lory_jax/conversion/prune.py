@@ -16,6 +16,7 @@ from lory_jax.conversion.runs import validation_instances
 from lory_jax.conversion.to_run import write_run
 from lory_jax.errors import InputError
 from lory_jax.generation.merge import domain_routing
+from lory_jax.model.low_rank import shared_by_experts
 from lory_jax.model.transformer import Params
 from lory_jax.run.directory import RunDirectory
 
@@ -77,9 +78,9 @@ def keep_experts(params: Params, kept_YxK: np.ndarray) -> Params:
         shape[0], shape[axis] = kept_YxK.shape
         return jnp.take_along_axis(w_YxEx, jnp.asarray(kept_YxK).reshape(shape), axis=axis)
 
-    ffn = {
-        name: keep(w, 2 if name == "router" else 1) for name, w in params["layers"]["ffn"].items()
-    }
+    ffn = dict(params["layers"]["ffn"])
+    for name in ffn.keys() - {*shared_by_experts(ffn)}:
+        ffn[name] = keep(ffn[name], 2 if name == "router" else 1)
     return {**params, "layers": {**params["layers"], "ffn": ffn}}
 
 

@@ -14,7 +14,7 @@ from lory_jax.conversion.hf_directory import (
 from lory_jax.conversion.model_card import MergedBy, model_card
 from lory_jax.conversion.to_run import write_start
 from lory_jax.errors import InputError
-from lory_jax.generation.merge import domain_routing, merged_params, text_routing
+from lory_jax.generation.merge import domain_routing, join_shared, merged_params, text_routing
 from lory_jax.parallel import make_mesh, start_process
 from lory_jax.run.directory import RunDirectory
 
@@ -51,12 +51,20 @@ def export_run(
     if top_k_experts is not None:
         model = model.with_top_k_experts(top_k_experts)
     config, params = model.config, model.params
+    if config.token_deltas:
+        raise InputError(
+            f"{run}: config.model.token_deltas is {config.token_deltas}: each token picks a delta, "
+            "which a LLaMA cannot; must be 0"
+        )
     merged_by = _merged_by(model, run, data, prompt=prompt, text=text, domain=domain)
     card = model_card(config, model.step, dtype, merged_by)
     if merged_by is not None:
         mesh = make_mesh(data=1, fsdp=0, tensor=1)
         params = merged_params(config, params, merged_by.weights_YxE, mesh)
         config = dataclasses.replace(config, num_experts=0)
+    if config.shared_expert:
+        params = join_shared(params)
+        config = dataclasses.replace(config, shared_expert=False, mlp_dim=2 * config.mlp_dim)
     write_llama_directory(out, config, params, model.tokenizer, card, dtype=dtype)
 
 

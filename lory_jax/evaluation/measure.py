@@ -62,6 +62,10 @@ class EvaluatedModel(NamedTuple):
         config = dataclasses.replace(old.config, **fields)
         return self._replace(model=Model(config, old.params, old.tokenizer, old.step))
 
+    def with_segment_length(self, T: int) -> "EvaluatedModel":
+        """The same model with segments of another length (`Model.with_segment_length`)."""
+        return self._replace(model=self.model.with_segment_length(T))
+
 
 def open_model(run: RunDirectory, batch_size: int | None = None) -> EvaluatedModel:
     """Loads the chosen checkpoint of a run.

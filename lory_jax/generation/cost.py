@@ -47,14 +47,14 @@ def choose_ffn(ffn: str, config: ModelConfig, *, rows: int, ffns: int, borders: 
         itemsize,
         rows=rows,
         ffns=ffns,
-        experts=config.num_experts,
+        experts=_unmerged_ffns(config),
         merges_per_step=borders / config.segment_length,
     )
     return MERGED if merged <= experts else EXPERTS
 
 
 def step_costs(
-    ridge: float, itemsize: int, *, rows: int, ffns: int, experts: int, merges_per_step: float
+    ridge: float, itemsize: int, *, rows: int, ffns: int, experts: float, merges_per_step: float
 ) -> tuple[float, float]:
     """What the FFNs of a step cost, merged and unmerged, in bytes (of one FFN's weights).
 
@@ -73,6 +73,14 @@ def step_costs(
     merge = cost(experts + 2 * ffns, 2 * ffns * experts)
     merged = cost(ffns, 2 * rows) + merges_per_step * merge
     return merged, cost(experts, 2 * rows * experts)
+
+
+def _unmerged_ffns(config: ModelConfig) -> float:
+    """How many FFNs the experts of a layer are as large as."""
+    if not config.expert_rank:
+        return config.num_experts
+    sizes = 1 / config.embed_dim + 1 / config.mlp_dim
+    return 1 + config.num_experts * config.expert_rank * sizes
 
 
 def device_ridge(device: jax.Device) -> float:

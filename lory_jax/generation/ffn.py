@@ -20,8 +20,8 @@ import numpy as np
 from jax import Array
 
 from lory_jax.model.experts import Experts
-from lory_jax.model.ffn import DenseFFN, MergedFFN, SparseFFN
-from lory_jax.model.merged_ffn import apply_ffn, merge_experts
+from lory_jax.model.ffn import DenseFFN, LowRankFFN, MergedFFN, SparseFFN
+from lory_jax.model.merged_ffn import apply_ffn
 from lory_jax.model.routing import Routing
 
 MERGED, EXPERTS = "merged", "experts"
@@ -65,11 +65,16 @@ def step_ffn(
       sharing: which rows share an FFN; None if all do, or none do.
     """
     if isinstance(ffn, DenseFFN):
-        return ffn(h_Bx1xD) if sharing is None else _shared_ffn(ffn, h_Bx1xD, sharing)
+        # Without a leading R, the layer has held no experts.
+        if sharing is None or ffn.gate[...].ndim == 2:
+            return ffn(h_Bx1xD)
+        return _shared_ffn(ffn, h_Bx1xD, sharing)
     if r_BxE is None:
         return ffn(h_Bx1xD, Routing("prompt"))[0]
     if isinstance(ffn, SparseFFN):
         return ffn.choose(h_Bx1xD, r_BxE[:, None])
+    if isinstance(ffn, LowRankFFN):
+        return ffn.merge_and_apply(h_Bx1xD, r_BxE[:, None], "prompt")
     return unmerged_ffn(h_Bx1xD[:, 0], ffn.experts(), r_BxE)[:, None]
 
 
@@ -148,7 +153,4 @@ def prompt_ffn(
 
 def next_ffn(ffn: MergedFFN, r_RxE: Array, is_merged: bool) -> Any:
     """R merged FFNs in the compute type or, where experts stay unmerged, their weights `[R, E]`."""
-    if not is_merged:
-        return r_RxE
-    dtype = ffn.config.compute_dtype
-    return merge_experts({name: w.astype(dtype) for name, w in ffn.experts().items()}, r_RxE)
+    return ffn.merged(r_RxE) if is_merged else r_RxE

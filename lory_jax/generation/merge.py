@@ -17,7 +17,9 @@ from jax.sharding import Mesh
 from lory_jax.console import progress
 from lory_jax.errors import InputError
 from lory_jax.model.config import ModelConfig
-from lory_jax.model.merged_ffn import merge
+from lory_jax.model.layer_order import join_stacks
+from lory_jax.model.low_rank import merge_low_rank
+from lory_jax.model.merged_ffn import merge_experts
 from lory_jax.model.routing import Routing, keep_top_k
 from lory_jax.model.transformer import Params, assemble, build
 from lory_jax.parallel import shardings
@@ -34,7 +36,7 @@ def text_routing(config: ModelConfig, params: Params, tokens: Sequence[int]) -> 
     """
     L = config.sequence_length
     pieces = [tokens[start : start + L] for start in range(0, len(tokens), L)]
-    total_YxE = np.zeros((config.num_layers, config.num_experts))
+    total_YxE = np.zeros((len(config.layer_numbers), config.num_experts))
     for piece in progress(pieces, total=len(pieces), label="routing", unit="pieces"):
         tokens_1xL, length_1 = np.asarray([piece], np.int32), np.asarray([len(piece)], np.int32)
         r_Yx1x1xE = _weights(config, "prompt")(params, tokens_1xL, length_1)
@@ -53,7 +55,7 @@ def domain_routing(config: ModelConfig, params: Params, tokens_NxL: np.ndarray) 
             f"domain: its instances of {tokens_NxL.shape[1]} tokens have one segment of "
             f"{config.segment_length}, requires at least two"
         )
-    total_YxE = np.zeros((config.num_layers, config.num_experts))
+    total_YxE = np.zeros((len(config.layer_numbers), config.num_experts))
     starts = range(0, len(tokens_NxL), BATCH)
     for start in progress(starts, total=len(starts), label="routing", unit="batches"):
         r_YxBxNxE = _weights(config, None)(params, tokens_NxL[start : start + BATCH], None)
@@ -88,14 +90,31 @@ def merged_params(config: ModelConfig, params: Params, r_YxE: np.ndarray, mesh: 
     def convert(params: Params, r_YxE: Array) -> Params:
         ffn = params["layers"]["ffn"]
 
-        def merge_layer(w_Ex: Array, r_E: Array) -> Array:
+        def merge_layer(ffn: Params, r_E: Array) -> Params:
+            merge = merge_low_rank if config.expert_rank else merge_experts
             # The result is kept, so accelerators must not round float32 products.
             with jax.default_matmul_precision("highest"):
-                return merge(w_Ex, r_E[None])[0]
+                return {name: w[0] for name, w in merge(ffn, r_E[None]).items()}
 
-        names = build(dense)[1]["layers"]["ffn"]
-        merged = {name: jax.vmap(merge_layer)(ffn[name], r_YxE) for name in names}
-        return {**params, "layers": {**params["layers"], "ffn": merged}}
+        experts = {name: w for name, w in ffn.items() if name != "router"}
+        merged = jax.vmap(merge_layer)(experts, r_YxE)
+        layers = {**params["layers"], "ffn": merged}
+        others = {k: v for k, v in params.items() if k != "dense_layers"}
+        return {**others, "layers": join_stacks(config, layers, params.get("dense_layers"))}
 
     pinned = jax.jit(convert, out_shardings=shardings(build(dense)[1], mesh))
     return pinned(params, jnp.asarray(r_YxE))
+
+
+def join_shared(params: Params) -> Params:
+    """The same dense model, with each shared FFN made a part of the one beside it, now 2 F wide."""
+    layers = dict(params["layers"])
+    ffn, shared = layers["ffn"], layers.pop("shared")
+    joined = {
+        name: jnp.concatenate([ffn[name], shared[name]], axis=-2 if name == "down" else -1)
+        for name in ffn
+        if name != "down_bias"
+    }
+    if "down_bias" in ffn:
+        joined["down_bias"] = ffn["down_bias"] + shared["down_bias"]
+    return {**params, "layers": {**layers, "ffn": joined}}

@@ -40,6 +40,7 @@ from lory_jax.generation.weights import ffns_of, pin, pin_merged, served_weights
 from lory_jax.model.attention import attend, blocked_attention, document_starts
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.ffn import MergedFFN
+from lory_jax.model.layer_order import in_order, run_layers
 from lory_jax.model.routing import keep_top_k, route
 from lory_jax.model.routing_source import Running, add_token, after_prompt, at_border
 from lory_jax.model.transformer import Params, Transformer, assemble, build, rms_norm
@@ -53,10 +54,11 @@ class Cache(NamedTuple):
     positions_B: the position of each row's next token.
     starts_B: the position at which each row's document begins; None without a document mask.
     keys, values: `[B, G, M, K]` of the positions so far, in the compute type.
-    routing: float32 `[B, E]`, the weights of rows whose experts are not merged or, in the baseline
-      whose segments choose experts, the router's probabilities in the current segment; otherwise
-      None.
-    segments: sums of the FFN inputs over the current segment; None where segments do not route.
+    routing: of every layer with experts, float32 `[B, E]`: the weights of rows whose experts are
+      not merged or, in the baseline whose segments choose experts, the router's probabilities in
+      the current segment; otherwise None.
+    segments: of every layer with experts, sums of the FFN inputs over the current segment; None
+      where segments do not route.
     sharing: which rows share a merged FFN; None if all do, or none do.
     """
 
@@ -122,7 +124,7 @@ def make_decoder(
         given_YxE: Array | None = None,
     ) -> tuple[Array, Any, Cache]:
         model = assemble(graph, params)
-        layer_graph, layers = _split_layers(model)
+        (layer_graph, layers), (dense_graph, dense_layers) = model.stacks()
         B, P = tokens_BxP.shape
         positions_BxP = jnp.broadcast_to(jnp.arange(P), (B, P))
         starts_BxP = document_starts(tokens_BxP, config.bos_id) if config.document_mask else None
@@ -131,27 +133,40 @@ def make_decoder(
             padding = ((0, 0), (0, cache_length - P), (0, 0), (0, 0))
             return jnp.pad(x_BxPxGxK, padding).swapaxes(1, 2)
 
-        def run_layer(x_BxPxD: Array, inputs: tuple[Params, Array | None]) -> tuple[Array, Any]:
+        def run_layer(
+            x_BxPxD: Array, inputs: tuple[Params, Array | None], is_dense: bool
+        ) -> tuple[Array, Any]:
             layer, given_E = inputs
-            block = nnx.merge(layer_graph, layer)
+            block = nnx.merge(dense_graph if is_dense else layer_graph, layer)
             h_BxPxD = rms_norm(x_BxPxD, block.attention_norm[...], epsilon)
             query, key, value = block.attention.project(h_BxPxD, positions_BxP, rope)
             heads_BxPxHxK = blocked_attention(query, key, value, starts_BxL=starts_BxP)
             x_BxPxD += block.attention.combine(heads_BxPxHxK)
             h_BxPxD = rms_norm(x_BxPxD, block.ffn_norm[...], epsilon)
             y_BxPxD, routed = prompt_ffn(block.ffn, h_BxPxD, routing, lengths_B, is_merged, given_E)
-            segment = after_prompt(h_BxPxD, lengths_B, T, source) if reroutes else None
-            return x_BxPxD + y_BxPxD, (to_cache(key), to_cache(value), routed, segment)
+            segment = None
+            if reroutes and not is_dense:
+                segment = after_prompt(h_BxPxD, lengths_B, T, source)
+            x_BxPxD += block.with_others(y_BxPxD, h_BxPxD)
+            return x_BxPxD, ((to_cache(key), to_cache(value)), routed, segment)
 
-        x_BxPxD, (key, value, routed, segments) = jax.lax.scan(
-            run_layer, model.embed(tokens_BxP), (layers, given_YxE)
+        x_BxPxD, (of_layers, routed, segments), of_dense = run_layers(
+            dataclasses.replace(config, scan_layers=True),
+            run_layer,
+            model.embed(tokens_BxP),
+            (layers, given_YxE),
+            None if dense_layers is None else (dense_layers, None),
         )
+        keys_and_values = in_order(
+            config, _unstack(of_layers), () if of_dense is None else _unstack(of_dense[0])
+        )
+        keys, values = zip(*keys_and_values, strict=True)
         last_Bx1xD = x_BxPxD[jnp.arange(B), lengths_B - 1][:, None]
         cache = Cache(
             lengths_B,
             None if starts_BxP is None else starts_BxP[jnp.arange(B), lengths_B - 1],
-            _pin_cache(_unstack(key), mesh),
-            _pin_cache(_unstack(value), mesh),
+            _pin_cache(keys, mesh),
+            _pin_cache(values, mesh),
             None if routed is None or is_merged else _unstack(routed),
             None if segments is None else _unstack(segments),
         )
@@ -160,16 +175,19 @@ def make_decoder(
 
     def weights_of(params: Params, merged: Params | None) -> Params:
         ffn = params["layers"]["ffn"] if merged is None else merged
-        return served_weights(served, mesh, params, ffn)
+        return served_weights(config, served, mesh, params, ffn)
 
     # ------------------------------------------------------------------ one token of every row
     served_graph, _ = build(served)
     stack = nnx.eval_shape(lambda: Transformer(served, jax.random.key(0)))
-    block_graph, _ = _split_layers(stack)
+    (block_graph, _), (dense_block_graph, _) = stack.stacks()
 
     def step(weights: Params, cache: Cache, tokens_B: Array) -> tuple[Array, Cache]:
         # The stacked layers are not used here, so any single layer can take their place.
-        model = assemble(served_graph, {**weights, "layers": weights["layers"][0]})
+        some = {"layers": weights["layers"][served.layer_numbers[0]]}
+        if served.dense_layer_numbers:
+            some["dense_layers"] = weights["layers"][served.dense_layer_numbers[0]]
+        model = assemble(served_graph, {**weights, **some})
         positions_B = cache.positions_B
         M = cache.keys[0].shape[-2]
         starts_B = cache.starts_B
@@ -180,11 +198,12 @@ def make_decoder(
         mask_Bx1x1xM = mask_BxM[:, None, None]
         x_Bx1xD = model.embed(tokens_B[:, None])
         keys, values, inputs = [], [], []
-        none = (None,) * config.num_layers
-        for layer, key_BxGxMxK, value_BxGxMxK, r_BxE in zip(
-            weights["layers"], cache.keys, cache.values, cache.routing or none, strict=True
+        routing = dict(zip(config.layer_numbers, cache.routing or (), strict=bool(cache.routing)))
+        for y, (layer, key_BxGxMxK, value_BxGxMxK) in enumerate(
+            zip(weights["layers"], cache.keys, cache.values, strict=True)
         ):
-            block = nnx.merge(block_graph, layer)
+            is_dense = y in served.dense_layer_numbers
+            block = nnx.merge(dense_block_graph if is_dense else block_graph, layer)
             h_Bx1xD = rms_norm(x_Bx1xD, block.attention_norm[...], epsilon)
             query, key, value = (
                 x.swapaxes(1, 2)
@@ -195,8 +214,10 @@ def make_decoder(
             attended_BxHx1xK = attend(query, keys[-1], values[-1], mask_Bx1x1xM)
             x_Bx1xD += block.attention.combine(attended_BxHx1xK.swapaxes(1, 2))
             h_Bx1xD = rms_norm(x_Bx1xD, block.ffn_norm[...], epsilon)
-            x_Bx1xD += step_ffn(block.ffn, h_Bx1xD, r_BxE, cache.sharing)
-            inputs.append(h_Bx1xD[:, 0])
+            y_Bx1xD = step_ffn(block.ffn, h_Bx1xD, routing.get(y), cache.sharing)
+            x_Bx1xD += block.with_others(y_Bx1xD, h_Bx1xD)
+            if y in config.layer_numbers:
+                inputs.append(h_Bx1xD[:, 0])
         segments = cache.segments
         if segments is not None:
             segments = tuple(map(add_token, segments, inputs))
@@ -207,7 +228,7 @@ def make_decoder(
     # ------------------------------------------------------------------ a segment border
     def route_again(params: Params, ffns: Any, cache: Cache) -> tuple[Any, Cache]:
         assert cache.segments is not None
-        layer_graph, layers = _split_layers(assemble(graph, params))
+        (layer_graph, layers), _ = assemble(graph, params).stacks()
         at_border_B = cache.positions_B % T == 0
 
         def route_layer(_: None, inputs: tuple[Params, Running]) -> tuple[None, Any]:
@@ -224,7 +245,7 @@ def make_decoder(
         if is_merged:
             has_rows = ffns[0]["gate"].ndim == 3  # or all share one FFN, and so their borders
             choose = functools.partial(_choose, at_border_B if has_rows else at_border_B[0])
-            return jax.tree.map(choose, ffns_of(weights_of(params, routed)), ffns), cache
+            return jax.tree.map(choose, ffns_of(config, weights_of(params, routed)), ffns), cache
         assert cache.routing is not None
         routed_again = tuple(
             jnp.where(at_border_B[:, None], new_BxE, old_BxE)
@@ -238,8 +259,9 @@ def make_decoder(
     jitted_route_again = jax.jit(route_again, donate_argnums=donated)
 
     def reroute(params: Params, weights: Params, cache: Cache) -> tuple[Params, Cache]:
-        ffns, cache = jitted_route_again(params, ffns_of(weights) if is_merged else None, cache)
-        return with_ffns(weights, ffns) if is_merged else weights, cache
+        ffns = ffns_of(config, weights) if is_merged else None
+        ffns, cache = jitted_route_again(params, ffns, cache)
+        return with_ffns(config, weights, ffns) if is_merged else weights, cache
 
     # ------------------------------------------------------------------ another row
     def place_row(
@@ -255,7 +277,7 @@ def make_decoder(
             return batch.at[row].set(one[0].astype(batch.dtype))
 
         if is_merged:
-            own = tuple(jax.tree.map(lambda w, y=y: w[y], merged) for y in range(config.num_layers))
+            own = _unstack(merged)
             # The only row of a batch owns its FFN, which then has no axis of rows.
             ffns = jax.tree.map(lambda w, o: put(w, o) if w.ndim == o.ndim else o[0], ffns, own)
         return ffns, put(logits_BxV, logits), jax.tree.map(put, cache, of)
@@ -263,9 +285,10 @@ def make_decoder(
     jitted_place_row = jax.jit(place_row, donate_argnums=(0, 1, 2) if is_merged else (1, 2))
 
     def place(weights: Params, *arguments: Any) -> tuple[Params, Array, Cache]:
-        ffns = ffns_of(weights) if is_merged else None
+        ffns = ffns_of(config, weights) if is_merged else None
         ffns, logits_BxV, cache = jitted_place_row(ffns, *arguments)
-        return with_ffns(weights, ffns) if is_merged else weights, logits_BxV, cache
+        weights = with_ffns(config, weights, ffns) if is_merged else weights
+        return weights, logits_BxV, cache
 
     return Decoder(
         jax.jit(prefill, static_argnums=3),
@@ -297,11 +320,6 @@ def _choose(is_new: Array, new: Array, old: Array) -> Array:
     """The new FFNs where `is_new`, which holds a value for each row, or one for all."""
     rows = jnp.expand_dims(is_new, tuple(range(1, old.ndim)) if is_new.ndim else ())
     return jnp.where(rows, new, old)
-
-
-def _split_layers(model: Transformer) -> tuple[nnx.GraphDef, Any]:
-    graph, layers = nnx.split(model.layers)
-    return graph, layers
 
 
 def _unstack(stacked: Any) -> tuple[Any, ...]:

@@ -14,20 +14,24 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.experts import DENSE_AXES, DENSE_BIAS_AXES
+from lory_jax.model.layer_order import in_order
 from lory_jax.model.routing_rules import ADAPTED
 from lory_jax.model.transformer import Params, build
 from lory_jax.parallel import partition_spec
 
 
-def served_weights(served: ModelConfig, mesh: Mesh | None, params: Params, ffn: Params) -> Params:
+def served_weights(
+    config: ModelConfig, served: ModelConfig, mesh: Mesh | None, params: Params, ffn: Params
+) -> Params:
     """The trained parameters with these FFNs, as `step` of programs.py reads them.
 
     Args:
+      config: the trained model.
       served: the model that decodes: dense where experts were merged.
       mesh: the one that parameters are on.
       params: the trained parameters.
       ffn: the FFNs of `served`, `[Y, D, F]` or `[Y, E, D, F]`; merged ones are `[Y, R, D, F]`, of
-        which R = 1 is dropped.
+        which R = 1 is dropped. Where only some layers hold experts, Y counts those.
     """
     _, axes = build(served)
     ffn_axes = axes["layers"]["ffn"]
@@ -39,28 +43,33 @@ def served_weights(served: ModelConfig, mesh: Mesh | None, params: Params, ffn: 
             ffn_axes = {name: ("layers", "whole", *rest) for name, (_, *rest) in ffn_axes.items()}
     layer_axes = {**axes["layers"], "ffn": ffn_axes}
     found = _in_compute_type(served, {**params, "layers": {**params["layers"], "ffn": ffn}})
-    return {
-        **found,
-        "layers": tuple(
-            jax.tree.map(
-                lambda w, names, y=y: pin(w[y], partition_spec(names[1:]), mesh),
-                found["layers"],
-                layer_axes,
-            )
-            for y in range(served.num_layers)
-        ),
-    }
+    of_dense = []
+    if config.dense_layer_numbers:
+        dense_axes = axes.get("dense_layers", axes["layers"])
+        stack = found.pop("dense_layers")
+        of_dense = _apart(stack, dense_axes, len(config.dense_layer_numbers), mesh)
+    of_layers = _apart(found["layers"], layer_axes, len(config.layer_numbers), mesh)
+    return {**found, "layers": tuple(in_order(config, of_layers, of_dense))}
 
 
-def ffns_of(weights: Params) -> tuple[Params, ...]:
-    """The FFN of every layer."""
-    return tuple(layer["ffn"] for layer in weights["layers"])
+def _apart(stack: Params, axes: Params, count: int, mesh: Mesh | None) -> list[Params]:
+    return [
+        jax.tree.map(lambda w, names, y=y: pin(w[y], partition_spec(names[1:]), mesh), stack, axes)
+        for y in range(count)
+    ]
 
 
-def with_ffns(weights: Params, ffns: tuple[Params, ...]) -> Params:
-    """The weights with the FFNs of every layer replaced."""
-    layers = zip(weights["layers"], ffns, strict=True)
-    return {**weights, "layers": tuple({**layer, "ffn": ffn} for layer, ffn in layers)}
+def ffns_of(config: ModelConfig, weights: Params) -> tuple[Params, ...]:
+    """The FFN of every layer that holds experts in the trained model."""
+    return tuple(weights["layers"][y]["ffn"] for y in config.layer_numbers)
+
+
+def with_ffns(config: ModelConfig, weights: Params, ffns: tuple[Params, ...]) -> Params:
+    """The weights with those FFNs replaced."""
+    layers = list(weights["layers"])
+    for y, ffn in zip(config.layer_numbers, ffns, strict=True):
+        layers[y] = {**layers[y], "ffn": ffn}
+    return {**weights, "layers": tuple(layers)}
 
 
 def pin_merged(merged: Params, mesh: Mesh | None) -> Params:

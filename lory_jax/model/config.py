@@ -32,6 +32,10 @@ class ModelConfig:
     mlp_bias: bool
     mlp_dim: int
     num_experts: int
+    expert_layers: str
+    expert_rank: int
+    shared_expert: bool
+    token_deltas: int
     sequence_length: int
     segment_length: int
     routing: str
@@ -90,7 +94,7 @@ class ModelConfig:
         num_kv_heads = 0 if grouped == fields["num_heads"] else grouped
         head_dim = 0 if width * fields["num_heads"] == fields["embed_dim"] else width
         ffn = fields["merged_ffn"]
-        if fields["num_experts"]:
+        if fields["num_experts"] and not fields["expert_rank"]:
             ffn = resolve_merged_ffn(
                 ffn,
                 platform,
@@ -129,6 +133,25 @@ class ModelConfig:
             self.rope_attention_factor,
             self.rope_truncate,
         )
+
+    @property
+    def delta_width(self) -> int:
+        """Hidden units of a delta that tokens pick (token_deltas.py)."""
+        return max(1, self.mlp_dim // 16)
+
+    @property
+    def layer_numbers(self) -> tuple[int, ...]:
+        """The layers, from 0, whose parameters are `layers`: with experts or, if dense, all."""
+        return tuple(y for y in range(self.num_layers) if y not in self.dense_layer_numbers)
+
+    @property
+    def dense_layer_numbers(self) -> tuple[int, ...]:
+        """The layers, from 0, that hold a dense FFN between layers with experts."""
+        if not self.num_experts or self.expert_layers == "all":
+            return ()
+        if self.expert_layers == "every_second":
+            return tuple(range(0, self.num_layers, 2))
+        return tuple(range(self.num_layers // 2))
 
     @property
     def batch_axis(self) -> str:

@@ -21,7 +21,8 @@ from lory_jax.model.experts import (
     DENSE_BIAS_AXES,
     MATRICES,
 )
-from lory_jax.model.merged_ffn import apply_ffn, merged_ffn
+from lory_jax.model.low_rank import FACTOR_AXES, low_rank_ffn, merge_low_rank
+from lory_jax.model.merged_ffn import apply_ffn, merge_experts, merged_ffn
 from lory_jax.model.parameters import Initializer
 from lory_jax.model.routing import Routed, Routing
 from lory_jax.model.routing_rules import DROPLESS, GATED, MERGED, SPARSE, TOKEN_CHOICE
@@ -33,16 +34,10 @@ from lory_jax.parallel import constrain
 class DenseFFN(nnx.Module):
     """The parameter-matched baseline, and the FFN of the dense warm-up."""
 
+    gate: nnx.Param
+
     def __init__(self, init: Initializer, config: ModelConfig, output_scale: float):
-        D, F, scale = config.embed_dim, config.mlp_dim, config.ffn_init_scale
-        self.gate = init.matrix((D, F), DENSE_AXES["gate"], fan_in=D, scale=scale)
-        self.up = init.matrix((D, F), DENSE_AXES["up"], fan_in=D, scale=scale)
-        self.down = init.matrix((F, D), DENSE_AXES["down"], fan_in=F, scale=scale * output_scale)
-        self.names = MATRICES
-        if config.mlp_bias:
-            self.names += BIASES
-            for name, size in zip(BIASES, (F, F, D), strict=True):
-                setattr(self, name, init.constant((size,), DENSE_BIAS_AXES[name], 0.0))
+        self.names = declare_dense(self, init, config, output_scale)
 
     def __call__(self, x_BxLxD: Array) -> Array:
         x_BxLxD = constrain(x_BxLxD, "moe_batch", "length", "activation_embed")
@@ -51,15 +46,37 @@ class DenseFFN(nnx.Module):
             return apply_ffn(x_BxLxD, ffn)
 
 
+def declare_dense(
+    module: nnx.Module, init: Initializer, config: ModelConfig, output_scale: float
+) -> tuple[str, ...]:
+    """Declares a dense FFN's parameters in a module, and returns their names."""
+    D, F, scale = config.embed_dim, config.mlp_dim, config.ffn_init_scale
+    for name, (M, N) in {"gate": (D, F), "up": (D, F), "down": (F, D)}.items():
+        own_scale = scale * output_scale if name == "down" else scale
+        matrix = init.matrix((M, N), DENSE_AXES[name], fan_in=M, scale=own_scale)
+        setattr(module, name, matrix)
+    if not config.mlp_bias:
+        return MATRICES
+    for name, size in zip(BIASES, (F, F, D), strict=True):
+        setattr(module, name, init.constant((size,), DENSE_BIAS_AXES[name], 0.0))
+    return MATRICES + BIASES
+
+
 class MergedFFN(nnx.Module):
     """E expert FFNs and their router, merged once per segment."""
 
     def __init__(self, init: Initializer, config: ModelConfig, output_scale: float):
-        D, F, E = config.embed_dim, config.mlp_dim, config.num_experts
+        D, E = config.embed_dim, config.num_experts
         self.config = config
         self.router = init.matrix(
             (D, E), ("embed", "router_experts"), fan_in=D, scale=config.router_init_scale
         )
+        self.declare_experts(init, output_scale)
+
+    def declare_experts(self, init: Initializer, output_scale: float) -> None:
+        """Declares the experts' parameters, and names them."""
+        config = self.config
+        D, F, E = config.embed_dim, config.mlp_dim, config.num_experts
         scale = config.expert_init_scale
         self.gate = init.matrix((E, D, F), AXES["gate"], fan_in=D, scale=scale)
         self.up = init.matrix((E, D, F), AXES["up"], fan_in=D, scale=scale)
@@ -140,6 +157,11 @@ class MergedFFN(nnx.Module):
         )
         return y_SxTxD.reshape(B, N * T, D)[:, :L]
 
+    def merged(self, r_RxE: Array) -> dict[str, Array]:
+        """A dense FFN for each of these routing weights, in the compute type: `[R, D, F]` each."""
+        dtype = self.config.compute_dtype
+        return merge_experts({name: w.astype(dtype) for name, w in self.experts().items()}, r_RxE)
+
     def averaged(self, x_BxLxD: Array) -> Array:
         """The FFN of the experts' mean, which is merged once for all tokens."""
         mean = {
@@ -147,6 +169,38 @@ class MergedFFN(nnx.Module):
         }
         with jax.named_scope("dense_ffn"):
             return apply_ffn(x_BxLxD, mean)
+
+
+class LowRankFFN(MergedFFN):
+    """One FFN that all experts share, and what each adds to it (low_rank.py)."""
+
+    def declare_experts(self, init: Initializer, output_scale: float) -> None:
+        config = self.config
+        D, F, E, r = config.embed_dim, config.mlp_dim, config.num_experts, config.expert_rank
+        self.names = declare_dense(self, init, config, output_scale)
+        for name, (M, N) in {"gate": (D, F), "up": (D, F), "down": (F, D)}.items():
+            a, b = f"{name}_a", f"{name}_b"
+            setattr(self, a, init.matrix((E, M, r), FACTOR_AXES[a], fan_in=M))
+            setattr(self, b, init.constant((E, r, N), FACTOR_AXES[b], 0.0))
+        self.names += tuple(FACTOR_AXES)
+
+    def merge_and_apply(self, x_BxLxD: Array, r_BxNxE: Array, kind: str) -> Array:
+        """As with full experts, but without a merge: each token takes its segment's weights."""
+        L = x_BxLxD.shape[1]
+        T = L if kind == "prompt" else self.config.segment_length
+        r_BxLxE = jnp.repeat(r_BxNxE, T, axis=1)[:, :L]
+        return low_rank_ffn(x_BxLxD, self.experts(), r_BxLxE)
+
+    def merged(self, r_RxE: Array) -> dict[str, Array]:
+        """As with full experts."""
+        dtype = self.config.compute_dtype
+        return merge_low_rank({name: w.astype(dtype) for name, w in self.experts().items()}, r_RxE)
+
+    def averaged(self, x_BxLxD: Array) -> Array:
+        """The FFN of the experts' mean."""
+        E = self.config.num_experts
+        uniform_Bx1xE = jnp.full((len(x_BxLxD), 1, E), 1 / E)
+        return self.merge_and_apply(x_BxLxD, uniform_Bx1xE, "prompt")
 
 
 class SparseFFN(MergedFFN):

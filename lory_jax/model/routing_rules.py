@@ -1,10 +1,16 @@
-"""The names of the routing rules (`config.model.routing`). This file imports nothing heavy."""
+"""The names of the routing rules (`config.model.routing`) and of their variants.
+
+This file imports nothing heavy.
+"""
 
 # Lory: expert parameters are merged. "causal" is the paper's rule, the others are baselines.
 MERGED = ("causal", "prefix", "uniform")
 
 # What routes a segment under "causal": "last" is the paper's, the others are beyond it.
 SOURCES = ("last", "cumulative", "average", "attention")
+
+# Which layers hold experts; "all" is the paper's.
+EXPERT_LAYERS = ("all", "upper_half", "every_second")
 
 # Baselines in which experts are chosen rather than merged (see sparse/capacity.py).
 EXPERT_CHOICE = ("expert_choice_segment", "expert_choice_token")

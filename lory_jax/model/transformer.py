@@ -5,9 +5,10 @@ definition and a plain nested dict of arrays, and `nnx.merge` puts them together
 function.
 
 Letters: B batch, L sequence, N segments, T tokens per segment, S = B * N, D model, F FFN,
-E experts, V vocabulary, Y layers.
+E experts, V vocabulary, Y layers (of routing weights: those with experts).
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -19,13 +20,16 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from lory_jax.model.attention import Attention, Branches, blocked_attention, document_starts
 from lory_jax.model.config import ModelConfig
-from lory_jax.model.ffn import DenseFFN, MergedFFN, SparseFFN
+from lory_jax.model.ffn import DenseFFN, LowRankFFN, MergedFFN, SparseFFN
+from lory_jax.model.layer_order import run_layers
 from lory_jax.model.parameters import Initializer
 from lory_jax.model.remat import rematerialized
 from lory_jax.model.routing import Routed, Routing
+from lory_jax.model.token_deltas import TokenDeltas
 from lory_jax.parallel import constrain, on_mesh, partition_spec
 
 Params = dict[str, Any]
+Stack = tuple[nnx.GraphDef, Any]  # the graph of a layer, and the parameters of several
 
 
 class Block(nnx.Module):
@@ -49,8 +53,11 @@ class Block(nnx.Module):
             heads_on_tensor,
         )
         self.ffn_norm = init.ones((D,), ("norm",))
-        kind = SparseFFN if config.is_sparse else MergedFFN if config.num_experts else DenseFFN
-        self.ffn = kind(init, config, output_scale)
+        self.ffn = ffn_kind(config)(init, config, output_scale)
+        if config.shared_expert:
+            self.shared = DenseFFN(init, config, output_scale)
+        if config.token_deltas:
+            self.deltas = TokenDeltas(init, config)
 
     def __call__(
         self,
@@ -68,9 +75,18 @@ class Block(nnx.Module):
         with jax.named_scope("ffn"):
             h_BxLxD = rms_norm(x_BxLxD, self.ffn_norm[...], self.config.norm_epsilon)
             if isinstance(self.ffn, DenseFFN):
-                return x_BxLxD + self.ffn(h_BxLxD), None
+                return x_BxLxD + self.with_others(self.ffn(h_BxLxD), h_BxLxD), None
             y_BxLxD, routed = self.ffn(h_BxLxD, routing)
-            return x_BxLxD + y_BxLxD, routed
+            return x_BxLxD + self.with_others(y_BxLxD, h_BxLxD), routed
+
+    def with_others(self, y_BxLxD: Array, h_BxLxD: Array) -> Array:
+        """The FFN's output and that of what stands beside it and reads the same."""
+        if self.config.shared_expert:
+            y_BxLxD = y_BxLxD + self.shared(h_BxLxD)
+        if self.config.token_deltas:
+            h_BxLxD = constrain(h_BxLxD, "moe_batch", "length", "activation_embed")
+            y_BxLxD = y_BxLxD + self.deltas(h_BxLxD)
+        return y_BxLxD
 
     def attend(self, h_BxLxD: Array, branches: Branches | None, starts_BxL: Array | None) -> Array:
         """Causal self-attention: across documents, or inside those that begin at `starts_BxL`.
@@ -102,6 +118,15 @@ class Block(nnx.Module):
         return on_mesh(pin, spec, spec)(x_BxLxD)
 
 
+def ffn_kind(config: ModelConfig) -> type[DenseFFN | MergedFFN]:
+    """What the FFNs of a model's `layers` are."""
+    if not config.num_experts:
+        return DenseFFN
+    if config.is_sparse:
+        return SparseFFN
+    return LowRankFFN if config.expert_rank else MergedFFN
+
+
 class Transformer(nnx.Module):
     """Token embedding, a stack of blocks, a final norm and an output head, which may be tied."""
 
@@ -110,10 +135,19 @@ class Transformer(nnx.Module):
         init = Initializer(key)
         V, D = config.vocab_size, config.embed_dim
         self.embedding = init.matrix((V, D), ("vocab", "embed"), fan_in=D)
-        self.layers = Block(init.stacked(config.num_layers), config)
+        self.layers = Block(init.stacked(len(config.layer_numbers)), config)
         self.final_norm = init.ones((D,), ("norm",))
         if not config.tie_embeddings:
             self.head = init.matrix((D, V), ("embed", "vocab"), fan_in=D)
+        if config.dense_layer_numbers:
+            dense = dataclasses.replace(config, num_experts=0)
+            self.dense_layers = Block(init.stacked(len(config.dense_layer_numbers)), dense)
+
+    def stacks(self) -> tuple[Stack, Stack]:
+        """`layers`, and `dense_layers`, whose parameters are None unless some have no experts."""
+        layers = nnx.split(self.layers)
+        has_dense = bool(self.config.dense_layer_numbers)
+        return layers, nnx.split(self.dense_layers) if has_dense else (layers[0], None)
 
     def output_head(self) -> Array:
         """`[D, V]`: a parameter of its own, or the embedding's."""
@@ -164,25 +198,22 @@ class Transformer(nnx.Module):
           (None for a dense model).
         """
         x_BxLxD = self.embed(tokens_BxL)
-        graph, layers = nnx.split(self.layers)
+        (graph, layers), (dense_graph, dense_layers) = self.stacks()
         routing = routing or Routing(self.config.routing)
         starts_BxL = None
         if self.config.document_mask:
             branch_BxL = branches.branch_BxL if branches else None
             starts_BxL = document_starts(tokens_BxL, self.config.bos_id, branch_BxL)
 
-        @functools.partial(rematerialized, policy=self.config.remat)
-        def run_layer(x_BxLxD: Array, layer: Params) -> tuple[Array, Routed | None]:
-            return nnx.merge(graph, layer)(x_BxLxD, routing, branches, starts_BxL)
+        def run_layer(x_BxLxD: Array, layer: Params, is_dense: bool) -> tuple[Array, Any]:
+            @functools.partial(rematerialized, policy=self.config.remat)
+            def run(x_BxLxD: Array, layer: Params) -> tuple[Array, Routed | None]:
+                block = nnx.merge(dense_graph if is_dense else graph, layer)
+                return block(x_BxLxD, routing, branches, starts_BxL)
 
-        if self.config.scan_layers:
-            x_BxLxD, routed = jax.lax.scan(run_layer, x_BxLxD, layers)
-        else:
-            of_layers = []
-            for y in range(self.config.num_layers):
-                x_BxLxD, of_layer = run_layer(x_BxLxD, jax.tree.map(lambda w, y=y: w[y], layers))
-                of_layers.append(of_layer)
-            routed = jax.tree.map(lambda *parts: jnp.stack(parts), *of_layers)
+            return run(x_BxLxD, layer)
+
+        x_BxLxD, routed, _ = run_layers(self.config, run_layer, x_BxLxD, layers, dense_layers)
         return self.normalize(x_BxLxD), routed
 
     def normalize(self, x_BxLxD: Array) -> Array:

@@ -72,30 +72,36 @@ def analysis_page(analysis: dict[str, Any]) -> str:
     return html.page("What the experts do", pieces)
 
 
-def text_page(title: str, segments: Sequence[str], r_YxNxE: np.ndarray) -> str:
+def text_page(
+    title: str, segments: Sequence[str], r_YxNxE: np.ndarray, layer_numbers: Sequence[int]
+) -> str:
     """The page of a text: under each segment, one strip per layer shows the weights of the experts.
 
     Args:
       title: the title of the page.
       segments: the texts of the segments.
       r_YxNxE: the routing weights of every segment.
+      layer_numbers: the number of each of the layers with experts.
     """
-    num_layers, _, num_experts = r_YxNxE.shape
+    num_experts = r_YxNxE.shape[-1]
     colours = [
         f"hsl({360 * e / num_experts:.0f} 60% {45 + 20 * (e % 2)}%)" for e in range(num_experts)
     ]
     pieces = [
         html.style(STYLE),
         html.paragraph(
-            "Under each segment is one strip per layer, the bottom layer first. The width of a "
-            "colour is the weight of its expert in the merged FFN that processes the segment. Each "
-            "segment is routed by the one before it; the first is routed by itself.",
+            "Under each segment is one strip per layer with experts, the bottom one first. The "
+            "width of a colour is the weight of its expert in the merged FFN that processes the "
+            "segment. Each segment is routed by the one before it; the first is routed by itself.",
             "note",
         ),
         _key(colours),
     ]
     for n, text in enumerate(segments):
-        strips = [_strip(r_YxNxE[y, n], y, colours) for y in range(num_layers)]
+        strips = [
+            _strip(r_NxE[n], number, colours)
+            for number, r_NxE in zip(layer_numbers, r_YxNxE, strict=True)
+        ]
         pieces.append(f'<div class="segment"><pre>{html.escape(text)}</pre>{"".join(strips)}</div>')
     return html.page(title, pieces)
 

@@ -22,9 +22,10 @@ def describe(engine: Engine, body: Mapping[str, Any]) -> dict[str, Any]:
       body: the fields "model", "prompt" and "text", which the prompt continues with.
 
     Returns:
-      `experts` E and `segment_length`; `used`, the weights by which the text's FFNs were merged
-      (`[Y, E]`, those of the prompt or of the domain); and `segments`: for each, its `text` and the
-      weights that routing by segment gives it (`[Y, E]`). A dense model has neither.
+      `experts` E, `segment_length`, and `layers`, the numbers of the Y layers with experts; `used`,
+      the weights by which the text's FFNs were merged (`[Y, E]`, those of the prompt or of the
+      domain); and `segments`: for each, its `text` and the weights that routing by segment gives
+      it (`[Y, E]`). A dense model has neither.
 
     Raises:
       ApiError: a field is missing, or the text does not fit into the context.
@@ -40,6 +41,7 @@ def describe(engine: Engine, body: Mapping[str, Any]) -> dict[str, Any]:
         message = f"the text has {len(ids)} tokens (BOS included); must have at most {L}"
         raise ApiError(400, message, "text", "context_length_exceeded")
     found: dict[str, Any] = {"experts": config.num_experts, "segment_length": T}
+    found["layers"] = config.layer_numbers
     if not config.num_experts or config.routes_tokens:
         return found | {"used": None, "segments": []}
     # Padded to one length, for which the program is compiled once; padding routes nothing here.

@@ -1,5 +1,7 @@
 """The start of a run from the parameters of another run directory (`train --init_from`)."""
 
+from collections.abc import Sequence
+
 import jax
 from jax.sharding import Mesh
 
@@ -11,12 +13,29 @@ from lory_jax.model.routing_rules import ADAPTED, MERGED
 from lory_jax.model.transformer import Params, init_params
 from lory_jax.run.directory import RunDirectory
 from lory_jax.run.phases import DENSE, EXPERTS, phase_config
+from lory_jax.training.branch_merge import check_branches, merge_branches
 from lory_jax.training.optimizer import Optimizer
 from lory_jax.training.state import State, new_state, state_shardings
 from lory_jax.training.upcycle import grow
 
 
-def check_source(source: RunDirectory, model_config: ModelConfig, data: PreparedData) -> None:
+def check_sources(
+    sources: Sequence[RunDirectory], model_config: ModelConfig, data: PreparedData
+) -> None:
+    """Raises unless a run of `model_config` on `data` can start from the runs `sources`, if any.
+
+    Raises:
+      ConfigError, InputError: see `check_source` and `check_branches`.
+    """
+    for source in sources:
+        check_source(source, model_config, data, is_alone=len(sources) == 1)
+    if len(sources) > 1:
+        check_branches([source.model_config for source in sources], model_config)
+
+
+def check_source(
+    source: RunDirectory, model_config: ModelConfig, data: PreparedData, is_alone: bool = True
+) -> None:
     """Raises unless a run of `model_config` on `data` can start from the run `source`.
 
     Raises:
@@ -27,7 +46,12 @@ def check_source(source: RunDirectory, model_config: ModelConfig, data: Prepared
     # Parameters mean the same only if these fields agree; all others may change between runs.
     architecture = fields_where("model", is_architecture=True)
     wrong = [name for name in architecture if getattr(found, name) != getattr(model_config, name)]
-    if found.num_experts and not _grows_by(found, model_config):
+    if found.num_experts and model_config.num_experts:
+        of_experts = fields_where("model", of_experts=True)
+        wrong += [
+            name for name in of_experts if getattr(found, name) != getattr(model_config, name)
+        ]
+    if is_alone and found.num_experts and not _grows_by(found, model_config):
         wrong.append("num_experts")
     if wrong:
         fields = " ".join(f"config.model.{name}={getattr(found, name)}" for name in wrong)
@@ -44,20 +68,24 @@ def _grows_by(found: ModelConfig, model_config: ModelConfig) -> int:
 
 
 def state_from(
-    source: RunDirectory,
+    sources: Sequence[RunDirectory],
     model_config: ModelConfig,
     optimizer: Optimizer,
     mesh: Mesh,
     seed: int = 0,
     redraw: float = 0.0,
 ) -> tuple[State, str]:
-    """A state at step 0 around the parameters of `source`, and its phase.
+    """A state at step 0 around the parameters of the runs `sources`, and its phase.
 
-    Where `model_config` has experts and `source` is dense, the run starts in its dense phase, which
-    may have no steps. Where it has a multiple of the source's experts, these are copied, with the
-    share `redraw` of the copies' entries drawn anew.
+    Several are dense, and become one expert each (branch_merge.py). One is continued: where it is
+    dense and `model_config` has experts, the run starts in its dense phase, which may have no
+    steps. Where `model_config` has a multiple of its experts, these are copied, with the share
+    `redraw` of the copies' entries drawn anew.
     """
-    found, params, _ = source.load_params(mesh)
+    if len(sources) > 1:
+        branches = [source.load_params(mesh).params for source in sources]
+        return _state_of_branches(branches, model_config, optimizer, mesh, seed), EXPERTS
+    found, params, _ = sources[0].load_params(mesh)
     times = _grows_by(found, model_config) if found.num_experts else 1
     phase = EXPERTS if found.num_experts or not model_config.num_experts else DENSE
     start_config = phase_config(model_config, phase)
@@ -74,6 +102,22 @@ def state_from(
         donate_argnums=() if times > 1 else 0,  # a grown array cannot take the place of its source
     )
     return start(params), phase
+
+
+def _state_of_branches(
+    branches: Sequence[Params],
+    model_config: ModelConfig,
+    optimizer: Optimizer,
+    mesh: Mesh,
+    seed: int,
+) -> State:
+    def begin(branches: Sequence[Params]) -> State:
+        key = jax.random.fold_in(jax.random.key(seed), 1)
+        params = merge_branches(model_config, branches, key)
+        return new_state(model_config, optimizer, params)
+
+    pinned = jax.jit(begin, out_shardings=state_shardings(model_config, optimizer, mesh))
+    return pinned(branches)
 
 
 def _with_own_adapted(model_config: ModelConfig, params: Params) -> Params:

@@ -15,7 +15,7 @@ from jax import Array
 from lory_jax.console import say
 from lory_jax.data.batches import Lookahead
 from lory_jax.errors import InputError
-from lory_jax.model.flops import flops_per_token, peak_flops
+from lory_jax.model.flops import peak_flops, trained_flops_per_token
 from lory_jax.parallel import place_batch
 from lory_jax.training.monitoring.loss_watch import diverged
 from lory_jax.training.monitoring.metrics_log import MetricsLog
@@ -56,7 +56,7 @@ class Trainer:
             start_step=position.step,
             steps=train.steps,
             tokens_per_step=train.global_batch_size * run.model_config.sequence_length,
-            flops_per_token=flops_per_token(run.model_config),
+            flops_per_token=trained_flops_per_token(run.model_config, train.segment_schedule),
             peak_flops=peak_flops(jax.devices()[0].device_kind),
             log_every_steps=train.log_every_steps,
             counts=position.counts,
@@ -110,17 +110,23 @@ class Trainer:
             position.state = phase.upcycle(position.state)
         position.phase, self._next_phase = phase, None
         self._first_step_of_phase = position.step
-        say(f"step {position.step}: every FFN upcycled to {phase.model_config.num_experts} experts")
+        model = phase.model_config
+        where = f" of {len(model.layer_numbers)} layers" if model.dense_layer_numbers else ""
+        say(f"step {position.step}: every FFN{where} upcycled to {model.num_experts} experts")
 
     def _train_step(self) -> None:
         """Dispatches one step, then logs the step before it."""
         run, position = self.run, self.position
-        is_first_of_phase = position.step == self._first_step_of_phase  # it compiles
+        phase, step = position.phase, position.step
+        is_new_length = phase.lengths.changes_at(step)
+        if is_new_length:
+            say(f"step {step}: segments of {phase.lengths.at(step)} tokens")
+        compiles = step == self._first_step_of_phase or is_new_length
         self._trace.before(position.step + 1)
         with run.goodput.during("stall"):
             self._batch = place_batch(self._ahead.next(), run.mesh, run.model_config.batch_axis)
-        with run.goodput.starting() if is_first_of_phase else contextlib.nullcontext():
-            position.state, metrics = position.phase.train_step(position.state, self._batch)
+        with run.goodput.starting() if compiles else contextlib.nullcontext():
+            position.state, metrics = phase.train_step(step)(position.state, self._batch)
         position.step += 1
         self._trace.after(position.step, metrics)
         self.log.dispatched(position.step, metrics)

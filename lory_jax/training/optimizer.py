@@ -20,6 +20,7 @@ IS_DECAYED = {
     "gate": True,
     "up": True,
     "down": True,
+    **{f"{name}_{factor}": True for name in ("gate", "up", "down") for factor in "ab"},
     "router": True,
     "choice_bias": False,
     "l1_weight": False,

@@ -50,7 +50,7 @@ def _restored(run: Setup) -> Position | None:
 
 
 def _initialized_from(run: Setup) -> Position | None:
-    if run.init_from is None:
+    if not run.init_from:
         return None
     train = run.config.train
     state, phase = state_from(
@@ -61,7 +61,7 @@ def _initialized_from(run: Setup) -> Position | None:
         train.seed,
         train.upcycle_redraw,
     )
-    say(f"starting from {run.init_from}")
+    say(f"starting from {', '.join(map(str, run.init_from))}")
     return Position(state, run.phases.named(phase), 0)
 
 

@@ -21,7 +21,7 @@ from lory_jax.run.directory import RunDirectory
 from lory_jax.run.lock import WorkdirLock
 from lory_jax.run.retention import Retention
 from lory_jax.storage import is_remote
-from lory_jax.training.initialization_from import check_source
+from lory_jax.training.initialization_from import check_sources
 from lory_jax.training.monitoring.goodput import Goodput
 from lory_jax.training.monitoring.signals import Agreement, Wishes
 from lory_jax.training.optimizer import Optimizer, make_optimizer
@@ -35,7 +35,7 @@ class Setup:
 
     Attributes:
       directory: what the run has on disk.
-      init_from: the run to start from, or None.
+      init_from: the runs to start from; none, for a run from scratch.
       lock: keeps other processes out of the run directory as long as it is referenced.
     """
 
@@ -43,7 +43,7 @@ class Setup:
     model_config: ModelConfig
     mesh: Mesh
     directory: RunDirectory
-    init_from: RunDirectory | None
+    init_from: tuple[RunDirectory, ...]
     batches: TrainingBatches
     validation_sets: Mapping[str, np.ndarray]
     optimizer: Optimizer
@@ -59,7 +59,7 @@ def setup(
     data: Path,
     directory: RunDirectory,
     goodput: Goodput,
-    init_from: RunDirectory | None = None,
+    init_from: tuple[RunDirectory, ...] = (),
     change_steps: bool = False,
 ) -> Setup:
     """Checks that config, devices, data and run directory fit each other, and opens them.
@@ -71,7 +71,7 @@ def setup(
       data: directory of the prepared data.
       directory: where the run is kept; it is created if the run is new.
       goodput: counts the time from the start of the process.
-      init_from: the run to start from.
+      init_from: the run to start from, or several dense ones that become its experts.
       change_steps: lets `config.train.steps` differ from that of the run so far.
     """
     model_config = ModelConfig.for_platform(config.model, jax.default_backend())
@@ -97,8 +97,7 @@ def setup(
     validation_sets = sets_to_validate(
         prepared.held_out("validation"), validation_rows, model_config.segment_length
     )
-    if init_from is not None:
-        check_source(init_from, model_config, prepared)
+    check_sources(init_from, model_config, prepared)
     lock = directory.open_for_training(config.to_dict(), prepared, change_steps)
     announce(model_config, config, mesh, batches)
     optimizer = make_optimizer(train, count_dense_steps(config))
@@ -145,12 +144,14 @@ def announce(
         kind = f"baseline {model_config.routing} with {num_experts} experts"
     epochs = config.train.steps / batches.batches_per_epoch
     device = jax.devices()[0].device_kind
+    rank = model_config.expert_rank
+    merged_by = f"deltas of rank {rank}" if rank else model_config.merged_ffn
     say(
         f"{kind}: {counts['total'] / 1e6:,.1f}M parameters, {counts['active'] / 1e6:,.1f}M active\n"
         f"{config.train.steps:,} steps of {tokens:,} tokens, {epochs:.2f} epochs of "
         f"{batches.num_instances:,} instances\n"
         f"mesh {dict(mesh.shape)} of {device}, attention by {model_config.attention}"
-        + (f", merged FFN by {model_config.merged_ffn}" if num_experts else "")
+        + (f", merged FFN by {merged_by}" if num_experts else "")
         + ("" if peak_flops(device) else " (peak FLOP/s unknown: MFU is not reported)")
     )
     if batches.mixture is not None:

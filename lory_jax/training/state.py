@@ -37,7 +37,7 @@ def new_state(model_config: ModelConfig, optimizer: Optimizer, params: Any) -> S
 
 
 def never_active(model_config: ModelConfig) -> Array:
-    return jnp.full((model_config.num_layers, model_config.num_experts), NEVER, jnp.int32)
+    return jnp.full((len(model_config.layer_numbers), model_config.num_experts), NEVER, jnp.int32)
 
 
 def state_shardings(model_config: ModelConfig, optimizer: Optimizer, mesh: Mesh) -> State:

@@ -193,7 +193,8 @@ def make_norms(model_config: ModelConfig, mesh: Mesh, microbatches: int) -> Call
 
     def norms(tree: Params) -> Any:
         def norm(path: Any, leaf: Array) -> Array:
-            axes = tuple(range(1 if path[0].key == "layers" else 0, leaf.ndim))
+            is_stacked = path[0].key in ("layers", "dense_layers")
+            axes = tuple(range(1 if is_stacked else 0, leaf.ndim))
             leaf = leaf.astype(jnp.float32)
             largest = jnp.max(jnp.abs(leaf), axis=axes, keepdims=True)
             scaled = leaf / jnp.where(largest > 0, largest, 1.0)  # so that squares do not overflow

@@ -28,6 +28,9 @@ from jax import Array
 from jax.sharding import Mesh
 
 from lory_jax.model.config import ModelConfig
+from lory_jax.model.experts import BIASES
+from lory_jax.model.layer_order import split_stack
+from lory_jax.model.low_rank import FACTOR_AXES, shared_by_experts
 from lory_jax.model.routing_rules import ADAPTED, EXPERT_CHOICE, TOKEN_CHOICE
 from lory_jax.model.transformer import Params, init_params
 from lory_jax.training.optimizer import Optimizer
@@ -54,6 +57,9 @@ def make_upcycle(
         # draws.
         key = jax.random.fold_in(jax.random.key(seed), 1)
         fresh = dict(init_params(model_config, key)["layers"]["ffn"])
+        dense = with_split_layers(model_config, dense)
+        if model_config.expert_rank:
+            return with_deltas(model_config, dense, fresh)
         router_YxDxE = fresh["router"]
         adapted = {name: fresh[name] for name in fresh.keys() & ADAPTED}
         adam, *rest = dense["opt_state"]
@@ -76,6 +82,36 @@ def make_upcycle(
         }
 
     return jax.jit(upcycle, out_shardings=state_shardings(model_config, optimizer, mesh))
+
+
+def with_split_layers(model_config: ModelConfig, dense: State) -> State:
+    """The dense state with its layers apart, where only some of them are to hold experts."""
+
+    def split(params: Params) -> Params:
+        layers, dense_layers = split_stack(model_config, params["layers"])
+        others = {} if dense_layers is None else {"dense_layers": dense_layers}
+        return {**params, **others, "layers": layers}
+
+    adam, *rest = dense["opt_state"]
+    adam = adam._replace(mu=split(adam.mu), nu=split(adam.nu))
+    return {**dense, "params": split(dense["params"]), "opt_state": (adam, *rest)}
+
+
+def with_deltas(model_config: ModelConfig, dense: State, fresh: Params) -> State:
+    """The dense state with a router and low-rank deltas, whose product is zero, beside its FFNs.
+
+    The FFNs that all experts share go on as they were, moments included.
+    """
+    added = {name: fresh[name] for name in ("router", *FACTOR_AXES)}
+    zeros = jax.tree.map(jnp.zeros_like, added)
+    adam, *rest = dense["opt_state"]
+    adam = adam._replace(mu=with_ffn(adam.mu, zeros), nu=with_ffn(adam.nu, zeros))
+    return {
+        "step": dense["step"],
+        "params": with_ffn(dense["params"], added),
+        "opt_state": (adam, *rest),
+        "last_active_YxE": never_active(model_config),
+    }
 
 
 def gradient_divisor(model_config: ModelConfig) -> float:
@@ -149,12 +185,12 @@ def grow(params: Params, times: int, key: Array, share: float) -> Params:
     are drawn anew.
     """
     ffn = dict(params["layers"]["ffn"])
-    for number, name in enumerate(sorted(ffn.keys() - {"router"})):
+    for number, name in enumerate(sorted(ffn.keys() - {"router", *shared_by_experts(ffn)})):
         copies = []
         for expert in range(ffn[name].shape[1]):
             original = ffn[name][:, expert : expert + 1]
             copy = jnp.repeat(original, times - 1, axis=1)
-            if share and name in FFN_MATRICES:
+            if share and name not in BIASES:
                 own_key = jax.random.fold_in(jax.random.fold_in(key, number), expert)
                 copy = redrawn(copy, own_key, share)[0]
             copies.append(copy)

@@ -31,6 +31,7 @@ from tests.support.tiny import (
     write_prepared,
     write_recipe,
 )
+from tests.support.variants import VARIANTS
 
 TOLERANCE = 1e-4
 
@@ -114,6 +115,28 @@ def test_a_lory_merged_by_a_domain(run, tmp_path):
         outs[domain] = their_logits(out, np.arange(20)[None])
         assert f"the domain '{domain}' (3 validation instances)" in (out / "README.md").read_text()
     assert np.abs(outs["ones"] - outs["threes"]).max() > 1e-3
+
+
+MERGEABLE = {name: fields for name, fields in VARIANTS.items() if "token_deltas" not in fields}
+
+
+@pytest.mark.parametrize("fields", MERGEABLE.values(), ids=MERGEABLE)
+def test_a_variant_merged_by_a_text_is_the_llama_that_decodes_it(data, fields, tmp_path):
+    fields = {"num_layers": 2, **fields}
+    workdir = write_run(tmp_path / "W", data, **{name: str(v) for name, v in fields.items()})
+    runs.export_run(RunDirectory(workdir), tmp_path / "hf", prompt="counting")
+    model = lory_jax.load(workdir)
+    tokens = np.array([prompt_tokens(model, "counting")])
+    expected = model.logits(tokens, "prompt", [tokens.shape[1]])
+    np.testing.assert_allclose(their_logits(tmp_path / "hf", tokens), expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_a_model_whose_tokens_pick_deltas_is_refused(data, experts, tmp_path):
+    workdir = write_run(tmp_path / "W", data, experts, token_deltas="3")
+    with pytest.raises(InputError, match=r"config\.model\.token_deltas is 3.* must be 0"):
+        runs.export_run(RunDirectory(workdir), tmp_path / "hf", prompt="a")
+    assert not (tmp_path / "hf").exists()
 
 
 def test_a_dense_run_needs_no_routing(data, tmp_path):

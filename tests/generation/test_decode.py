@@ -12,6 +12,7 @@ from lory_jax.model.routing import Routing
 from lory_jax.model.routing_rules import SOURCES
 from lory_jax.model.transformer import assemble, build, init_params
 from tests.support.models import params_of, tiny_config
+from tests.support.variants import VARIANTS
 
 T = 8
 CONFIG = tiny_config(
@@ -174,6 +175,19 @@ def test_decoding_with_the_two_largest_experts_equals_the_forward_pass(params, r
     tokens = random_tokens(1)
     two, all_four = (full_logits(c, params, tokens, routing, [5]) for c in (config, CONFIG))
     assert np.abs(two - all_four).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("routing", "ffn"), [("prompt", "merged"), ("segment", "merged"), ("segment", "experts")]
+)
+@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
+def test_decoding_a_variant_equals_the_forward_pass(fields, routing, ffn):
+    """Rows 0 and 2 have one prompt, and so may share a merge."""
+    config = dataclasses.replace(CONFIG, **{"num_layers": 2, **fields})
+    tokens, lengths = random_tokens(4, 40), [9, 5, 9, 8]
+    tokens[2, :9] = tokens[0, :9]
+    params = params_of(config)
+    assert_decoding_equals_forward(config, params, routing, 5e-5, ffn, tokens, lengths)
 
 
 def test_decoding_with_grouped_heads_and_a_tied_head_equals_the_forward_pass():

@@ -176,13 +176,40 @@ def rms_norm(x_D, scale, epsilon):
     return x_D / np.sqrt(np.mean(x_D**2) + epsilon) * scale
 
 
+def picked_delta(h_D, deltas):
+    """What the most probable small FFN of a token adds, weighted with its probability."""
+    p = softmax(h_D @ deltas["router"])
+    j = int(np.argmax(p))
+    hidden = silu(h_D @ deltas["gate"][j]) * (h_D @ deltas["up"][j])
+    return p[j] * (hidden @ deltas["down"][j])
+
+
+def full_experts(ffn):
+    """Low-rank experts as full ones: routing weights sum to 1, so all may hold what they share."""
+    full = {"router": ffn["router"]}
+    for name in ("gate", "up", "down"):
+        pairs = zip(ffn[f"{name}_a"], ffn[f"{name}_b"], strict=True)
+        full[name] = np.array([ffn[name] + a @ b for a, b in pairs])
+        if f"{name}_bias" in ffn:
+            full[f"{name}_bias"] = np.array([ffn[f"{name}_bias"]] * len(full[name]))
+    return full
+
+
+def holds_experts(config, number):
+    """Whether a layer, counted from 0, is one of those that hold experts."""
+    if config.expert_layers == "upper_half":
+        return number + 1 > config.num_layers / 2
+    return config.expert_layers == "all" or number % 2 == 1
+
+
 def transformer(params, tokens_BxL, config, kind=None, prompts=None, frozen=None):
     """Logits [B, L, V] and routing weights [Y, B, N, E] (empty for a dense model).
 
-    `frozen` is [Y, B, E], the weights of segment 1 of every layer.
+    `frozen` is [Y, B, E], the weights of segment 1 of every layer. Where only some layers hold
+    experts, Y counts those, and their parameters are apart from those of the others.
     """
     x_BxLxD = np.array([[params["embedding"][t] for t in row] for row in tokens_BxL])
-    layers, all_weights = params["layers"], []
+    all_weights = []
     starts = [None] * len(tokens_BxL)
     if config.document_mask:
         starts = [document_starts(row, config.bos_id) for row in tokens_BxL]
@@ -190,7 +217,12 @@ def transformer(params, tokens_BxL, config, kind=None, prompts=None, frozen=None
     def norm(x_BxLxD, scale):
         return np.array([[rms_norm(x, scale, config.norm_epsilon) for x in r] for r in x_BxLxD])
 
-    for y in range(config.num_layers):
+    counts = {"layers": 0, "dense_layers": 0}
+    for number in range(config.num_layers):
+        is_first_kind = not config.num_experts or holds_experts(config, number)
+        stack = "layers" if is_first_kind else "dense_layers"
+        layers, y = params[stack], counts[stack]
+        counts[stack] += 1
         attention_y = {name: w[y] for name, w in layers["attention"].items()}
         ffn_y = {name: w[y] for name, w in layers["ffn"].items()}
         h_BxLxD = norm(x_BxLxD, layers["attention_norm"][y])
@@ -201,7 +233,9 @@ def transformer(params, tokens_BxL, config, kind=None, prompts=None, frozen=None
             ]
         )
         h_BxLxD = norm(x_BxLxD, layers["ffn_norm"][y])
-        if config.num_experts:
+        if "gate_a" in ffn_y:
+            ffn_y = full_experts(ffn_y)
+        if "router" in ffn_y:
             out, weights = lory_layer(
                 h_BxLxD,
                 ffn_y,
@@ -215,6 +249,12 @@ def transformer(params, tokens_BxL, config, kind=None, prompts=None, frozen=None
         else:
             one = {name: w[None] for name, w in ffn_y.items()}
             out = np.array([merged_ffn(h, one, [1.0]) for h in h_BxLxD])
+        if "shared" in layers:
+            one = {name: w[y][None] for name, w in layers["shared"].items()}
+            out = out + np.array([merged_ffn(h, one, [1.0]) for h in h_BxLxD])
+        if "deltas" in layers:
+            deltas_y = {name: w[y] for name, w in layers["deltas"].items()}
+            out = out + np.array([[picked_delta(x, deltas_y) for x in row] for row in h_BxLxD])
         x_BxLxD = x_BxLxD + out
     head = params["head"] if "head" in params else params["embedding"].T
     logits_BxLxV = norm(x_BxLxD, params["final_norm"]) @ head

@@ -178,14 +178,13 @@ def test_a_run_that_starts_from_another_rule_has_its_own_adapted_parameter():
     mesh = make_mesh(1, 1, 1)
     for source, target in ((tiny_config(), threshold), (top, threshold), (top, tiny_config())):
         found = source, jax.tree.map(np.copy, params_of(source)), 7
-        state, phase = state_from(
-            SimpleNamespace(load_params=lambda _, found=found: found), target, OPTIMIZER, mesh
-        )
+        source = SimpleNamespace(load_params=lambda _, found=found: found)
+        state, phase = state_from([source], target, OPTIMIZER, mesh)
         assert phase == EXPERTS
         expected = new_state(target, OPTIMIZER, params_of(target))
         assert jax.tree.structure(state) == jax.tree.structure(expected)
         np.testing.assert_array_equal(ffn(state)["router"], ffn(params_of(source))["router"])
     found = top, jax.tree.map(np.copy, params_of(top)), 7
     source = SimpleNamespace(load_params=lambda _: found)
-    state, _ = state_from(source, top, OPTIMIZER, mesh)
+    state, _ = state_from([source], top, OPTIMIZER, mesh)
     np.testing.assert_array_equal(ffn(state)["choice_bias"], ffn(params_of(top))["choice_bias"])

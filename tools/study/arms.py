@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lory_jax.model.routing_rules import SOURCES
+from lory_jax.model.routing_rules import EXPERT_LAYERS, SOURCES
 
 Settings = Mapping[str, Any]
 
@@ -27,8 +27,11 @@ COMMON = {
 RATE, START, EXPERT_START = "train.learning_rate", "model.ffn_init_scale", "model.expert_init_scale"
 REWARM = "train.upcycle_rewarm_fraction"
 REDRAW, WARMUP = "train.upcycle_redraw", "train.dense_warmup_fraction"
-SOURCE = "model.routing_source"
+SOURCE, LAYERS, RANK = "model.routing_source", "model.expert_layers", "model.expert_rank"
+SCHEDULE, DELTAS = "train.segment_schedule", "model.token_deltas"
 ROUTING, EXPERTS = "model.routing", "model.num_experts"
+
+SHARED, WIDTH = "model.shared_expert", "model.mlp_dim"
 
 RATES = (8e-3, 1.6e-2, 2.4e-2, 3.2e-2)
 # Independent experts under uniform weights merge to 1/sqrt(8) of a dense FFN: 0.354 is that.
@@ -238,6 +241,33 @@ ARMS += [
     for source in SOURCES
     if source != "last"
 ]
+
+ARMS += [
+    Arm(f"layers_{which}", BEYOND_BASE, {LAYERS: which}, stage="beyond", group=5, cost=1.1)
+    for which in EXPERT_LAYERS
+    if which != "all"
+]
+ARMS += [
+    Arm(f"rank_{rank}", BEYOND_BASE, {RANK: rank}, stage="beyond", group=5, cost=1.3)
+    for rank in (4, 8)
+]
+# As many parameters as 8 full experts, nearly: 6.5 FFNs.
+ARMS += [
+    Arm("rank_4_e32", BEYOND_BASE, {RANK: 4, EXPERTS: 32}, stage="beyond", group=5, cost=1.8),
+]
+ARMS += [
+    Arm(f"schedule_{name}", BEYOND_BASE, {SCHEDULE: text}, stage="beyond", group=5, cost=1.1)
+    for name, text in (("t64", "64:0.5"), ("t128_t64", "128:0.25,64:0.5"))
+]
+ARMS += [
+    Arm(f"deltas_{k}", BEYOND_BASE, {DELTAS: k}, stage="beyond", group=5, cost=1.5) for k in (4, 8)
+]
+# As many active parameters and FLOPs: half of each FFN is shared, and half is merged.
+ARMS += [
+    Arm("shared_half", BEYOND_BASE, {SHARED: True, WIDTH: 44}, stage="beyond", group=5, cost=1.15)
+]
+# What tokens pick, without what segments merge.
+ARMS += [Arm("deltas_8_dense", "dense", {DELTAS: 8}, stage="beyond", group=5, cost=1.3)]
 
 FAMILIES += [
     Family(

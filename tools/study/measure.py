@@ -14,7 +14,7 @@ import numpy as np
 from lory_jax.analysis.routing import instance_weights, routing_distances, segment_weights
 from lory_jax.api import load
 from lory_jax.model.experts import MATRICES
-from lory_jax.model.flops import flops_per_token, parameter_counts
+from lory_jax.model.flops import parameter_counts, trained_flops_per_token
 from lory_jax.run.directory import RunDirectory
 from lory_jax.storage import write_atomically
 
@@ -44,11 +44,13 @@ def measure(run: RunDirectory) -> dict[str, Any]:
         ],
         "seconds": math.fsum(line["step_seconds"] for line in lines),
         "step_seconds": float(np.median([line["step_seconds"] for line in lines])),
-        "flops_per_token": flops_per_token(model.config),
+        "flops_per_token": trained_flops_per_token(
+            model.config, run.train_config.get("segment_schedule", "")
+        ),
         "parameters": parameter_counts(model.config),
     }
     if model.config.num_experts:
-        pairs = model.config.num_layers * model.config.num_experts
+        pairs = len(model.config.layer_numbers) * model.config.num_experts
         if lines[-1]["experts_active"] is not None:
             found["experts_used"] = lines[-1]["experts_active"] / pairs
         found["expert_cosine"] = expert_cosine(model.params["layers"]["ffn"])
@@ -57,7 +59,11 @@ def measure(run: RunDirectory) -> dict[str, Any]:
 
 def expert_cosine(ffn: Any) -> float:
     """The mean cosine between two experts of a layer, over pairs and layers; 1 for copies."""
-    matrices = [np.asarray(ffn[name], np.float64) for name in MATRICES]
+    if "gate_a" in ffn:  # what each expert adds to the FFN that all share
+        factors = ([np.asarray(ffn[f"{name}_{f}"], np.float64) for f in "ab"] for name in MATRICES)
+        matrices = [a @ b for a, b in factors]
+    else:
+        matrices = [np.asarray(ffn[name], np.float64) for name in MATRICES]
     w_YxExP = np.concatenate([m.reshape(*m.shape[:2], -1) for m in matrices], axis=-1)
     w_YxExP /= np.linalg.norm(w_YxExP, axis=-1, keepdims=True)
     E = w_YxExP.shape[1]
