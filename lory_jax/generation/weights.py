@@ -45,7 +45,7 @@ def served_weights(
     found = _in_compute_type(served, {**params, "layers": {**params["layers"], "ffn": ffn}})
     of_dense = []
     if config.dense_layer_numbers:
-        dense_axes = axes.get("dense_layers", axes["layers"])
+        dense_axes = axes["dense_layers"] if "dense_layers" in axes else axes["layers"]
         stack = found.pop("dense_layers")
         of_dense = _apart(stack, dense_axes, len(config.dense_layer_numbers), mesh)
     of_layers = _apart(found["layers"], layer_axes, len(config.layer_numbers), mesh)
