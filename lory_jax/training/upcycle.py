@@ -103,9 +103,14 @@ def with_deltas(model_config: ModelConfig, dense: State, fresh: Params) -> State
     The FFNs that all experts share go on as they were, moments included.
     """
     added = {name: fresh[name] for name in ("router", *FACTOR_AXES)}
-    zeros = jax.tree.map(jnp.zeros_like, added)
+
+    def with_zeros(moments: Params) -> Params:
+        dtype = moments["layers"]["ffn"]["gate"].dtype
+        zeros = {name: jnp.zeros(w.shape, dtype) for name, w in added.items()}
+        return with_ffn(moments, zeros)
+
     adam, *rest = dense["opt_state"]
-    adam = adam._replace(mu=with_ffn(adam.mu, zeros), nu=with_ffn(adam.nu, zeros))
+    adam = adam._replace(mu=with_zeros(adam.mu), nu=with_zeros(adam.nu))
     return {
         "step": dense["step"],
         "params": with_ffn(dense["params"], added),
