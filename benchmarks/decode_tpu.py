@@ -1,7 +1,7 @@
 """What a decoding step costs on one TPU chip, by its compiler; requires libtpu, but no TPU.
 
     python benchmarks/decode_tpu.py [--json=FILE] [--topology=v5e-1] [--experts=8]
-        [--batches=1,8,32,256] [--layers=2] [--cache=256]
+        [--batches=1,8,32,256] [--modes=merged,experts,dense] [--layers=2] [--cache=256]
 
 Compiles the step of the 0.3B recipe with merged FFNs, with unmerged experts, and of our dense
 model, and reads from each program the bytes that it moves between HBM and the chip and the
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--topology", default="v5e-1")
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--batches", default="1,8,32,256")
+    parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--cache", type=int, default=256, help="positions in the cache")
     args = parser.parse_args()
@@ -66,7 +67,7 @@ def main() -> None:
             result["per_layer"] = before["per_layer"]
     for batch in map(int, args.batches.split(",")):
         found = {}
-        for mode in MODES:
+        for mode in args.modes.split(","):
             more, less = (
                 read_step(config, topology, mode, layers, batch, args.cache)
                 for layers in (args.layers, args.layers - 1)
