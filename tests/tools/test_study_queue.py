@@ -17,7 +17,7 @@ from tests.support.tiny import ROOT, write_prepared, write_recipe
 from tools.study.__main__ import work_off
 from tools.study.arms import Arm, Family
 from tools.study.queue import Queue, make_jobs
-from tools.study.results import Results
+from tools.study.results import Results, training_digest
 from tools.study.run import MODULES, Runner, Stopped
 
 STAND_IN = dict.fromkeys(("train", "evaluate", "measure"), "tests.support.study_worker")
@@ -43,6 +43,7 @@ def runner_of(directory, **changes):
         "splits": ("validation", "test"),
         "stop": threading.Event(),
         "modules": STAND_IN,
+        "digest": lambda data: f"digest of {data.name}",
     }
     return Runner(**{**fields, **changes})
 
@@ -88,6 +89,7 @@ def test_arms_start_from_the_best_trial_of_their_family(tmp_path):
     records = {record["id"]: record for record in runner.results.records()}
     assert set(records) == {job.id for job in queue.jobs}
     assert records["plain-t02"]["status"] == "diverged"
+    assert {record["training_digest"] for record in records.values()} == {"digest of data"}
     assert [records[name]["settings"][RATE] for name in ("plain-s0", "other-s1", "twice-s0")] == [
         0.2,
         0.3,
@@ -180,6 +182,9 @@ def test_results_are_tied_to_their_held_out_sets(tmp_path):
     other = PreparedData.open(write_prepared(tmp_path / "other", seed=1))
     with pytest.raises(InputError, match="other held-out documents"):
         Results(tmp_path / "runs").bind(other)
+    again = write_prepared(tmp_path / "again")
+    assert training_digest(again) == training_digest(data.directory)
+    assert training_digest(again) != training_digest(other.directory)
     origins = Results(tmp_path / "runs").held_out()["origins"]
     assert origins["test"] == {"ones": [0, 1, 2], "threes": [0, 1, 2]}
 

@@ -105,6 +105,16 @@ def describe_held_out(data: PreparedData) -> dict[str, Any]:
     return {"digest": _digest(digests), "origins": origins}
 
 
+def training_digest(data: Path) -> str:
+    """What identifies the training instances of prepared data, and their order.
+
+    Neighbours are found in float32, so another processor may order the same documents differently.
+    """
+    manifest = PreparedData.open(data).manifest
+    names = manifest.names("train/")
+    return _digest({name: manifest.files[name]["sha256"] for name in names})
+
+
 def _digest(value: Any) -> str:
     import hashlib
 

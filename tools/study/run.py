@@ -17,7 +17,7 @@ from lory_jax.errors import InputError
 from lory_jax.evaluation.held_out import read_instances
 from lory_jax.run.directory import RunDirectory
 from tools.study.queue import Job
-from tools.study.results import Results
+from tools.study.results import Results, training_digest
 
 DIVERGED = 3  # exit status of train
 POLL_SECONDS = 0.2
@@ -45,6 +45,7 @@ class Runner:
       splits: the held-out sets that the data have.
       stop: when it is set, the run under way is saved and `Stopped` is raised.
       modules: what is run to train, to evaluate and to measure.
+      digest: what identifies training data, by their directory.
     """
 
     recipe: str
@@ -54,6 +55,7 @@ class Runner:
     splits: tuple[str, ...]
     stop: threading.Event
     modules: Mapping[str, str] = field(default_factory=lambda: MODULES)
+    digest: Callable[[Path], str] = training_digest
 
     def run(self, job: Job, settings: Mapping[str, Any], core: int) -> None:
         """Makes or resumes a run and writes its result.
@@ -70,9 +72,9 @@ class Runner:
             flags.append(f"--init_from={self.work / job.parent}")
         status = self._process("train", job, core, *flags, f"--workdir={workdir}")
         if status == DIVERGED:
-            self.results.write(_describe(job, settings) | {"status": "diverged"}, {})
+            self.results.write(self._describe(job, settings, data) | {"status": "diverged"}, {})
         elif job.trial is not None:
-            self.results.write(_describe(job, settings) | trial_result(workdir), {})
+            self.results.write(self._describe(job, settings, data) | trial_result(workdir), {})
         else:
             self._measure(job, settings, core, workdir, data)
         if not job.keeps_run:
@@ -100,9 +102,23 @@ class Runner:
             wanted = [f"--{name}" for name in job.measures if name == "routing"]
             where = (f"--workdir={workdir}", f"--data={data}", f"--out={measured}")
             self._process("measure", job, core, *where, *wanted)
-        record = _describe(job, settings) | {"status": "finished", "losses": losses}
+        record = self._describe(job, settings, data) | {"status": "finished", "losses": losses}
         record |= json.loads(measured.read_text("utf-8")) | {"evaluation_seconds": seconds}
         self.results.write(record, instances)
+
+    def _describe(self, job: Job, settings: Mapping[str, Any], data: Path) -> dict[str, Any]:
+        """What a result says about its run, before it is measured."""
+        return {
+            "id": job.id,
+            "kind": "run" if job.trial is None else "trial",
+            "arm": job.source.name,
+            "family": job.family,
+            "seed": job.seed,
+            "corpus": job.corpus,
+            "data": job.data[1],
+            "training_digest": self.digest(data),
+            "settings": dict(settings),
+        }
 
     def _evaluations(self, job: Job) -> dict[str, list[str]]:
         """The flags of every evaluation of an arm."""
@@ -153,18 +169,4 @@ def trial_result(workdir: Path) -> dict[str, Any]:
         "steps": lines[-1]["step"],
         "step_seconds": statistics.median(line["step_seconds"] for line in lines),
         "losses": {"validation": lines[-1]["validation_loss_by_domain"]},
-    }
-
-
-def _describe(job: Job, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a result says about its run, before it is measured."""
-    return {
-        "id": job.id,
-        "kind": "run" if job.trial is None else "trial",
-        "arm": job.source.name,
-        "family": job.family,
-        "seed": job.seed,
-        "corpus": job.corpus,
-        "data": job.data[1],
-        "settings": dict(settings),
     }
