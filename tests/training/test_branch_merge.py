@@ -90,6 +90,7 @@ def test_two_domains_trained_apart_become_one_model(tmp_path, monkeypatch):
     # It begins with what its branches know, and has experts from the first step on.
     assert trained[0]["loss"] < start[0]["loss"] - 0.5
     assert trained[0]["experts_active"] is not None
-    assert trained[-1]["loss"] < trained[0]["loss"]
+    means = [np.mean([line["loss"] for line in lines]) for lines in (start, trained)]
+    assert means[1] < means[0] - 0.5
     router = lory_jax.load(tmp_path / "trained").params["layers"]["ffn"]["router"]
     assert np.any(router != ffn["router"])
