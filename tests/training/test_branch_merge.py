@@ -1,7 +1,6 @@
 """Several dense runs become the experts of one model: real runs, and what they must agree on."""
 
 import dataclasses
-import json
 
 import jax
 import numpy as np
@@ -9,9 +8,11 @@ import pytest
 
 import lory_jax
 from lory_jax.errors import ConfigError
+from lory_jax.training import loop
 from lory_jax.training.branch_merge import check_branches, merge_branches
+from tests.support.in_process import NoSignal, train
 from tests.support.models import assert_close, forward, params_of, random_tokens, tiny_config
-from tests.support.tiny import assert_one_line_error, verb, write_prepared, write_recipe
+from tests.support.tiny import write_prepared, write_recipe
 
 DENSE = tiny_config(num_experts=0, num_layers=4)
 
@@ -65,40 +66,31 @@ def test_models_that_cannot_have_branches_are_refused(fields, message):
         check_branches([DENSE, tiny_config()], tiny_config(num_experts=2))
 
 
-def test_two_domains_trained_apart_become_one_model(tmp_path):
+def test_two_domains_trained_apart_become_one_model(tmp_path, monkeypatch):
     """One dense start, one run on each domain, and one model of both after a few steps more."""
-    recipe = write_recipe(tmp_path)
-    data = write_prepared(tmp_path / "data", with_domains=True)
-
-    def train(workdir, experts, *more):
-        return verb(
-            "train",
-            f"--config={recipe}:experts={experts}",
-            f"--data={data}",
-            f"--workdir={tmp_path / workdir}",
-            *more,
-        )
-
-    assert train("start", 0).returncode == 0
-    for domain in ("ones", "threes"):
-        start = f"--init_from={tmp_path / 'start'}"
-        result = train(domain, 0, start, f"--config.data.mixture={domain}=1")
-        assert result.returncode == 0, result.stderr
-    both = f"--init_from={tmp_path / 'ones'},{tmp_path / 'threes'}"
-    assert_one_line_error(train("wrong", 4, both), 2, "config.model.num_experts", "must be 2")
-    merged = train("both", 2, both, "--config.train.learning_rate=0", "--config.train.steps=1")
-    assert merged.returncode == 0, merged.stderr
-    ffn = lory_jax.load(tmp_path / "both").params["layers"]["ffn"]
-    for expert, domain in enumerate(("ones", "threes")):
-        own = lory_jax.load(tmp_path / domain).params["layers"]["ffn"]
+    monkeypatch.setattr(loop, "StopRequest", NoSignal)
+    write_recipe(tmp_path)
+    write_prepared(tmp_path / "data", with_domains=True)
+    few = {"train__validate_every_steps": 100, "checkpoint__every_steps": 100}
+    start = train(tmp_path, tmp_path / "start", experts=0, **few)
+    domains = ("ones", "threes")
+    for domain in domains:
+        fields = {**few, "data__mixture": f"{domain}=1"}
+        train(tmp_path, tmp_path / domain, experts=0, init_from=(tmp_path / "start",), **fields)
+    branches = tuple(tmp_path / domain for domain in domains)
+    with pytest.raises(ConfigError, match="num_experts: got 4; must be 2"):
+        train(tmp_path, tmp_path / "wrong", init_from=branches)
+    still = {**few, "train__learning_rate": 0, "train__steps": 1}
+    train(tmp_path, tmp_path / "merged", experts=2, init_from=branches, **still)
+    ffn = lory_jax.load(tmp_path / "merged").params["layers"]["ffn"]
+    for expert, branch in enumerate(branches):
+        own = lory_jax.load(branch).params["layers"]["ffn"]
         np.testing.assert_array_equal(ffn["gate"][:, expert], own["gate"])
-    trained = train("trained", 2, both)
-    assert trained.returncode == 0, trained.stderr
-    lines = (tmp_path / "trained" / "metrics.jsonl").read_text().splitlines()
-    losses = [json.loads(line)["loss"] for line in lines]
-    start_losses = (tmp_path / "start" / "metrics.jsonl").read_text().splitlines()
+    trained = train(tmp_path, tmp_path / "trained", experts=2, init_from=branches, **few)
     # It begins with what its branches know, and has experts from the first step on.
-    assert losses[0] < json.loads(start_losses[0])["loss"] - 0.5
-    assert json.loads(lines[0])["experts_active"] is not None
+    assert trained[0]["loss"] < start[0]["loss"] - 0.5
+    assert trained[0]["experts_active"] is not None
+    means = [np.mean([line["loss"] for line in lines]) for lines in (start, trained)]
+    assert means[1] < means[0] - 0.5
     router = lory_jax.load(tmp_path / "trained").params["layers"]["ffn"]["router"]
     assert np.any(router != ffn["router"])

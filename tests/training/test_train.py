@@ -121,35 +121,6 @@ def test_killed_and_resumed_equals_never_stopped(site, kill_after, routing):
         assert ("load_violation" in last) == (routing in (*TOKEN_CHOICE, *GATED))
 
 
-# Beyond the paper, all at once.
-VARIANT = ("token_deltas=2", "expert_layers=every_second", "expert_rank=2")
-
-
-def test_a_variant_killed_and_resumed_equals_never_stopped(site):
-    """Killed where segments have another length than at the end."""
-    directory, _ = site
-    more = [f"--config.model.{field}" for field in VARIANT]
-    more.append("--config.train.segment_schedule=12:0.8")
-    assert verb("train", *arguments(directory, "variant", *more)).returncode == 0
-    process = subprocess.Popen(
-        verb_command("train", *arguments(directory, "killed-variant", *more)),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=verb_environment(),
-    )
-    wait_for_lines(directory / "killed-variant" / "metrics.jsonl", 7, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    resumed = verb("train", *arguments(directory, "killed-variant", *more))
-    assert resumed.returncode == 0, resumed.stderr
-    assert_same_run(directory / "variant", directory / "killed-variant")
-    other = verb(
-        "train",
-        *arguments(directory, "from-variant", f"--init_from={directory / 'variant'}"),
-    )
-    assert_one_line_error(other, 2, "init_from", *(f"config.model.{f}" for f in VARIANT))
-
-
 def test_interrupt_saves_and_resumes(site):
     directory, _ = site
     workdir = directory / "interrupted"

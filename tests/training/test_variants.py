@@ -1,14 +1,19 @@
 """Training the models beyond the paper: on several devices, from dense models, and grown."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lory_jax.errors import ConfigError
 from lory_jax.parallel import make_mesh
+from lory_jax.training import loop
 from lory_jax.training.state import new_state
 from lory_jax.training.step import make_train_step
 from lory_jax.training.upcycle import grow, make_upcycle
+from tests.support.in_process import NoSignal, train
 from tests.support.models import (
     assert_close,
     assert_trees_close,
@@ -18,7 +23,7 @@ from tests.support.models import (
     random_tokens,
     tiny_config,
 )
-from tests.support.tiny import run_worker
+from tests.support.tiny import run_worker, write_prepared, write_recipe
 from tests.support.variants import VARIANTS
 
 TOLERANCE = 2e-5  # float32, on the scale of each parameter; sums run in another order
@@ -102,3 +107,36 @@ def test_low_rank_experts_of_an_upcycled_model_part_at_once():
     for name in ("gate_b", "up_b", "down_b"):
         w_ExP = np.asarray(state["params"]["layers"]["ffn"][name][0]).reshape(4, -1)
         assert np.abs(np.corrcoef(w_ExP) - np.eye(4)).max() < 0.9
+
+
+def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path, monkeypatch):
+    """Everything at once; resumed in the dense phase, and where segments still have 12 tokens."""
+    monkeypatch.setattr(loop, "StopRequest", NoSignal)
+    write_recipe(tmp_path)
+    write_prepared(tmp_path / "data")
+    fields = {
+        "model__expert_layers": "every_second",
+        "model__expert_rank": 2,
+        "model__shared_expert": True,
+        "model__token_deltas": 2,
+        "train__segment_schedule": "12:0.8",
+        "train__steps": 10,
+        "train__validate_every_steps": 100,
+        "checkpoint__every_steps": 2,
+        "checkpoint__keep": 99,
+    }
+    whole = train(tmp_path, tmp_path / "whole", **fields)
+    for step in (2, 6):
+        resumed = tmp_path / f"resumed-{step}"
+        shutil.copytree(tmp_path / "whole", resumed)
+        for checkpoint in (resumed / "checkpoints").iterdir():
+            if checkpoint.name.isdigit() and int(checkpoint.name) > step:
+                shutil.rmtree(checkpoint)
+        lines = train(tmp_path, resumed, **fields)
+        assert [line["step"] for line in lines] == list(range(1, 11))
+        for name in ("loss", "grad_norm", "router_entropy"):
+            assert [line[name] for line in lines] == [line[name] for line in whole], (step, name)
+    other = {name: value for name, value in fields.items() if "expert_" not in name}
+    message = "config.model.expert_layers=every_second config.model.expert_rank=2$"
+    with pytest.raises(ConfigError, match=message):
+        train(tmp_path, tmp_path / "other", init_from=(tmp_path / "whole",), **other)
