@@ -119,7 +119,7 @@ def traced_chip() -> Chip:
 
 def vmem_budget(capacity: int) -> int:
     """Bytes of on-chip memory that a kernel's blocks may use."""
-    return min(capacity * 7 // 8, 106 * MIB)
+    return min(capacity - 4 * MIB, 106 * MIB)
 
 
 def vmem_limit(capacity: int) -> int:
