@@ -17,8 +17,8 @@ from tests.support.tiny import verb, write_recipe
 
 ARCHIVE = Path(__file__).parent / "earlier" / "prepared_by_a8b7418.tar.gz"
 WORDS = {
-    "code": "def return self import class None while yield lambda".split(),
-    "prose": "the river was slow and quiet under an old bridge".split(),
+    "code": ["def", "return", "self", "import", "class", "None", "while", "yield", "lambda"],
+    "prose": ["the", "river", "was", "slow", "and", "quiet", "under", "an", "old", "bridge"],
 }
 SETTINGS = [
     "--config.model.vocab_size=300",
