@@ -10,6 +10,7 @@ manifests, which hold the SHA-256 of every file. The marker of a finished task m
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -64,8 +65,12 @@ class Trial:
         return hashlib.sha256(contents).hexdigest()
 
     def markers(self, name: str) -> dict[str, bytes]:
-        work = self.scratch / f"{name}.tmp-prepare"
-        return {str(path): path.read_bytes() for path in work.glob("*/*.json")}
+        """The markers of finished tasks; a running process removes all of them at its end."""
+        found = {}
+        for path in (self.scratch / f"{name}.tmp-prepare").glob("*/*.json"):
+            with contextlib.suppress(FileNotFoundError):
+                found[str(path)] = path.read_bytes()
+        return found
 
     def kill(self, name: str, engine: tuple[str, list[str]], rng: random.Random, most: int) -> None:
         """Starts, waits for some new markers and a moment more, and kills all its processes."""

@@ -359,6 +359,7 @@ def test_two_processes_give_the_losses_of_one(site, one_process):
     assert_same(losses(site / "two"), one_process)
 
 
+@pytest.mark.slow
 def test_if_one_process_dies_all_start_again(site, one_process):
     words = [*command(site, "killed", "--processes=2"), "--config.train.log_every_steps=1"]
     process = subprocess.Popen(
@@ -420,6 +421,7 @@ def test_a_signal_saves_and_stops(site):
     assert list((site / "stopped" / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_slurm_variables_place_the_processes(site, tmp_path, one_process):
     """One task a host, as srun starts them; here both hosts are this one."""
     (tmp_path / "scontrol").write_text("#!/bin/sh\necho localhost\necho other\n")

@@ -85,6 +85,7 @@ def test_not_prepared(store):
         PreparedData.open(f"{bucket}/nothing")
 
 
+@pytest.mark.parametrize("store", ["gs", pytest.param("s3", marks=pytest.mark.slow)], indirect=True)
 def test_a_killed_run_in_the_bucket_resumes_as_one_never_stopped(store):
     bucket, directory = store
     whole = directory / "whole"

@@ -31,7 +31,7 @@ from lory_jax.planning.topology import Device
 
 TARGET = 'custom_call_target="tpu_custom_call"'
 ALONE = "ffi_call"  # what the compiler calls the call in a program that holds nothing else
-VERSION = 2  # of how a price is made; another one makes the kept prices void
+VERSION = 3  # of how a price is made; another one makes the kept prices void
 
 _ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
 
@@ -161,7 +161,8 @@ def _compile_and_price(
         try:
             cost = read_kernel(directory, ALONE, work.conditions)
         except PartsDiffer:
-            always = len(work.conditions)
+            # The compiler folded some of them; those that always run are counted as they are.
+            always = sum(share != 1 for share in work.conditions)
             cost = read_kernel(directory, ALONE)
         except ValueError as error:
             return price_of(work, None, device, always, str(error))

@@ -28,23 +28,24 @@ def leaf_centres(
       seed: decides the first centres.
     """
     scale = num_documents / len(vectors_SxD)
+    return np.stack(_split(vectors_SxD, scale, largest, seed % 2**16))
 
-    def split(rows: np.ndarray, seed: int) -> list[np.ndarray]:
-        stands_for = len(rows) * scale
-        if stands_for <= largest or len(rows) < FEWEST_IN_SAMPLE:
-            return [_centre(vectors_SxD[rows])]
-        parts = min(WIDEST, 1 + int(stands_for // largest))
-        labels = kmeans(vectors_SxD[rows], parts, seed)
-        if len(set(labels.tolist())) == 1:  # equal vectors
-            return [_centre(vectors_SxD[rows])]
-        return [
-            centre
-            for part in range(parts)
-            if (labels == part).any()
-            for centre in split(rows[labels == part], seed * WIDEST + part + 1)
-        ]
 
-    return np.stack(split(np.arange(len(vectors_SxD)), seed % 2**16))
+def _split(vectors_SxD: np.ndarray, scale: float, largest: int, seed: int) -> list[np.ndarray]:
+    """The centres of the leaves of one node, each of whose rows stands for `scale` documents."""
+    stands_for = len(vectors_SxD) * scale
+    if stands_for <= largest or len(vectors_SxD) < FEWEST_IN_SAMPLE:
+        return [_centre(vectors_SxD)]
+    parts = min(WIDEST, 1 + int(stands_for // largest))
+    labels = kmeans(vectors_SxD, parts, seed)
+    if len(set(labels.tolist())) == 1:  # equal vectors
+        return [_centre(vectors_SxD)]
+    return [
+        centre
+        for part in range(parts)
+        if (labels == part).any()
+        for centre in _split(vectors_SxD[labels == part], scale, largest, seed * WIDEST + part + 1)
+    ]
 
 
 def kmeans(vectors_SxD: np.ndarray, parts: int, seed: int) -> np.ndarray:

@@ -270,6 +270,7 @@ def test_a_dense_start_evaluates_and_goes_back(hf, data, tmp_path):
     np.testing.assert_array_equal(their_logits(tmp_path / "back", tokens), their_logits(hf, tokens))
 
 
+@pytest.mark.slow
 def test_training_starts_from_it(start, hf, data, tmp_path):
     recipe = write_recipe(tmp_path)
     common = [f"--data={data}", f"--workdir={tmp_path / 'W'}", "--config.train.steps=20"]

@@ -111,7 +111,12 @@ def data(tmp_path_factory):
     return write_prepared(tmp_path_factory.mktemp("families") / "data")
 
 
-@pytest.mark.parametrize("family", ["attention_bias", "mlp_bias", "qwen2", "nemo", "yarn"])
+MORE = ["attention_bias", "mlp_bias", "qwen2", "yarn"]
+
+
+@pytest.mark.parametrize(
+    "family", ["nemo", *(pytest.param(f, marks=pytest.mark.slow) for f in MORE)]
+)
 def test_upcycled_and_trained(family, data, tmp_path):
     """Four copies compute what the model did, train, and are exported as the family again."""
     save(tmp_path / "hf", *FAMILIES[family])

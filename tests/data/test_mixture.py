@@ -117,7 +117,7 @@ def test_any_number_of_processes_sees_the_same_mixture(directory, weights, seed,
         assert [[row for part in parts for row in part[s]] for s in range(3)] == expected
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(WEIGHTS, st.integers(0, 1000))
 def test_the_shares_are_those_asked_for_and_epochs_are_whole(directory, weights, seed):
     mixture = ",".join(f"{name}={weight}" for name, weight in weights.items())

@@ -22,7 +22,7 @@ PARTS = (
 )
 
 
-@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_all_checks_pass_on_cpus(count, tmp_path):
     result = subprocess.run(
         verb_command("doctor", f"--scratch={tmp_path}"),

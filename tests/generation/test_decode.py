@@ -141,8 +141,20 @@ def test_decoding_with_an_adapted_router_equals_the_forward_pass(fields):
     assert np.abs(one - other).max() > 1e-2
 
 
-@pytest.mark.parametrize("ffn", ["merged", "experts"])
-@pytest.mark.parametrize("routing", ["prompt", "segment"])
+@pytest.mark.parametrize(
+    ("routing", "ffn"),
+    [
+        ("segment", "merged"),
+        *(
+            pytest.param(routing, ffn, marks=pytest.mark.slow)
+            for routing, ffn in [
+                ("prompt", "merged"),
+                ("prompt", "experts"),
+                ("segment", "experts"),
+            ]
+        ),
+    ],
+)
 @pytest.mark.parametrize(
     "fields",
     [
@@ -178,7 +190,12 @@ def test_decoding_with_the_two_largest_experts_equals_the_forward_pass(params, r
 
 
 @pytest.mark.parametrize(
-    ("routing", "ffn"), [("prompt", "merged"), ("segment", "merged"), ("segment", "experts")]
+    ("routing", "ffn"),
+    [
+        ("segment", "merged"),
+        ("segment", "experts"),
+        pytest.param("prompt", "merged", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 def test_decoding_a_variant_equals_the_forward_pass(fields, routing, ffn):

@@ -14,7 +14,10 @@ def corpus(tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("corpus") / "documents")
 
 
-@pytest.mark.parametrize(("scheme", "where"), [("s3", "out"), ("gs", "out and work")])
+STORES = [("s3", "out and work"), pytest.param("gs", "out", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("scheme", "where"), STORES)
 def test_an_object_store_gets_the_same_bytes(corpus, tmp_path, monkeypatch, scheme, where):
     expected = prepare_here(corpus, tmp_path / "data", *SHARDED, "--workers=1")
     monkeypatch.setattr(inputs, "TASK_BYTES", TASK_BYTES)

@@ -122,10 +122,10 @@ def verb_environment() -> dict[str, str]:
     return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUMPY_RANK_PROMOTION": "raise"}
 
 
-def run_worker(name: str) -> Any:
+def run_worker(name: str, *arguments: str) -> Any:
     """The JSON that a script of tests/ prints, in a process with fake devices of its own."""
     result = subprocess.run(
-        [sys.executable, "-m", f"tests.support.{name}"],
+        [sys.executable, "-m", f"tests.support.{name}", *arguments],
         capture_output=True,
         text=True,
         timeout=1800,

@@ -210,6 +210,7 @@ def test_a_real_run_from_training_to_its_result(tmp_path):
     assert not (runner.work / "lory-s0").exists()
 
 
+@pytest.mark.slow
 def test_a_real_finishing_phase_starts_from_its_parent_and_keeps_few_experts(tmp_path):
     """Without a learning rate, a child is its parent, evaluated with as many experts."""
     recipe = str(write_recipe(tmp_path))

@@ -192,7 +192,9 @@ def test_the_page_of_what_is_beyond_the_paper_compares_with_the_recipe(tmp_path)
     beyond.write_page(tmp_path / "study", page)
     text = page.read_text()
     assert "model.routing_source=average | -0.0" in text and "old" not in text
-    assert "Without runs so far: source_cumulative, source_attention." in text
+    missing = text.split("Without runs so far: ")[1].split(".\n")[0].split(", ")
+    of_stage = {arm.name for arm in arms.ARMS if arm.stage == "beyond"}
+    assert {*missing} == of_stage - {"source_average"} and "source_attention" in missing
     assert text.startswith("before\n") and text.endswith("after\n")
 
 

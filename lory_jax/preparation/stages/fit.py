@@ -5,6 +5,7 @@ lowest rank, which is a random sample.
 """
 
 from dataclasses import fields
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,10 +77,16 @@ def load_tokenizer(work: Work) -> Tokenizer:
 
 def _read_tokenizer(path: Path) -> Tokenizer:
     """Reads a tokenizer of the work directory, which may be in an object store."""
-    declared, special = path.with_name(SPECIAL_TOKENS_NAME), None
-    if declared.exists():
-        special = SpecialTokens.from_json(declared.read_bytes().decode(), str(declared))
-    return Tokenizer(path.read_bytes().decode(), str(path), special)
+    declared = path.with_name(SPECIAL_TOKENS_NAME)
+    special = declared.read_bytes().decode() if declared.exists() else ""
+    return _tokenizer(path.read_bytes().decode(), str(path), special, str(declared))
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(text: str, name: str, special: str, special_name: str) -> Tokenizer:
+    """One tokenizer for all tasks of a process: making another leaves some memory behind."""
+    declared = SpecialTokens.from_json(special, special_name) if special else None
+    return Tokenizer(text, name, declared)
 
 
 def load_embedder(work: Work) -> "Embedder | SentenceEncoder | None":
