@@ -9,12 +9,11 @@ from ml_collections import ConfigDict
 
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.flops import flops_per_token, peak_flops
-from lory_jax.planning import store
+from lory_jax.planning import kernels, store
 from lory_jax.planning.collectives import bytes_by_kind_and_axis, find_collectives
 from lory_jax.planning.cycles import count_cycles
 from lory_jax.planning.gpus import Gpu
 from lory_jax.planning.hlo import Executions, Module, executions, parse
-from lory_jax.planning.kernels import Price, price_kernels
 from lory_jax.planning.program import compile_lowered, lower_step
 from lory_jax.planning.roofline import roofline
 from lory_jax.planning.topology import Device
@@ -71,7 +70,8 @@ def plan_step(
     if is_kept:
         text = traced.lowered.as_text()
         # What a result depends on beside the program: who compiles and who reads it.
-        key = json.dumps([text, repr(device), dict(mesh.shape), VERSION, store.versions()])
+        versions = [VERSION, kernels.VERSION, store.versions()]
+        key = json.dumps([text, repr(device), dict(mesh.shape), *versions])
         if (kept := store.load("steps", key)) is not None:
             return dict(kept)
     program = compile_lowered(traced)
@@ -128,7 +128,7 @@ def read_program(text: str, config: ConfigDict, mesh: Mesh, device: Device | Gpu
 
 
 def _on_tpus(module: Module, runs: Executions, device: Device) -> dict[str, Any]:
-    prices = price_kernels(module, runs, device)
+    prices = kernels.price_kernels(module, runs, device)
     cycles = count_cycles(module, runs, device, prices)
     return {
         "cycles": {**cycles.compiler, "total": cycles.compiler_total},
@@ -153,7 +153,7 @@ def _on_gpus(module: Module, runs: Executions, gpu: Gpu) -> dict[str, Any]:
     }
 
 
-def described(price: Price) -> dict[str, Any]:
+def described(price: kernels.Price) -> dict[str, Any]:
     """The price of one call of a kernel, as a plan holds it."""
     return {
         "cycles": price.cycles,
