@@ -20,6 +20,7 @@ from tables import ROOT, markdown, replace_marked, write
 PLANS, PAGE = ROOT / "docs" / "plans", ROOT / "docs" / "scaling.md"
 
 LONG_SEGMENTS = ("--config.model.segment_length=512",)
+KEEP_HIDDEN = ("--config.model.remat=attention+hidden",)
 
 CASES: list[tuple[str, int, str, tuple[str, ...]]] = [
     ("lory_0_3b", 8, "v5e-64", ()),
@@ -29,6 +30,7 @@ CASES: list[tuple[str, int, str, tuple[str, ...]]] = [
     ("lory_0_3b", 8, "v5e-64", LONG_SEGMENTS),
     ("lory_0_3b", 32, "v5e-64", LONG_SEGMENTS),
     ("lory_1_5b", 32, "v5p-128", ()),
+    ("lory_1_5b", 32, "v5p-128", KEEP_HIDDEN),
     ("lory_1_5b", 32, "v6e-64", ()),
 ]
 GPU_CASES: list[tuple[str, int, str, tuple[str, ...]]] = [
@@ -38,8 +40,18 @@ GPU_CASES: list[tuple[str, int, str, tuple[str, ...]]] = [
     ("lory_0_3b", 8, "a100-8", ()),
     ("lory_0_3b", 8, "h200-8", ()),
 ]
-SUFFIXES = {(): "", LONG_SEGMENTS: "_t512", ("--config.model.merged_ffn=blocks",): "_blocks"}
-LABELS = {"": "", "_t512": ", T=512", "_blocks": ", blocks"}
+SUFFIXES = {
+    (): "",
+    LONG_SEGMENTS: "_t512",
+    KEEP_HIDDEN: "_hidden",
+    ("--config.model.merged_ffn=blocks",): "_blocks",
+}
+LABELS = {
+    "": "",
+    "_t512": ", T=512",
+    "_hidden": ", remat=attention+hidden",
+    "_blocks": ", blocks",
+}
 SIZES = {"lory_0_3b": "0.3B", "lory_1_5b": "1.5B"}
 
 
