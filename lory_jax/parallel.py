@@ -32,6 +32,7 @@ RULES: Mapping[str, MeshAxes] = {
     "experts": (),
     "router_experts": (),
     "rank": (),
+    "factor_mlp": ("fsdp", "tensor"),  # F beside a rank: nothing else of a factor can be sharded
     "attention_embed": ("fsdp", "tensor"),
     "heads": (),
     "tensor_heads": ("tensor",),

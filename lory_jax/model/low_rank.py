@@ -31,8 +31,10 @@ from lory_jax.model.experts import BIASES, DENSE_AXES, MATRICES
 from lory_jax.model.merged_ffn import SAVED_HIDDEN
 
 # The logical axes of both factors of every delta.
-FACTOR_AXES = {f"{name}_a": ("experts", axes[0], "rank") for name, axes in DENSE_AXES.items()}
-FACTOR_AXES |= {f"{name}_b": ("experts", "rank", axes[1]) for name, axes in DENSE_AXES.items()}
+_FACTOR_AXIS = {"embed": "embed", "mlp": "factor_mlp"}
+FACTOR_AXES = {
+    f"{name}_a": ("experts", _FACTOR_AXIS[axes[0]], "rank") for name, axes in DENSE_AXES.items()
+} | {f"{name}_b": ("experts", "rank", _FACTOR_AXIS[axes[1]]) for name, axes in DENSE_AXES.items()}
 
 
 def shared_by_experts(ffn: Mapping[str, Array]) -> tuple[str, ...]:
