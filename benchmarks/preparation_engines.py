@@ -79,7 +79,8 @@ class Trial:
         while process.poll() is None and len(self.markers(name)) < wanted:
             time.sleep(0.1)
         time.sleep(3 * rng.random())
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has finished meanwhile
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
