@@ -19,7 +19,8 @@ PYTHON = """#!/usr/bin/env bash
 here=$(cd "$(dirname "$0")/../.." && pwd)
 [ "$1" != -m ] && exec {python} "$@"
 [ "$2" = pip ] && {{ echo "no pip in tests" >&2; exit 9; }}
-{{ printf '<%s>' "$@"; echo; }} >>"$here/started"
+line=$(printf '<%s>' "$@")
+echo "$line" >>"$here/started"  # at once: two verbs may start at the same time
 play="$here/plays/${{2#lory_jax.}}"
 if [ -f "$play" ]; then source "$play"; fi
 """

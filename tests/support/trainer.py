@@ -5,7 +5,6 @@ import sys
 import time
 from types import FrameType
 
-
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
