@@ -4,7 +4,7 @@ Broadcasting over missing dimensions must be explicit: a wrong rank raises.
 
 Nearly all the time of the tests goes into compiling tiny programs once, so XLA optimises them less
 than a user's, here and in every process that a test starts. With `XLA_FLAGS=` (or any flags) in the
-environment, the tests run what users run, and take half as long again.
+environment, the tests run what users run.
 """
 
 import os

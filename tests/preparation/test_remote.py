@@ -14,7 +14,11 @@ def corpus(tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("corpus") / "documents")
 
 
-STORES = [("s3", "out and work"), pytest.param("gs", "out", marks=pytest.mark.slow)]
+MORE_STORES = [
+    pytest.param(*case, marks=pytest.mark.slow)
+    for case in (("s3", "out"), ("gs", "out"), ("gs", "out and work"))
+]
+STORES = [("s3", "out and work"), *MORE_STORES]
 
 
 @pytest.mark.parametrize(("scheme", "where"), STORES)

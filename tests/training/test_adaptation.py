@@ -62,6 +62,11 @@ def probabilities_of(config, params, tokens):
 
 
 BIASED = [(routing, 3) for routing in TOKEN_CHOICE] + [("dropless_top2", 1)]
+BIASED += [
+    pytest.param(routing, 1, marks=pytest.mark.slow)
+    for routing in TOKEN_CHOICE
+    if routing != "dropless_top2"
+]
 
 
 @pytest.mark.parametrize(("routing", "microbatches"), BIASED)

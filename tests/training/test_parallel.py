@@ -61,7 +61,10 @@ def test_losses_gradients_and_updates_equal_one_device(report, model, mesh):
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "mesh"), MORE, ids=str)
 def test_more_models_and_meshes_equal_one_device(more, model, mesh):
-    assert_equals_one_device(more[model][str(mesh)])
+    got = more[model][str(mesh)]
+    assert_equals_one_device(got)
+    assert got["donated"] and got["compilations"] == 1
+    assert_sharded(got, model, mesh)
 
 
 @pytest.mark.parametrize(("model", "mesh"), CASES, ids=str)
@@ -103,15 +106,19 @@ def fraction(name: str, fsdp: int, tensor: int) -> float:
     return 1 / fsdp if "router" in name else 1 / (fsdp * tensor)
 
 
-@pytest.mark.parametrize(("model", "mesh"), CASES, ids=str)
-def test_parameters_and_both_moments_are_sharded(report, model, mesh):
+def assert_sharded(got, model, mesh):
     _, fsdp, tensor = mesh
-    for part, leaves in report[model][str(mesh)]["fraction"].items():
+    for part, leaves in got["fraction"].items():
         assert len(leaves) - count_adapted(leaves) == (
             12 if model.startswith("dense") or "tied" in model else 13
         )
         for name, got in leaves.items():
             assert got == fraction(name, fsdp, tensor), (part, name)
+
+
+@pytest.mark.parametrize(("model", "mesh"), CASES, ids=str)
+def test_parameters_and_both_moments_are_sharded(report, model, mesh):
+    assert_sharded(report[model][str(mesh)], model, mesh)
 
 
 def test_initial_and_upcycled_states_do_not_depend_on_the_mesh(report):
