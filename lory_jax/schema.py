@@ -190,6 +190,14 @@ SCHEMA: dict[str, dict[str, Field]] = {
             "blocks",
             "kernel",
         ),
+        "grouped_product": choice_field(
+            "dropless baselines: ragged is JAX's ragged_dot, blocks pads each expert's tokens to "
+            "blocks of 64; auto is blocks on CPUs, where ragged_dot multiplies with all experts",
+            "auto",
+            "ragged",
+            "blocks",
+            may_change=True,
+        ),
         "attention_sharding": choice_field(
             "what is split over the mesh axis tensor: sequences, or heads (for more devices than "
             "sequences)",

@@ -357,7 +357,12 @@ def test_the_model_has_the_fields_of_the_schema_and_no_defaults():
 
 
 def test_a_resumed_run_may_change_how_it_is_computed_logged_and_saved():
-    assert fields_where("model", may_change=True) == ["remat", "attention", "attention_sharding"]
+    assert fields_where("model", may_change=True) == [
+        "remat",
+        "attention",
+        "grouped_product",
+        "attention_sharding",
+    ]
     assert fields_where("train", may_change=True) == [
         "microbatches",
         "log_every_steps",

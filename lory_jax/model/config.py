@@ -10,6 +10,7 @@ from lory_jax.model.attention import AttentionShape, resolve_attention
 from lory_jax.model.merged_ffn import resolve_merged_ffn
 from lory_jax.model.rope import Rope
 from lory_jax.model.routing_rules import SPARSE, TOKEN_CHOICE
+from lory_jax.model.sparse.dropless import resolve_grouped_product
 
 GATED_PARAMETERS = {"remoe": "l1_weight", "expert_threshold": "threshold"}
 
@@ -67,6 +68,7 @@ class ModelConfig:
     remat: str
     attention: str
     merged_ffn: str
+    grouped_product: str
     attention_sharding: str
     document_mask: bool
     bos_id: int
@@ -104,7 +106,8 @@ class ModelConfig:
                 jnp.dtype(fields["compute_dtype"]).itemsize,
                 fields["mlp_bias"],
             )
-        resolved = {"attention": attention, "merged_ffn": ffn}
+        grouped_product = resolve_grouped_product(fields["grouped_product"], platform)
+        resolved = {"attention": attention, "merged_ffn": ffn, "grouped_product": grouped_product}
         resolved |= {"num_kv_heads": num_kv_heads, "head_dim": head_dim}
         return cls(**{**fields, **resolved})
 

@@ -26,7 +26,7 @@ from lory_jax.model.merged_ffn import apply_ffn, merge_experts, merged_ffn
 from lory_jax.model.parameters import Initializer
 from lory_jax.model.routing import Routed, Routing
 from lory_jax.model.routing_rules import DROPLESS, GATED, MERGED, SPARSE, TOKEN_CHOICE
-from lory_jax.model.sparse import capacity, gated
+from lory_jax.model.sparse import capacity, dropless, gated
 from lory_jax.model.sparse.adaptation import UNSET, declare_adapted
 from lory_jax.parallel import constrain
 
@@ -316,4 +316,6 @@ class SparseFFN(MergedFFN):
         weights_BxLxk, experts_BxLxk = (
             jnp.repeat(of_units, T, axis=1)[:, :L] for of_units in self.chosen(p_BxUxE)
         )
-        return capacity.chosen_ffn(x_BxLxD, weights_BxLxk, experts_BxLxk, self.experts())
+        return dropless.chosen_ffn(
+            x_BxLxD, weights_BxLxk, experts_BxLxk, self.experts(), self.config.grouped_product
+        )

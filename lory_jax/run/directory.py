@@ -144,7 +144,7 @@ class RunDirectory:
         if missing:
             raise InputError(f"{self.config_file}: damaged, config.model has no {missing[0]}")
         try:
-            chosen_here = {"attention": "auto", "merged_ffn": "auto"}
+            chosen_here = dict.fromkeys(("attention", "merged_ffn", "grouped_product"), "auto")
             fields = section_defaults("model") | given | chosen_here
             check_model_fields(fields)
             return ModelConfig.for_platform(fields, jax.default_backend())

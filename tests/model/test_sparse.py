@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lory_jax.model.merged_ffn import swiglu
 from lory_jax.model.routing import Routing
 from lory_jax.model.routing_rules import DROPLESS, GATED, SPARSE, TOKEN_CHOICE
 from lory_jax.model.sparse.capacity import load_balancing_loss
+from lory_jax.model.sparse.dropless import BLOCK, block_ffn, ragged_ffn
 from lory_jax.model.sparse.gated import cutoffs
 from lory_jax.model.transformer import Block, build
 from lory_jax.training.upcycle import gradient_divisor
@@ -45,6 +48,7 @@ CASES = [
     ("dropless_top1", {"balancing": "loss_free"}),
     ("dropless_top2", {}),
     ("dropless_top2", {"balancing": "loss_free"}),
+    ("dropless_top2", {"grouped_product": "ragged"}),
     *((routing, {"experts_per_token": k}) for routing in GATED for k in (1, 2)),
 ]
 CHOICES = sparse_reference.CHOICES
@@ -125,6 +129,25 @@ def test_training_equals_loops(routing, fields):
         norm = np.linalg.norm(gradient)
         assert abs(np.sum(gradient * direction) - expected) <= GRADIENTS * norm, i
         assert (norm > 0) == (w.ndim > 1), i  # the bias alone is a vector
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    st.lists(st.integers(0, 2 * BLOCK + 1), min_size=1, max_size=5).filter(any), st.integers(0, 99)
+)
+def test_blocks_of_rows_equal_the_ragged_product(sizes, seed):
+    """Values and gradients, whatever the runs of rows are: empty, full blocks, or one more."""
+    E, A, D, F = len(sizes), sum(sizes), 3, 4
+    rng = np.random.default_rng(seed)
+    shapes = ((A, D), (E, D, F), (E, D, F), (E, F, D))
+    x, *matrices = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    upstream = jnp.asarray(rng.normal(size=(A, D)), jnp.float32)
+
+    def run(product):
+        value = lambda x, *w: jnp.sum(upstream * product(x, jnp.array(sizes), *w))  # noqa: E731
+        return product(x, jnp.array(sizes), *matrices), jax.grad(value, (0, 1, 2, 3))(x, *matrices)
+
+    assert_trees_close(run(block_ffn), run(ragged_ffn), 1e-5)
 
 
 @pytest.mark.parametrize(

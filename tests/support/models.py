@@ -24,6 +24,7 @@ def tiny_config(**fields) -> ModelConfig:
         compute_dtype="float32",
         attention="xla",
         merged_ffn="blocks",
+        grouped_product="blocks",
         vocab_size=VOCAB,
         num_layers=2,
         embed_dim=16,

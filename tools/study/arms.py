@@ -124,22 +124,22 @@ FAMILIES += [
 FAMILIES += [
     Family(
         name,
-        {EXPERTS: 8, **SCRATCH, ROUTING: routing, **more},
+        {EXPERTS: 8, **SCRATCH, ROUTING: name, **more},
         FROM_SCRATCH,
-        group=3,
-        cost=2.0,
+        group=group,
+        cost=cost,
     )
-    for name, routing, more in (
-        ("dropless_top1", "dropless_top1", {"model.balancing": "loss_free"}),
-        ("dropless_top2", "dropless_top2", {"model.balancing": "loss_free"}),
-        ("remoe", "remoe", {}),
-        ("expert_threshold", "expert_threshold", {}),
+    for name, more, group, cost in (
+        ("dropless_top1", {"model.balancing": "loss_free"}, 3, 1.3),
+        ("dropless_top2", {"model.balancing": "loss_free"}, 3, 1.5),
+        ("remoe", {}, 5, 5.0),
+        ("expert_threshold", {}, 5, 5.0),
     )
 ]
 FAMILIES += [
     Family("uniform", {EXPERTS: 8, **SCRATCH, ROUTING: "uniform"}, FROM_SCRATCH, 3, cost=1.1),
     Family(
-        "dense_total", {EXPERTS: 0, "model.mlp_dim": 704}, {RATE: RATES, START: STARTS}, 4, cost=2.5
+        "dense_total", {EXPERTS: 0, "model.mlp_dim": 704}, {RATE: RATES, START: STARTS}, 5, cost=3.5
     ),
 ]
 
@@ -165,14 +165,14 @@ ARMS = [
     Arm("prefix", "lory", {ROUTING: "prefix"}, group=2),
     Arm("expert_choice_segment", "expert_choice_segment", group=2, cost=1.2),
     Arm("expert_choice_token", "expert_choice_token", group=2, cost=1.2),
-    Arm("dropless_top1", "dropless_top1", group=3, cost=2.0),
-    Arm("dropless_top2", "dropless_top2", group=3, cost=2.0),
-    Arm("dropless_top1_upcycled", "dropless_top1", {WARMUP: 0.05, START: 0.354}, group=3, cost=2.0),
-    Arm("dropless_top2_upcycled", "dropless_top2", {WARMUP: 0.05, START: 0.354}, group=3, cost=2.0),
-    Arm("remoe", "remoe", group=3, cost=2.0),
-    Arm("expert_threshold", "expert_threshold", group=3, cost=2.0),
+    Arm("dropless_top1", "dropless_top1", group=3, cost=1.3),
+    Arm("dropless_top2", "dropless_top2", group=3, cost=1.5),
+    Arm("dropless_top1_upcycled", "dropless_top1", {WARMUP: 0.05, START: 0.354}, group=4, cost=1.5),
+    Arm("dropless_top2_upcycled", "dropless_top2", {WARMUP: 0.05, START: 0.354}, group=4, cost=1.5),
+    Arm("remoe", "remoe", group=5, cost=5.0),
+    Arm("expert_threshold", "expert_threshold", group=5, cost=5.0),
     Arm("uniform", "uniform", group=3),
-    Arm("dense_total", "dense_total", group=4, cost=2.5),
+    Arm("dense_total", "dense_total", group=5, cost=3.5),
     Arm("dense_masked", "dense", {"model.document_mask": True}, group=4),
     Arm("lory_masked", "lory", {"model.document_mask": True}, group=4, cost=1.15),
     Arm("lory_rewarmed", "lory", {REWARM: 0.05}, group=4, cost=1.15),

@@ -9,9 +9,9 @@ from lory_jax.errors import InputError
 from tools.study.arms import COMMON, Arm, Family
 from tools.study.results import FIRST_CORPUS, Results, mean_loss, run_id
 
-# Seeds are trained in rounds, so that every arm has two before any has more; those of the headline
-# have four. With a parent, each seed is a round: its children soon tell what it was trained for.
-ROUNDS, HEADLINE_ROUNDS, FAMILY_ROUNDS = (2, 4), (4,), (1, 2)
+# An arm has all its seeds before the next group begins: an interval of two seeds says little. Where
+# arms start from a parent, each seed is a round: its children soon tell what it was trained for.
+PARENT_ROUNDS = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,8 @@ class Job:
     @property
     def order(self) -> tuple[Any, ...]:
         """Jobs are run in this order."""
-        rounds = HEADLINE_ROUNDS if self.source.group == 0 else ROUNDS
-        if isinstance(self.source, Arm) and self.source.stage == "sparse":
-            rounds = FAMILY_ROUNDS
-        round_number = sum(self.seed >= first for first in rounds)
+        has_parents = isinstance(self.source, Arm) and self.source.stage == "sparse"
+        round_number = sum(self.seed >= first for first in PARENT_ROUNDS) if has_parents else 0
         is_final = self.trial is None
         return round_number, self.source.group, is_final, self.seed, self.work, self.id
 

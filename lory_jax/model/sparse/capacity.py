@@ -14,10 +14,10 @@ gets 0, and passes through the residual alone.
 
 At evaluation and inference, and in training without slots, every unit uses its own k most likely
 experts, whatever else is in the batch: nothing is dropped and no unit depends on another
-(`chosen_ffn`, by `jax.lax.ragged_dot`).
+(dropless.py).
 
 Letters: B batch, L sequence, G groups, n units of a group, T tokens per unit, C slots per expert,
-k experts per unit, M tokens, D model, F FFN, E experts.
+k experts per unit, D model, F FFN, E experts.
 """
 
 import math
@@ -27,17 +27,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lory_jax.model.experts import (
-    BATCH_SPEC,
-    D_AXIS,
-    EXPERT_SPECS,
-    FSDP,
-    MATRICES,
-    TENSOR,
-    Experts,
-)
+from lory_jax.model.experts import MATRICES, Experts
 from lory_jax.model.routing_rules import EXPERT_CHOICE, TOKEN_CHOICE
-from lory_jax.parallel import has_mesh, on_mesh
 
 
 class Slots(NamedTuple):
@@ -194,7 +185,7 @@ def slots_ffn(x_BxLxD: Array, slots: Slots, experts: Experts, unit_length: int =
     padding = -L % unit_length
     x_BxLxD = jnp.pad(x_BxLxD, ((0, 0), (0, padding), (0, 0)))
     x_GxnxTxD = x_BxLxD.reshape(len(slots.units_GxExC), -1, unit_length, D)
-    gate_ExDxF, up_ExDxF, down_ExFxD = _matrices(experts, x_GxnxTxD)
+    gate_ExDxF, up_ExDxF, down_ExFxD = (experts[m].astype(x_BxLxD.dtype) for m in MATRICES)
     taken_GxExCxTxD = jax.vmap(lambda x_nxTxD, units_ExC: x_nxTxD[units_ExC])(
         x_GxnxTxD, slots.units_GxExC
     )
@@ -211,58 +202,3 @@ def slots_ffn(x_BxLxD: Array, slots: Slots, experts: Experts, unit_length: int =
 
     summed_GxnxTxD = jax.vmap(add_up)(slots.units_GxExC, weighted_GxExCxTxD)
     return summed_GxnxTxD.astype(x_BxLxD.dtype).reshape(B, L + padding, D)[:, :L]
-
-
-# ---------------------------------------------------------------- without slots
-
-
-def chosen_ffn(
-    x_BxLxD: Array, weights_BxLxk: Array, experts_BxLxk: Array, experts: Experts
-) -> Array:
-    """Sends every token through its own k experts; returns the weighted sum `[B, L, D]`.
-
-    The tokens are sorted by expert, and `jax.lax.ragged_dot` multiplies each run of them with the
-    matrices of its expert. On a mesh, every device multiplies its own tokens with its own slice of
-    F.
-
-    Args:
-      x_BxLxD: hidden states, in the compute type.
-      weights_BxLxk, experts_BxLxk: what `choose_experts` returns.
-      experts: `{"gate": [E, D, F], "up": [E, D, F], "down": [E, F, D]}`.
-    """
-    experts = {name: experts[name] for name in MATRICES}
-    specs_in = (BATCH_SPEC, BATCH_SPEC, BATCH_SPEC, EXPERT_SPECS)
-    run = on_mesh(_chosen_ffn, specs_in, BATCH_SPEC)
-    return run(x_BxLxD, weights_BxLxk, experts_BxLxk, experts)
-
-
-def _chosen_ffn(
-    x_BxLxD: Array, weights_BxLxk: Array, experts_BxLxk: Array, experts: Experts
-) -> Array:
-    B, L, D = x_BxLxD.shape
-    k = weights_BxLxk.shape[-1]
-    whole = {
-        name: jax.lax.all_gather(w.astype(x_BxLxD.dtype), FSDP, axis=D_AXIS[name], tiled=True)
-        if has_mesh()
-        else w
-        for name, w in experts.items()
-    }
-    gate_ExDxF, up_ExDxF, down_ExFxD = _matrices(whole, x_BxLxD)
-    chosen_A = experts_BxLxk.reshape(-1)  # A = B * L * k
-    order_A = jnp.argsort(chosen_A)
-    sizes_E = jnp.bincount(chosen_A, length=len(gate_ExDxF))
-    tokens_A = order_A // k
-    x_AxD = x_BxLxD.reshape(-1, D)[tokens_A]
-    with jax.named_scope("expert_ffn"):
-        gate_AxF = jax.lax.ragged_dot(x_AxD, gate_ExDxF, sizes_E)
-        up_AxF = jax.lax.ragged_dot(x_AxD, up_ExDxF, sizes_E)
-        y_AxD = jax.lax.ragged_dot(jax.nn.silu(gate_AxF) * up_AxF, down_ExFxD, sizes_E)
-    weighted_AxD = y_AxD.astype(jnp.float32) * weights_BxLxk.reshape(-1)[order_A, None]
-    y_MxD = jnp.zeros((B * L, D), jnp.float32).at[tokens_A].add(weighted_AxD)
-    if has_mesh():
-        y_MxD = jax.lax.psum(y_MxD, TENSOR)
-    return y_MxD.astype(x_BxLxD.dtype).reshape(B, L, D)
-
-
-def _matrices(experts: Experts, like: Array) -> list[Array]:
-    return [experts[name].astype(like.dtype) for name in MATRICES]
