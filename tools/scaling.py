@@ -2,7 +2,7 @@
 
     python tools/scaling.py [--again | --no_compile] [--cuda_python=PATH]
 
-Compiles the plans that docs/plans lacks or holds without the repriced sum (with --again all of
+Compiles the plans that docs/plans lacks or holds from an older version (with --again all of them:
 them: twenty minutes on two cores; with --no_compile none), and writes the tables between the marks
 in docs/scaling.md. Plans for TPUs require libtpu (requirements-plan.txt), those for GPUs an
 environment with JAX's plug-in for CUDA (requirements-cuda.txt), whose interpreter --cuda_python
@@ -88,9 +88,9 @@ def plans_of(
 
 
 def is_old(plan: dict[str, Any]) -> bool:
-    """Whether a plan is of a version that did not reprice."""
+    """Whether a plan is of a version that did not say what is waited for."""
     estimate = plan["estimate"] or {}
-    return "repriced_cycles" not in estimate and "roofline_seconds" not in estimate
+    return "awaited_seconds" not in estimate and "roofline_seconds" not in estimate
 
 
 def compile_plan(
@@ -129,17 +129,19 @@ def time_table(plans: Plans) -> str:
         for version in (plan, plan["dense"]):
             estimate = version["estimate"]
             if estimate is None:
-                row += ["unknown"] * 4
+                row += ["unknown"] * 5
                 continue
             mfu = estimate["mfu_upper_bound"]
             row += [
                 f"{estimate['compute_seconds']:.3f}",
                 f"{estimate['collective_seconds']:.3f}",
+                f"{estimate['awaited_seconds']:.3f}" if "awaited_seconds" in estimate else "-",
                 f"{estimate['tokens_per_second_per_device_upper_bound']:,.0f}",
                 "unknown" if mfu is None else f"{mfu:.1%}",
             ]
         rows.append(row)
-    columns = ["computing, s", "collectives, s", "tokens/s per device at most", "MFU at most"]
+    columns = ["computing, s", "collectives, s", "awaited, s"]
+    columns += ["tokens/s per device at most", "MFU at most"]
     header = ["model", "slice", *columns, *(f"{column}, dense" for column in columns)]
     return markdown(header, rows)
 

@@ -67,19 +67,25 @@ def find_collectives(
             kind = instruction.opcode.removesuffix("-start")
             if kind not in KINDS or _is_repetition(instruction, computation):
                 continue
-            groups = device_groups(instruction.attributes, math.prod(mesh_shape.values()))
-            size = max(map(len, groups), default=1)
-            count = sum(
-                shape_bytes(computation.instructions[operand].shape)
-                for operand in instruction.operands
-            )
-            if kind == "all-gather":
-                count *= size
-            if kind == "all-reduce" and name.startswith(_SCATTER_FUSION):
-                kind = "reduce-scatter"
-            axis = axes_of(groups, mesh_shape)
-            found.append(Collective(kind, axis, count, size, runs.times[name]))
+            found.append(read_collective(instruction, computation, mesh_shape, runs.times[name]))
     return found
+
+
+def read_collective(
+    instruction: Instruction, computation: Computation, mesh_shape: Mapping[str, int], times: int
+) -> Collective:
+    """The collective that an instruction is or starts, which runs so many times."""
+    kind = instruction.opcode.removesuffix("-start")
+    groups = device_groups(instruction.attributes, math.prod(mesh_shape.values()))
+    size = max(map(len, groups), default=1)
+    count = sum(
+        shape_bytes(computation.instructions[operand].shape) for operand in instruction.operands
+    )
+    if kind == "all-gather":
+        count *= size
+    if kind == "all-reduce" and computation.name.startswith(_SCATTER_FUSION):
+        kind = "reduce-scatter"
+    return Collective(kind, axes_of(groups, mesh_shape), count, size, times)
 
 
 def _is_repetition(instruction: Instruction, computation: Computation) -> bool:

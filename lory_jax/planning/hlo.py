@@ -179,22 +179,23 @@ def executions(module: Module) -> Executions:
                 if found is None:
                     unknown.append(instruction.name)
                 turns = 1 if found is None else found
-            for called in _called(instruction):
-                run(called, count * turns, in_fusion or instruction.opcode == "fusion")
+            for inner in called(instruction):
+                run(inner, count * turns, in_fusion or instruction.opcode == "fusion")
 
     run(module.entry, 1, False)
     return Executions(times, frozenset(fused), tuple(sorted(set(unknown))))
 
 
-def _called(instruction: Instruction) -> list[str]:
+def called(instruction: Instruction) -> list[str]:
+    """The computations that an instruction runs."""
     if instruction.opcode in ("async-done", "async-update"):
         return []  # the computation runs once, for its async-start
-    called = _CALLED.findall(instruction.attributes)
+    found = _CALLED.findall(instruction.attributes)
     for names in _BRANCHES.findall(instruction.attributes):
-        called += [name.strip().removeprefix("%") for name in names.split(",")]
+        found += [name.strip().removeprefix("%") for name in names.split(",")]
     if instruction.opcode == "call":
-        called += _CALL_TARGET.findall(instruction.attributes)
-    return called
+        found += _CALL_TARGET.findall(instruction.attributes)
+    return found
 
 
 def trip_count(module: Module, caller: Computation, loop: Instruction) -> int | None:

@@ -65,6 +65,8 @@ def figures_of(plan: Mapping[str, Any]) -> dict[str, str]:
     rows["computing, s"] = f"{estimate['compute_seconds']:.4f}"
     rows["memory traffic, s"] = f"{estimate['hbm_seconds']:.4f}"
     rows["collectives, s"] = f"{estimate['collective_seconds']:.4f}"
+    if "awaited_seconds" in estimate:
+        rows["  of which awaited, s"] = f"{estimate['awaited_seconds']:.4f}"
     rows["step at least, s"] = f"{estimate['step_seconds_lower_bound']:.4f}"
     rate = estimate["tokens_per_second_per_device_upper_bound"]
     rows["tokens/s per device at most"] = f"{rate:,.0f}"

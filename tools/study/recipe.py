@@ -17,8 +17,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.model.sequence_length = 256
     config.train.global_batch_size = 16
     config.train.steps = 1500
-    # A step takes half the time on a CPU: what a layer keeps fits the cache. No gradient changes but
-    # those of expert choice, remoe and expert_threshold, whose groups of tokens are microbatches.
+    # A step takes half the time on a CPU: what a layer keeps fits the cache. Only the gradients of
+    # expert choice, remoe and expert_threshold change: their groups of tokens are microbatches.
     config.train.microbatches = 2
     config.model.remat = "full"
     config.data.max_domain_bytes = 0
