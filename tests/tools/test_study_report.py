@@ -48,8 +48,11 @@ def out(tmp_path_factory):
     trial = {"id": "dense-t00", "kind": "trial", "arm": "dense", "family": "dense"}
     trial |= {
         "corpus": "packages",
-        "settings": {arms.RATE: 0.01, arms.START: 0.1, "train.steps": 600},
+        "settings": {arms.RATE: 0.01, arms.START: 0.1, "train.steps": 400},
     }
+    slower = trial["settings"] | {arms.RATE: 0.005, "train.steps": 1500}
+    long = trial | {"id": "dense-l1", "kind": "long_trial", "settings": slower}
+    results.write(long | {"status": "finished", "losses": {"validation": {"a": 2.0}}}, {})
     results.write(trial | {"status": "finished", "losses": {"validation": {"a": 3.0}}}, {})
     diverged = trial | {"id": "dense-t01", "status": "diverged"}
     results.write(diverged, {})
@@ -107,12 +110,17 @@ def test_verdicts_are_those_of_the_made_up_effects(out):
 def test_tuning_lists_every_trial_with_what_was_varied(out):
     contents = json.loads(out.with_suffix(".json").read_text())
     settings = {arms.RATE: 0.01, arms.START: 0.1}
+    slower = settings | {arms.RATE: 0.005}
     assert contents["tuning"] == {
         "dense": [
-            {"settings": settings, "validation_loss": 3.0},
-            {"settings": settings, "validation_loss": None},
+            {"settings": slower, "steps": 1500, "validation_loss": 2.0},
+            {"settings": settings, "steps": 400, "validation_loss": 3.0},
+            {"settings": settings, "steps": 400, "validation_loss": None},
         ]
     }
+    text = out.with_suffix(".md").read_text()
+    assert "| dense | 2 | train.learning_rate=0.01, model.ffn_init_scale=0.1 | 3.0000 |" in text
+    assert "| dense | 0.005 | 2.0000 | yes |" in text
     assert contents["ladder"] is None
 
 
@@ -271,6 +279,7 @@ def test_every_family_has_the_same_number_of_trials():
     for family in arms.FAMILIES:
         assert len(family.trials()) == arms.TRIALS
         assert len(family.grid[arms.RATE]) == 4
+        assert family.long_factors == arms.LONG_FACTORS
     assert {arm.family for arm in arms.ARMS} <= set(names)
     assert set(fair_start.NEIGHBOURS) <= {arm.name for arm in arms.ARMS}
 

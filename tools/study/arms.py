@@ -1,7 +1,9 @@
 """What the study trains: families of trials, and the arms that use what the trials found.
 
 A *family* is tuned: every one has the same number of trials, each a point of a grid, judged on
-validation. An *arm* is trained with several seeds at the best point of its family, changed by the
+validation. The best of these short trials is repeated at full length, with its learning rate and
+lower ones, because the rate that is best after a quarter of the steps is too high for all of them.
+An *arm* is trained with several seeds at the best point of its family, changed by the
 arm's own settings. Settings are config fields without the `config.` before them; all else is
 tools/study/recipe.py.
 """
@@ -17,6 +19,7 @@ Settings = Mapping[str, Any]
 
 TRIALS = 12  # of every family
 TRIAL_STEPS, STEPS = 400, 1500
+LONG_FACTORS = (1.0, 0.5, 0.25)  # of the best short trial's learning rate, at full length
 COMMON = {
     "train.validate_every_steps": 500,
     "train.validation_batches": 16,
@@ -48,6 +51,8 @@ class Family:
       grid: the values of every field that is tuned; their product has `TRIALS` points.
       group: the place in the order of runs; lower comes first.
       cost: a guess of a step's seconds, as a multiple of the dense model's.
+      steps: of a short trial.
+      long_factors: what the best learning rate is multiplied by in the long ones.
     """
 
     name: str
@@ -56,6 +61,7 @@ class Family:
     group: int
     cost: float = 1.0
     steps: int = TRIAL_STEPS
+    long_factors: tuple[float, ...] = ()
 
     def trials(self) -> list[dict[str, Any]]:
         """The settings of every trial."""
@@ -112,7 +118,7 @@ FAMILIES = [
         "lory_redrawn",
         {EXPERTS: 8, START: 0.354},
         {RATE: RATES, REDRAW: (0.25, 0.5, 0.75)},
-        group=0,
+        group=2,
         cost=1.15,
     ),
     Family("lory_scratch", {EXPERTS: 8, **SCRATCH}, FROM_SCRATCH, group=1, cost=1.15),
@@ -146,7 +152,7 @@ FAMILIES += [
 ARMS = [
     Arm("dense", "dense", seeds=10, group=0),
     Arm("lory", "lory", seeds=10, group=0, cost=1.15, measures=("routing", "prompt")),
-    Arm("lory_redrawn", "lory_redrawn", seeds=10, group=0, cost=1.15, measures=("routing",)),
+    Arm("lory_redrawn", "lory_redrawn", seeds=10, group=2, cost=1.15, measures=("routing",)),
     # The fair start, checked at full length: none of these may be better than dense by the margin.
     *(
         Arm(f"dense_{what}_{word}", "dense", factors={name: factor}, seeds=1, group=1)
@@ -280,6 +286,8 @@ FAMILIES += [
     )
     for D, rates in LADDER_RATES.items()
 ]
+
+FAMILIES = [replace(family, long_factors=LONG_FACTORS) for family in FAMILIES]
 
 
 def ladder_name(width: int, experts: int, steps: int) -> str:

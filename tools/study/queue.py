@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lory_jax.errors import InputError
-from tools.study.arms import COMMON, Arm, Family
+from tools.study.arms import COMMON, RATE, STEPS, Arm, Family
 from tools.study.results import FIRST_CORPUS, Results, mean_loss, run_id
 
 # An arm has all its seeds before the next group begins: an interval of two seeds says little. Where
@@ -22,12 +22,25 @@ class Job:
       id: names its files.
       source: the family of a trial, or the arm.
       trial: the number of the trial; None for a run of an arm.
+      is_long: whether the trial is one at full length.
     """
 
     id: str
     source: Family | Arm
     seed: int = 0
     trial: int | None = None
+    is_long: bool = False
+
+    @property
+    def kind(self) -> str:
+        """As a result names it."""
+        if self.trial is None:
+            return "run"
+        return "long_trial" if self.is_long else "trial"
+
+    @property
+    def steps(self) -> int:
+        return STEPS if self.is_long else self.source.steps
 
     @property
     def family(self) -> str:
@@ -59,15 +72,15 @@ class Job:
     @property
     def work(self) -> float:
         """Steps times the cost of one."""
-        return self.source.steps * self.source.cost
+        return self.steps * self.source.cost
 
     @property
     def order(self) -> tuple[Any, ...]:
         """Jobs are run in this order."""
         has_parents = isinstance(self.source, Arm) and self.source.stage == "sparse"
         round_number = sum(self.seed >= first for first in PARENT_ROUNDS) if has_parents else 0
-        is_final = self.trial is None
-        return round_number, self.source.group, is_final, self.seed, self.work, self.id
+        kind = ("trial", "long_trial", "run").index(self.kind)
+        return round_number, self.source.group, kind, self.seed, self.work, self.id
 
 
 def make_jobs(families: Sequence[Family], arms: Sequence[Arm], stages: Sequence[str]) -> list[Job]:
@@ -83,6 +96,12 @@ def make_jobs(families: Sequence[Family], arms: Sequence[Arm], stages: Sequence[
             for family in families
             if family.name in needed
             for trial in range(len(family.trials()))
+        ]
+        found += [
+            Job(f"{family.name}-l{trial}", family, trial=trial, is_long=True)
+            for family in families
+            if family.name in needed
+            for trial in range(len(family.long_factors))
         ]
         found += [
             Job(run_id(arm.name, seed, arm.corpus), arm, seed)
@@ -154,25 +173,35 @@ class Queue:
 
     def settings(self, job: Job) -> dict[str, Any] | None:
         """The settings of a run; None as long as its family is not tuned or its parent not made."""
-        own: dict[str, Any]
-        if isinstance(job.source, Family):
-            assert job.trial is not None
-            own = job.source.trials()[job.trial]
-        else:
-            best = self.best(job.family)
-            if best is None or (job.parent and self.results.read(job.parent) is None):
-                return None
-            own = {**best, **job.source.settings}
-            own |= {name: factor * own[name] for name, factor in job.source.factors.items()}
-        return {**COMMON, "train.steps": job.source.steps, "train.seed": job.seed, **own}
+        own = self._tried(job) if isinstance(job.source, Family) else self._chosen(job, job.source)
+        if own is None:
+            return None
+        return {**COMMON, "train.steps": job.steps, "train.seed": job.seed, **own}
 
-    def best(self, family: str) -> dict[str, Any] | None:
+    def _tried(self, job: Job) -> dict[str, Any] | None:
+        """What a trial sets."""
+        assert isinstance(job.source, Family) and job.trial is not None
+        if not job.is_long:
+            return job.source.trials()[job.trial]
+        best = self.best(job.family, "trial")
+        return best and {**best, RATE: best[RATE] * job.source.long_factors[job.trial]}
+
+    def _chosen(self, job: Job, arm: Arm) -> dict[str, Any] | None:
+        """What a run of an arm sets."""
+        long = [other for other in self.jobs if other.family == job.family and other.is_long]
+        best = self.best(job.family, "long_trial" if long else "trial")
+        if best is None or (job.parent and self.results.read(job.parent) is None):
+            return None
+        own = {**best, **arm.settings}
+        return own | {name: factor * own[name] for name, factor in arm.factors.items()}
+
+    def best(self, family: str, kind: str) -> dict[str, Any] | None:
         """What the best trial of a family set, by validation loss; None if trials are missing.
 
         Raises:
           InputError: all its trials diverged.
         """
-        trials = [job for job in self.jobs if job.family == family and job.trial is not None]
+        trials = [job for job in self.jobs if job.family == family and job.kind == kind]
         records = [(job, self.results.read(job.id)) for job in trials]
         done = [(mean_loss(record), job) for job, record in records if record is not None]
         if len(done) < len(trials) or not trials:
@@ -180,5 +209,4 @@ class Queue:
         loss, job = min(done, key=lambda pair: (pair[0], pair[1].id))
         if loss == float("inf"):
             raise InputError(f"{family}: all trials diverged; the grid must be lower")
-        assert isinstance(job.source, Family) and job.trial is not None
-        return job.source.trials()[job.trial]
+        return self._tried(job)

@@ -39,6 +39,7 @@ from tools.study.tables import (
     domains_table,
     fair_start_table,
     ladder_table,
+    long_tuning_table,
     tuning,
     tuning_table,
     variants_table,
@@ -173,6 +174,7 @@ def _sections(report: Report) -> list[tuple[str, Table]]:
         ("Near-duplicates", audit_table(report)),
         ("Arms", arms_table(report)),
         ("Tuning, on validation", tuning_table(report)),
+        ("Learning rates at full length, on validation", long_tuning_table(report)),
         ("The dense baseline's start", fair_start_table(report)),
         ("The ladder: Lory's dense-equivalent parameter multiplier", ladder_table(report)),
     ]

@@ -110,7 +110,7 @@ class Runner:
         """What a result says about its run, before it is measured."""
         return {
             "id": job.id,
-            "kind": "run" if job.trial is None else "trial",
+            "kind": job.kind,
             "arm": job.source.name,
             "family": job.family,
             "seed": job.seed,

@@ -37,16 +37,20 @@ class Report:
 
 
 def tuning(records: Sequence[Record]) -> dict[str, list[dict[str, Any]]]:
-    """The trials of every family: what was varied, and the validation loss (None: diverged)."""
+    """The trials of every family: what was varied, and the validation loss (None: diverged).
+
+    The long ones have more steps.
+    """
     grids = {family.name: list(family.grid) for family in arms.FAMILIES}
     found: dict[str, list[dict[str, Any]]] = {}
     for record in records:
-        if record["kind"] == "trial":
+        if record["kind"] in ("trial", "long_trial"):
             names = grids.get(record["family"], list(record["settings"]))
             is_finished = record["status"] == "finished"
             found.setdefault(record["family"], []).append(
                 {
                     "settings": {name: record["settings"][name] for name in names},
+                    "steps": record["settings"]["train.steps"],
                     "validation_loss": round(mean_loss(record), 5) if is_finished else None,
                 }
             )
@@ -117,11 +121,13 @@ def arms_table(report: Report) -> Table:
 
 
 def tuning_table(report: Report) -> Table:
-    """The best trial of every family, and which of its values are the ends of what was tried."""
+    """The best short trial of every family, and which of its values are ends of what was tried."""
     grids = {family.name: family.grid for family in arms.FAMILIES}
     rows = []
     for name, trials in tuning(report.records).items():
-        done = [trial for trial in trials if trial["validation_loss"] is not None]
+        steps = min(trial["steps"] for trial in trials)
+        short = [trial for trial in trials if trial["steps"] == steps]
+        done = [trial for trial in short if trial["validation_loss"] is not None]
         if done:
             best = min(done, key=lambda trial: trial["validation_loss"])
             settings = ", ".join(f"{key}={value:g}" for key, value in best["settings"].items())
@@ -131,8 +137,22 @@ def tuning_table(report: Report) -> Table:
                 if value in (min(grids[name][key]), max(grids[name][key]))
             ]
             loss = f"{best['validation_loss']:.4f}"
-            rows.append([name, str(len(trials)), settings, loss, ", ".join(ends)])
+            rows.append([name, str(len(short)), settings, loss, ", ".join(ends)])
     return ["family", "trials", "best settings", "validation loss", "at an end of its grid"], rows
+
+
+def long_tuning_table(report: Report) -> Table:
+    """The learning rates that were tried at full length, with their validation losses."""
+    rows = []
+    for name, trials in tuning(report.records).items():
+        long = [trial for trial in trials if trial["steps"] == arms.STEPS]
+        losses = [trial["validation_loss"] for trial in long]
+        best = min((loss for loss in losses if loss is not None), default=None)
+        for trial, loss in zip(long, losses, strict=True):
+            text = "diverged" if loss is None else f"{loss:.4f}"
+            chosen = "yes" if loss is not None and loss == best else ""
+            rows.append([name, f"{trial['settings'][arms.RATE]:g}", text, chosen])
+    return ["family", "learning rate", "validation loss", "chosen"], rows
 
 
 def fair_start_table(report: Report) -> Table:
