@@ -31,6 +31,7 @@ from tools import debian_corpus
 from tools.study import corpus
 from tools.study.arms import ARMS, FAMILIES, Arm, Family
 from tools.study.audit import AUDIT, write_audit
+from tools.study.order import use_kept_order
 from tools.study.queue import Queue, make_jobs
 from tools.study.results import FIRST_CORPUS, SPLITS, Results
 from tools.study.run import Runner, Stopped
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> None:
         arms = [arm for arm in arms if arm.corpus == FIRST_CORPUS]
     jobs = make_jobs(families, arms, (args.stage,) if args.stage else STAGES)
 
-    data = Data(args.work, results, args.out / AUDIT)
+    data = Data(args.work, args.out, results)
 
     stop = threading.Event()
     runner = Runner(RECIPE, data, args.work, results, SPLITS, stop)
@@ -122,8 +123,9 @@ def unavailable(sources: Sequence[Family | Arm]) -> dict[str, str]:
 class Data:
     """Prepares the corpora when the first run asks for them; several threads may ask."""
 
-    def __init__(self, work: Path, results: Results, audit: Path):
-        self._work, self._results, self._audit = work, results, audit
+    def __init__(self, work: Path, out: Path, results: Results):
+        self._work, self._results = work, results
+        self._audit, self._orders = out / AUDIT, out / "orders"
         self._ready: dict[tuple[str, str], Path] = {}
         self._lock = threading.Lock()
 
@@ -145,6 +147,7 @@ class Data:
         done = subprocess.run([sys.executable, "-m", "lory_jax.prepare", *flags])
         if done.returncode:
             raise InputError(f"{out}: prepare failed with status {done.returncode}")
+        use_kept_order(out, source, self._orders / f"{corpus}-{order}.npz")
         prepared = PreparedData.open(out)
         self._results.bind(prepared, corpus)
         if corpus == FIRST_CORPUS and not self._audit.is_file():

@@ -106,10 +106,7 @@ def describe_held_out(data: PreparedData) -> dict[str, Any]:
 
 
 def training_digest(data: Path) -> str:
-    """What identifies the training instances of prepared data, and their order.
-
-    Neighbours are found in float32, so another processor may order the same documents differently.
-    """
+    """What identifies the training instances of prepared data, and their order."""
     manifest = PreparedData.open(data).manifest
     names = manifest.names("train/")
     return _digest({name: manifest.files[name]["sha256"] for name in names})
