@@ -107,16 +107,16 @@ def test_arms_start_from_the_best_trial_of_their_family(tmp_path):
 
 
 def test_learning_rates_are_tuned_again_at_full_length(tmp_path, monkeypatch):
-    """The long trials wait for the short ones and vary the best; arms use the best long one."""
+    """The long trials vary the best short one, and arms use the best of those of their length."""
     monkeypatch.setattr("tools.study.queue.STEPS", 8)
+    monkeypatch.setattr("tools.study.queue.TRIAL_STEPS", 5)
     grid = {RATE: (0.5, 0.2, 2.0)}
     families = [Family("plain", {}, grid, group=0, steps=5, long_factors=(1.0, 0.5, 20.0))]
+    arms = [Arm("plain", "plain", seeds=1, steps=9), Arm("short", "plain", seeds=1, steps=5)]
     runner = runner_of(tmp_path)
-    queue = Queue(
-        make_jobs(families, [Arm("plain", "plain", seeds=1, steps=9)], "A"), runner.results
-    )
+    queue = Queue(make_jobs(families, arms, "A"), runner.results)
     tuning = [f"plain-t0{i}" for i in range(3)] + [f"plain-l{i}" for i in range(3)]
-    assert [job.id for job in queue.jobs] == [*tuning, "plain-s0"]
+    assert [job.id for job in queue.jobs] == [*tuning, "short-s0", "plain-s0"]
     work_off(queue, runner, [core(), core()])
     records = {record["id"]: record for record in runner.results.records()}
     long = [records[f"plain-l{i}"] for i in range(3)]
@@ -124,6 +124,7 @@ def test_learning_rates_are_tuned_again_at_full_length(tmp_path, monkeypatch):
     assert [record["settings"][RATE] for record in long] == [0.2, 0.1, 4.0]
     assert {record["settings"]["train.steps"] for record in long} == {8}
     assert long[2]["status"] == "diverged" and records["plain-s0"]["settings"][RATE] == 0.1
+    assert records["short-s0"]["settings"][RATE] == 0.2
 
 
 def test_a_stopped_run_resumes_where_it_was_saved(tmp_path):

@@ -103,7 +103,7 @@ def test_verdicts_are_those_of_the_made_up_effects(out):
         assert ("second_corpus" in got) == (name == "gain")
     again = claims["gain"]["second_corpus"]
     assert again["effect"] == pytest.approx(-0.05, abs=2e-3) and again["seeds"] == 2
-    for name in ("over_remoe", "size", "downstream", "equal_seconds"):
+    for name in ("over_remoe", "size", "downstream", "equal_seconds_remoe"):
         assert claims[name]["verdict"] == "not testable here" and claims[name]["effect"] is None
 
 

@@ -9,8 +9,10 @@ tools/study/recipe.py.
 """
 
 import itertools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from lory_jax.model.routing_rules import EXPERT_LAYERS, SOURCES
@@ -198,6 +200,24 @@ ARMS = [
         for T in (16, 64)
     ),
 ]
+
+# At equal seconds: as many steps as the time of Lory's run allows (step_seconds.py).
+SECONDS_ARMS = ("dropless_top1", "dropless_top2", "remoe")
+STEP_SECONDS_FILE = Path(__file__).parents[2] / "docs" / "study" / "step_seconds.json"
+
+
+def _seconds_arms() -> list[Arm]:
+    over_lory = json.loads(STEP_SECONDS_FILE.read_text("utf-8"))["over_lory"]
+    by_name = {arm.name: arm for arm in ARMS}
+    return [
+        replace(
+            by_name[name], name=f"{name}_seconds", steps=round(STEPS / over_lory[name]), group=6
+        )
+        for name in SECONDS_ARMS
+    ]
+
+
+ARMS += _seconds_arms()
 
 # Stage D: the main contrasts again, on a corpus that is not Python, with the settings tuned before.
 ON_DEBIAN = (

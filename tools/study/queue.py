@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lory_jax.errors import InputError
-from tools.study.arms import COMMON, RATE, STEPS, Arm, Family
+from tools.study.arms import COMMON, RATE, STEPS, TRIAL_STEPS, Arm, Family
 from tools.study.results import FIRST_CORPUS, Results, mean_loss, run_id
 
 # An arm has all its seeds before the next group begins: an interval of two seeds says little. Where
@@ -187,9 +187,10 @@ class Queue:
         return best and {**best, RATE: best[RATE] * job.source.long_factors[job.trial]}
 
     def _chosen(self, job: Job, arm: Arm) -> dict[str, Any] | None:
-        """What a run of an arm sets."""
-        long = [other for other in self.jobs if other.family == job.family and other.is_long]
-        best = self.best(job.family, "long_trial" if long else "trial")
+        """What a run of an arm sets. One as short as a short trial uses the best of those."""
+        has_long = any(other.family == job.family and other.is_long for other in self.jobs)
+        is_short = arm.steps <= TRIAL_STEPS and not arm.parent
+        best = self.best(job.family, "long_trial" if has_long and not is_short else "trial")
         if best is None or (job.parent and self.results.read(job.parent) is None):
             return None
         own = {**best, **arm.settings}
