@@ -55,6 +55,12 @@ SCALE = (
     "documentation of Python packages with pinned versions (tools/study/corpus.py), the second "
     "is manual pages, documentation, prose and C from Debian packages (tools/debian_corpus.py)."
 )
+TUNING = (
+    "Every kind of model is tuned on validation alone: 12 trials of 400 steps, and then three at "
+    "full length, with the best learning rate, half and a quarter of it. All machines train on one "
+    "order of the documents (tools/study/order.py). A batch is computed as two microbatches; "
+    "tokens that compete for experts do so within one."
+)
 NOTE = (
     "Effects are in nats per token over positions from T on, the mean of the domains; a negative "
     "effect favours what the claim names first. Intervals (95 %) hold the noise between seeds and "
@@ -183,7 +189,7 @@ def _sections(report: Report) -> list[tuple[str, Table]]:
 
 def _intro(report: Report) -> str:
     runs = len(report.records)
-    return f"{runs} finished runs, judged on the {report.split} set. {SCALE} {NOTE}"
+    return f"{runs} finished runs, judged on the {report.split} set. {SCALE} {TUNING} {NOTE}"
 
 
 def markdown_page(report: Report) -> str:
