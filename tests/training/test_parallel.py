@@ -1,5 +1,6 @@
 """The mesh and its rules; training on 8 faked devices equals training on one."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -8,7 +9,9 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from lory_jax import parallel
+from lory_jax.config import load_config
 from lory_jax.errors import ConfigError, InputError
+from lory_jax.model.config import ModelConfig
 from lory_jax.model.routing_rules import ADAPTED, SPARSE
 from lory_jax.model.transformer import build, init_params
 from lory_jax.parallel import (
@@ -19,6 +22,7 @@ from lory_jax.parallel import (
     partition_spec,
     place_batch,
 )
+from lory_jax.recipes import resolve
 from tests.support.models import tiny_config
 from tests.support.tiny import run_worker
 
@@ -188,10 +192,19 @@ def test_sizes_that_do_not_divide_name_what_would(fields, message):
         check_model(config)
 
 
-def check_model(config):
+def check_model(config, mesh=CPU_MESH):
     _, axes = build(config)
     shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
-    check_parameters(axes, shapes, CPU_MESH)
+    check_parameters(axes, shapes, mesh)
+
+
+@pytest.mark.parametrize("fields", [{"expert_rank": 32}, {"token_deltas": 8}, {}], ids=str)
+def test_the_large_recipe_is_sharded_over_64_devices_in_every_variant(fields):
+    """The factors of low-rank experts are sharded over F, whichever axis has the devices."""
+    recipe = load_config(resolve("lory_0_3b") + ":experts=8").model
+    for shape in ((1, 64, 1), (2, 32, 1), (1, 32, 2)):
+        config = dataclasses.replace(ModelConfig.for_platform(recipe, "tpu"), **fields)
+        check_model(config, AbstractMesh(shape, parallel.MESH_AXES))
 
 
 def test_many_unsharded_parameters_are_named():
