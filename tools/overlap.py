@@ -34,9 +34,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse(argv)
     topology = parse_slice(args.topology)
     config, devices = args.config, topology.devices()
-    shape = (
-        parse_mesh(args.mesh) if args.mesh else mesh_shape(config, len(devices), topology.platform)
-    )
+    shape = parse_mesh(args.mesh) if args.mesh else mesh_shape(config, len(devices), topology)
     mesh = make_mesh(*shape, devices=devices)
     module = parse(compile_lowered(lower_step(config, mesh)).text)
     runs = executions(module)

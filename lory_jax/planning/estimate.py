@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lory_jax.model.config import ModelConfig
-from lory_jax.model.flops import flops_per_token, peak_flops
+from lory_jax.model.flops import flops_per_token, parameter_counts, peak_flops
 from lory_jax.planning import kernels, store
 from lory_jax.planning.collectives import bytes_by_kind_and_axis, find_collectives
 from lory_jax.planning.cycles import count_cycles
@@ -27,7 +27,14 @@ TILE_ROWS = 16
 VERSION = 2  # of how a compiled step is read; another one makes kept results void
 
 
-def default_mesh(model_config: ModelConfig, sequences: int, devices: int) -> tuple[int, int, int]:
+# Of a TPU's memory, what parameters and Adam's moments may take for a second replica of them.
+REPLICA_SHARE = 0.25
+STATE_BYTES = 12  # of a parameter: itself and two moments in float32
+
+
+def default_mesh(
+    model_config: ModelConfig, sequences: int, devices: int, tpu_memory: int = 0
+) -> tuple[int, int, int]:
     """The mesh (data, fsdp, tensor) for a number of devices if the user chose none.
 
     `tensor` is 1 as long as every device gets a sequence. If there are more devices than sequences
@@ -35,10 +42,14 @@ def default_mesh(model_config: ModelConfig, sequences: int, devices: int) -> tup
     largest number of the remaining devices that leaves each a multiple of `TILE_ROWS` rows of a
     matrix along D; `data` is the rest.
 
+    On TPUs, `fsdp` is at most half of a slice if the memory allows two replicas: over the whole of
+    one, the compiler sums whole gradients where a device needs its part (docs/scaling.md).
+
     Args:
       model_config: the model.
       sequences: how many sequences a microbatch has.
       devices: how many devices there are.
+      tpu_memory: bytes of memory of a TPU; 0 for other devices.
     """
     tensor = 1
     if model_config.attention_sharding == "heads" and devices > sequences:
@@ -49,6 +60,9 @@ def default_mesh(model_config: ModelConfig, sequences: int, devices: int) -> tup
         n for n in range(1, rest + 1) if rest % n == 0 and embed_dim % (n * TILE_ROWS) == 0
     ]
     fsdp = max(whole_tiles, default=1)
+    state_bytes = STATE_BYTES * parameter_counts(model_config)["total"]
+    if fsdp == devices and fsdp % 2 == 0 and 2 * state_bytes / fsdp <= REPLICA_SHARE * tpu_memory:
+        fsdp //= 2
     return rest // fsdp, fsdp, tensor
 
 

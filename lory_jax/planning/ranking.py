@@ -104,7 +104,7 @@ def search(
     devices = topology.devices()
     first = Choice(
         tuple(_settings(config, topology.platform).items()),
-        shape or mesh_shape(config, len(devices), topology.platform),
+        shape or mesh_shape(config, len(devices), topology),
     )
     begin = time.monotonic()
 

@@ -37,9 +37,7 @@ def plan_recipe(
       InputError: libtpu or the plug-in for CUDA is missing, or the recipe does not fit the mesh.
     """
     devices = topology.devices()
-    mesh = make_mesh(
-        *(shape or mesh_shape(config, len(devices), topology.platform)), devices=devices
-    )
+    mesh = make_mesh(*(shape or mesh_shape(config, len(devices), topology)), devices=devices)
     versions = with_baseline(config)
     plans = []
     for i, (name, version) in enumerate(versions.items()):
@@ -55,13 +53,15 @@ def plan_recipe(
     }
 
 
-def mesh_shape(config: ConfigDict, devices: int, platform: str = "tpu") -> MeshShape:
+def mesh_shape(config: ConfigDict, devices: int, topology: Topology | GpuTopology) -> MeshShape:
     """The mesh of `config.parallel` if it sets any of its fields, else the default."""
     parallel = config.parallel
     if (parallel.data, parallel.fsdp, parallel.tensor) != (1, 0, 1):
         return parallel.data, parallel.fsdp, parallel.tensor
     sequences = config.train.global_batch_size // config.train.microbatches
-    return default_mesh(ModelConfig.for_platform(config.model, platform), sequences, devices)
+    model_config = ModelConfig.for_platform(config.model, topology.platform)
+    memory = topology.device.memory_limit if topology.platform == "tpu" else 0
+    return default_mesh(model_config, sequences, devices, memory)
 
 
 def with_baseline(config: ConfigDict) -> dict[str, ConfigDict]:

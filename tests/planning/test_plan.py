@@ -96,6 +96,15 @@ def test_default_meshes(config, sequences, devices, mesh):
     assert default_mesh(config, sequences, devices) == mesh
 
 
+def test_on_tpus_half_a_slice_holds_a_replica_where_memory_allows():
+    config = model_config()
+    needed = 2 * 12 * parameter_counts(config)["total"] / 64 / 0.25
+    assert default_mesh(config, 256, 64, int(needed) + 1) == (2, 32, 1)
+    assert default_mesh(config, 256, 64, int(needed) - 1) == (1, 64, 1)
+    # Where fsdp is a part of the slice anyway, more replicas would only take memory.
+    assert default_mesh(config, 256, 256, 10 * int(needed)) == (4, 64, 1)
+
+
 def test_memory_needed_is_read_off_the_compilers_message():
     message = (
         "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
