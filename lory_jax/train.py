@@ -20,12 +20,14 @@ import time
 from lory_jax import cli
 from lory_jax.errors import InputError
 from lory_jax.storage import storage_path
+from lory_jax.tpu_flags import set_tpu_flags
 
 PEER_DIED = 75  # exit status
 
 
 def main(argv: list[str]) -> None:
     began = time.monotonic()
+    set_tpu_flags()
     parser = cli.Parser("train", __doc__)
     parser.add_config_flag()
     parser.add_argument(

@@ -2,12 +2,14 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from lory_jax import tpu_flags
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.flops import flops_per_token, parameter_counts, peak_flops
 from lory_jax.planning import kernels, store
@@ -85,8 +87,9 @@ def plan_step(
     key = ""
     if is_kept:
         text = traced.lowered.as_text()
-        # What a result depends on beside the program: who compiles and who reads it.
-        versions = [VERSION, kernels.VERSION, store.versions()]
+        # What a result depends on beside the program: who compiles, how, and who reads it.
+        flags = os.environ.get(tpu_flags.VARIABLE)
+        versions = [VERSION, kernels.VERSION, store.versions(), flags]
         key = json.dumps([text, repr(device), dict(mesh.shape), *versions])
         if (kept := store.load("steps", key)) is not None:
             return dict(kept)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from lory_jax.errors import ConfigError, InputError
 from lory_jax.planning.gpus import GpuTopology, parse_gpus
+from lory_jax.tpu_flags import set_tpu_flags
 
 if TYPE_CHECKING:
     import jax
@@ -102,6 +103,7 @@ class Topology:
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        set_tpu_flags()  # as `train` does
         from jax.experimental import topologies
 
         # libtpu assumes four chips per host; the smallest slice has one.
