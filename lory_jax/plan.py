@@ -17,8 +17,9 @@ only counts parameters and FLOPs, and requires neither of them nor --topology.
 The compiler's sum adds up its own estimates, and counts Pallas kernels at the peak of the matrix
 unit. It is wrong in both directions (docs/scaling.md). The repriced sum keeps the estimates of
 matrix products, bounds elementwise work by the bytes it moves, and prices every Pallas kernel by
-the instructions that it was compiled to. Collectives are bounded by their bytes over the bandwidth
-of all links together, and assumed to overlap with computation entirely.
+the instructions that it was compiled to. Collectives take their bytes over the bandwidth of all
+links together; what the program computes between the start and the end of one hides it, and the
+rest is waited for.
 
 The compiler for GPUs estimates no times. There, every operation counts with the longer of its FLOPs
 at the peak and its bytes at the bandwidth of the memory: a roofline, which no program reaches.

@@ -88,6 +88,35 @@ def read_collective(
     return Collective(kind, axes_of(groups, mesh_shape), count, size, times)
 
 
+def part_of_collective(
+    instruction: Instruction, computation: Computation, module: Module
+) -> tuple[str, str, Instruction | None, Computation]:
+    """What an instruction is of a collective, what names it, itself, and where it stands.
+
+    That is "whole", or the "start", a "step" or the "done" of an asynchronous one; "" where it is
+    neither. A TPU makes of an asynchronous collective a chain of fusions with a number; each of
+    them repeats it.
+    """
+    kind, _, suffix = instruction.opcode.rpartition("-")
+    if instruction.opcode in KINDS:
+        return "whole", instruction.name, instruction, computation
+    if kind in KINDS and suffix == "start":
+        return "start", instruction.name, instruction, computation
+    if kind in KINDS and suffix == "done":
+        return "done", instruction.operands[0], None, computation
+    inside = module.computations.get(instruction.attribute("calls") or "")
+    held = list(inside.instructions.values()) if inside else []
+    inner = next((i for i in held if i.opcode in KINDS), None)
+    if inside is None or inner is None:
+        return "", "", None, computation
+    chain = re.search(r'chain_id"?[=:]"?(\d+)', inner.attributes)
+    if chain is None:
+        return "whole", instruction.name, inner, inside
+    marks = " ".join(i.attributes for i in held)
+    part = next((p for p in ("Start", "Done") if f'"AsyncCollective{p}"' in marks), "Step")
+    return part.lower(), chain[1], inner, inside
+
+
 def _is_repetition(instruction: Instruction, computation: Computation) -> bool:
     """Whether this is not the first link of a chain of fusions that a TPU splits a collective into.
 

@@ -22,7 +22,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lory_jax.planning.collectives import KINDS
+from lory_jax.planning.collectives import KINDS, part_of_collective
 from lory_jax.planning.hlo import Computation, Executions, Instruction, Module
 from lory_jax.planning.kernels import Price, is_kernel, kernel_name
 from lory_jax.planning.topology import Device
@@ -56,7 +56,8 @@ class Cycles:
       repriced: what the module's docstring describes.
       kernels: the repriced cycles of all calls of each kernel, by its name.
       uncounted: kernels that the compiler's sum leaves out, and how often each is called.
-      hbm_bytes: bytes to and from HBM in whole tiles, transfers in the background included.
+      hbm_bytes: bytes to and from HBM in whole tiles, transfers in the background included, but not
+        those of collectives and of what is fused with a link of an asynchronous one.
     """
 
     compiler: Mapping[str, float]
@@ -108,7 +109,7 @@ def count_cycles(
                 else:
                     compiler[scope] += flops / device.flops_per_cycle * times
                 continue
-            if instruction.opcode.removesuffix("-start") not in KINDS:
+            if not part_of_collective(instruction, computation, module)[0]:
                 hbm += moved_bytes(instruction, computation, module).hbm * times
             estimate = estimated_cycles(instruction)
             compiler[scope] += (estimate or 0) * times

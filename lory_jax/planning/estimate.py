@@ -26,7 +26,7 @@ from lory_jax.planning.topology import Device
 # tiles are split, the compiler turns gathers and scatters into sums of whole matrices.
 TILE_ROWS = 16
 
-VERSION = 2  # of how a compiled step is read; another one makes kept results void
+VERSION = 3  # of how a compiled step is read; another one makes kept results void
 
 
 # Of a TPU's memory, what parameters and Adam's moments may take for a second replica of them.

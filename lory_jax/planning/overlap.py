@@ -9,11 +9,10 @@ the bytes that a device receives, divided by the bandwidth of all its links. Bot
 and so is the end of the schedule.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from lory_jax.planning.collectives import KINDS, Collective, read_collective
+from lory_jax.planning.collectives import Collective, part_of_collective, read_collective
 from lory_jax.planning.cycles import reprice
 from lory_jax.planning.hlo import Computation, Executions, Instruction, Module, called, trip_count
 from lory_jax.planning.kernels import Price, is_kernel
@@ -65,7 +64,7 @@ class Schedule:
         pending: dict[str, _Pending] = {}
         found: list[Transfer] = []
         for instruction in computation.instructions.values():
-            part, key, inner, where = self._collective_of(instruction, computation)
+            part, key, inner, where = part_of_collective(instruction, computation, self.module)
             if part == "done":
                 one = pending.pop(key)
                 awaited = max(0.0, one.end - clock)
@@ -100,34 +99,6 @@ class Schedule:
         if instruction.opcode == "while":
             inner *= trip_count(self.module, computation, instruction) or 1
         return inner + reprice(instruction, computation, self.module, self.device)
-
-    def _collective_of(
-        self, instruction: Instruction, computation: Computation
-    ) -> tuple[str, str, Instruction | None, Computation]:
-        """What an instruction is of a collective, what names it, itself, and where it stands.
-
-        That is "whole", or the "start", a "step" or the "done" of an asynchronous one; "" where it
-        is neither. A TPU makes of an asynchronous collective a chain of fusions with a number; each
-        of them repeats it.
-        """
-        kind, _, suffix = instruction.opcode.rpartition("-")
-        if instruction.opcode in KINDS:
-            return "whole", instruction.name, instruction, computation
-        if kind in KINDS and suffix == "start":
-            return "start", instruction.name, instruction, computation
-        if kind in KINDS and suffix == "done":
-            return "done", instruction.operands[0], None, computation
-        inside = self.module.computations.get(instruction.attribute("calls") or "")
-        held = list(inside.instructions.values()) if inside else []
-        inner = next((i for i in held if i.opcode in KINDS), None)
-        if inside is None or inner is None:
-            return "", "", None, computation
-        chain = re.search(r'chain_id"?[=:]"?(\d+)', inner.attributes)
-        if chain is None:
-            return "whole", instruction.name, inner, inside
-        marks = " ".join(i.attributes for i in held)
-        part = next((p for p in ("Start", "Done") if f'"AsyncCollective{p}"' in marks), "Step")
-        return part.lower(), chain[1], inner, inside
 
 
 def awaited_cycles(transfers: list[Transfer]) -> float:
