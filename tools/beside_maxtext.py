@@ -131,7 +131,7 @@ def table(theirs: dict[str, Any]) -> str:
             "repriced_cycles": estimate.get("repriced_cycles", {}).get("total"),
         }
         rows.append(row(name, figures, plan["bytes_per_device"]["total"], theirs))
-    header = ["0.3B, v5e-64, fsdp=64", "M cycles, compiler", "repriced", "over MaxText's, repriced"]
+    header = ["0.3B, v5e-64", "M cycles, compiler", "repriced", "over MaxText's, repriced"]
     return markdown([*header, "GiB per device"], rows)
 
 
