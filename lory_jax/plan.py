@@ -25,8 +25,8 @@ The compiler for GPUs estimates no times. There, every operation counts with the
 at the peak and its bytes at the bandwidth of the memory: a roofline, which no program reaches.
 
 --rank varies one setting at a time and keeps the best: what is recomputed, the mesh, the number of
-microbatches, and which kernels run. It compiles at most 12 programs per topology and prints the
-flags of the best.
+microbatches, the blocks of the merging kernels, and which kernels run. It compiles at most 12
+programs per topology and prints the flags of the best.
 
 What was found about a compiled program is kept in $LORY_PLAN_CACHE, by default lory_jax/plan in the
 user's cache directory, and read from there if the same program is planned again.

@@ -190,6 +190,11 @@ SCHEMA: dict[str, dict[str, Field]] = {
             "blocks",
             "kernel",
         ),
+        "merged_ffn_group": int_field(
+            0,
+            "merged_ffn=kernel: the most segments merged at a time; 0 lets the kernels choose",
+            0,
+        ),
         "grouped_product": choice_field(
             "dropless baselines: ragged is JAX's ragged_dot, blocks pads each expert's tokens to "
             "blocks of 64; auto is blocks on CPUs, where ragged_dot multiplies with all experts",

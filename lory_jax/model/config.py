@@ -68,6 +68,7 @@ class ModelConfig:
     remat: str
     attention: str
     merged_ffn: str
+    merged_ffn_group: int
     grouped_product: str
     attention_sharding: str
     document_mask: bool

@@ -154,6 +154,7 @@ class MergedFFN(nnx.Module):
             self.experts(),
             r_BxNxE.reshape(B * N, E),
             implementation,
+            self.config.merged_ffn_group,
         )
         return y_SxTxD.reshape(B, N * T, D)[:, :L]
 

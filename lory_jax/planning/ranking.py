@@ -27,6 +27,8 @@ MARGIN = 0.06  # of the memory is left free: for batches on their way and fragme
 MAX_PROGRAMS = 12
 MAX_MICROBATCHES = 16
 KERNELS = ("attention", "merged_ffn")  # fields of config.model that say which kernels run
+GROUP = "merged_ffn_group"  # the field that says how large the blocks of the merging kernels are
+SMALLER_GROUP = 16  # segments, where they choose 32 or 64 on most shapes
 
 Report = Callable[[str], None]  # is given one line about every program
 
@@ -135,7 +137,7 @@ def search(
 def _settings(config: ConfigDict, platform: str) -> dict[str, Any]:
     """The recipe's own values of the fields that are varied, with "auto" resolved."""
     resolved = ModelConfig.for_platform(config.model, platform)
-    names = ("remat", *KERNELS) if config.model.num_experts else ("remat", KERNELS[0])
+    names = ("remat", *KERNELS, GROUP) if config.model.num_experts else ("remat", KERNELS[0])
     return {f"model.{name}": getattr(resolved, name) for name in names} | {
         "train.microbatches": config.train.microbatches
     }
@@ -170,7 +172,7 @@ Vary = Callable[[ConfigDict, Choice], Iterator[Choice]]
 
 def _dimensions(first: Candidate) -> list[Vary]:
     """What to vary, in order: what may make it fit first if it does not."""
-    order: list[Vary] = [_remats, _meshes, _microbatches, _kernels]
+    order: list[Vary] = [_remats, _meshes, _microbatches, _groups, _kernels]
     return order if first.fits else [_microbatches, *order]
 
 
@@ -194,6 +196,12 @@ def _microbatches(config: ConfigDict, choice: Choice) -> Iterator[Choice]:
     for other in (count * 2, count // 2, count * 4):
         if 1 <= other <= MAX_MICROBATCHES and config.train.global_batch_size % other == 0:
             yield choice.set("train.microbatches", other)
+
+
+def _groups(config: ConfigDict, choice: Choice) -> Iterator[Choice]:
+    """Smaller blocks of the merging kernels than those that they choose."""
+    if dict(choice.fields).get("model.merged_ffn") == "kernel":
+        yield choice.set(f"model.{GROUP}", SMALLER_GROUP)
 
 
 def _kernels(config: ConfigDict, choice: Choice) -> Iterator[Choice]:

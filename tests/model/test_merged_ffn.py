@@ -368,6 +368,8 @@ def test_tilings_fit_the_chip_in_whole_tiles(S, E, F, mib, cores, side):
         assert 1024 % (cut.parts * (tiling.ROWS if is_whole else tiling.LANES)) == 0
         assert S == 1 or -S % cut.group <= S / 4
         assert max(tiling.shared(problem, cut)) >= cores
+        few = tiling.tile(problem, chip, most=8)
+        assert few.group <= max(8, tiling.smallest_tiling(E, side).group)
         assert -F % cut.columns < tiling.LANES
 
 
@@ -431,6 +433,27 @@ def test_the_matrix_unit_works_off_128_numbers_at_a_time(E, P):
         merging = 2 * 128 if kernel != tiling.GRADIENTS else 2 * (128 + min(128, P * E))
         by_hand = weights * S * D * F * (2 * T + merging)
         assert tiling.flops(problem, cut, side=128) == by_hand
+
+
+def test_smaller_groups_compute_the_same():
+    """Values and all gradients, with 2 and with 16 segments at a time."""
+    S, T, D, F, E = 16, 16, 128, 128, 3
+    for call in tiling.CALLS:
+        problem = tiling.Problem(*call, S=S, T=T, D=D, F=F, E=E, itemsize=4)
+        groups = [tiling.tile(problem, tiling.V5E, most).group for most in (2, tiling.MAX_GROUP)]
+        assert groups == [2, 16]
+    rng = np.random.default_rng(0)
+    shapes = {"gate": (E, D, F), "up": (E, D, F), "down": (E, F, D)}
+    experts = {n: jnp.asarray(rng.normal(size=s) / 11, jnp.float32) for n, s in shapes.items()}
+    x = jnp.asarray(rng.normal(size=(S, T, D)), jnp.float32)
+    r = jnp.asarray(rng.dirichlet(np.ones(E), S), jnp.float32)
+
+    def run(most):
+        products = kernel_products(interpret=True, most=most)
+        value = lambda *given: jnp.sum(products_ffn(products, *given) ** 2)  # noqa: E731
+        return products_ffn(products, x, experts, r), jax.grad(value, (0, 1, 2))(x, experts, r)
+
+    assert_trees_close(run(2), run(tiling.MAX_GROUP), 1e-5)
 
 
 def test_the_fastest_tiling_is_chosen():

@@ -46,6 +46,10 @@ def test_neighbours_of_a_choice():
     assert [c.mesh for c in ranking._meshes(config, FIRST)] == [(4, 2, 1), (1, 8, 1)]
     counts = [dict(c.fields)["train.microbatches"] for c in ranking._microbatches(config, FIRST)]
     assert counts == [4, 1, 8]
+    assert not list(ranking._groups(config, FIRST))  # nothing is merged by a kernel
+    kernel = Choice((("model.merged_ffn", "kernel"), ("model.merged_ffn_group", 0)), FIRST.mesh)
+    (smaller,) = ranking._groups(config, kernel)
+    assert smaller.apply(base_config()).model.merged_ffn_group == 16
 
 
 def test_the_flags_are_those_of_the_choice():

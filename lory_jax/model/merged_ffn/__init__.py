@@ -45,7 +45,11 @@ SMALLEST_VMEM, LARGEST_VMEM = 64 * 2**20, 128 * 2**20  # bytes: of a v5p; of a v
 
 
 def merged_ffn(
-    x_SxTxD: Array, experts: Experts, r_SxE: Array, implementation: str = "auto"
+    x_SxTxD: Array,
+    experts: Experts,
+    r_SxE: Array,
+    implementation: str = "auto",
+    group: int = 0,
 ) -> Array:
     """Merges the experts with `r_SxE` and applies each segment's FFN to its tokens.
 
@@ -55,6 +59,7 @@ def merged_ffn(
         `{"gate_bias": [E, F], "up_bias": [E, F], "down_bias": [E, D]}`, for "einsum" alone.
       r_SxE: routing weights.
       implementation: one of `IMPLEMENTATIONS`; "auto" is for JAX's default backend.
+      group: the most segments that "kernel" merges at a time; 0 lets it choose.
 
     Returns:
       `[S, T, D]` in the type of `x_SxTxD`; differentiable in all three.
@@ -74,10 +79,10 @@ def merged_ffn(
         raise ValueError(
             f"implementation: got {implementation!r}; must be one of {', '.join(IMPLEMENTATIONS)}"
         )
-    return products_ffn(_products(implementation), x_SxTxD, experts, r_SxE)
+    return products_ffn(_products(implementation, group), x_SxTxD, experts, r_SxE)
 
 
-def _products(implementation: str) -> Products:
+def _products(implementation: str, group: int) -> Products:
     if implementation == "whole":
         return whole_products()
     if implementation == "blocks":
@@ -85,7 +90,7 @@ def _products(implementation: str) -> Products:
     # Pallas is imported where it is used: not every installation of JAX has it.
     from lory_jax.model.merged_ffn.kernel_products import kernel_products
 
-    return kernel_products()
+    return kernel_products(most=group) if group else kernel_products()
 
 
 def resolve_merged_ffn(

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from lory_jax.model.merged_ffn.tiling import (
     FROM_HIDDEN,
     GRADIENTS,
     LANES,
+    MAX_GROUP,
     ROWS,
     TO_HIDDEN,
     Problem,
@@ -37,9 +38,30 @@ from lory_jax.model.merged_ffn.tiling import (
 from lory_jax.model.merged_ffn.vjp import Combine, Products
 
 
-def kernel_products(interpret: bool = False) -> Products:
-    """The products as kernels for a TPU; `interpret` runs them, slowly, anywhere."""
-    return _INTERPRETED if interpret else _COMPILED
+class How(NamedTuple):
+    """What is the same for all calls of a program.
+
+    Attributes:
+      interpret: run the kernels, slowly, anywhere.
+      most: the most segments in a group.
+    """
+
+    interpret: bool
+    most: int
+
+
+@functools.cache
+def kernel_products(interpret: bool = False, most: int = MAX_GROUP) -> Products:
+    """The products as kernels for a TPU; arguments as in `How`."""
+    how = How(interpret, most)
+    return Products(
+        lay_out=_lay_out,
+        take_back=_take_back,
+        d_axis=lambda name: 0,
+        to_hidden=functools.partial(_to_hidden, how=how),
+        from_hidden=functools.partial(_from_hidden, how=how),
+        gradients=functools.partial(_gradients, how=how),
+    )
 
 
 @dataclass(frozen=True)
@@ -50,7 +72,7 @@ class _Call:
     problem: Problem
     a_SPxPE: Array  # the result of `spread`
     weights: list[Array]
-    interpret: bool
+    how: How
 
     @property
     def groups(self) -> int:
@@ -86,7 +108,7 @@ class _Call:
     ) -> Any:
         problem, tiling = self.problem, self.tiling
         # Interpreted, every step that is unrolled is compiled for nothing.
-        unroll = Unroll(2, 2) if self.interpret else Unroll()
+        unroll = Unroll(2, 2) if self.how.interpret else Unroll()
         call = pl.pallas_call(
             functools.partial(kernel, P=tiling.rows, unroll=unroll),
             grid=grid,
@@ -104,7 +126,7 @@ class _Call:
                 bytes_accessed=tilings.moved_bytes(problem, tiling),
             ),
             name=problem.kernel + suffix,
-            interpret=self.interpret,
+            interpret=self.how.interpret,
         )
         # Under remat, JAX would keep a kernel whose results are unused; it drops an unused jitted
         # function.
@@ -118,18 +140,18 @@ class _Call:
 
 
 def _prepare(
-    kernel: str, weights: Sequence[Array], r_SxE: Array, T: int, hidden: int, interpret: bool
+    kernel: str, weights: Sequence[Array], r_SxE: Array, T: int, hidden: int, how: How
 ) -> _Call:
     S, E = r_SxE.shape
     DE, F = weights[0].shape
     dtype = weights[0].dtype
     problem = Problem(kernel, len(weights), hidden, S, T, DE // E, F, E, dtype.itemsize)
-    tiling = tilings.tile(problem, tilings.traced_chip())
+    tiling = tilings.tile(problem, tilings.traced_chip(), how.most)
     r_SxE = pad(r_SxE, (tiling.group, tiling.experts))
     padded = [_pad_experts(w, E, tiling) for w in weights]
     (S, E), (DE, F) = r_SxE.shape, padded[0].shape
     problem = dataclasses.replace(problem, S=S, T=T + -T % tiling.tokens, D=DE // E, F=F, E=E)
-    return _Call(tiling, problem, spread(r_SxE, tiling, dtype), padded, interpret)
+    return _Call(tiling, problem, spread(r_SxE, tiling, dtype), padded, how)
 
 
 def _pad_experts(w_DExF: Array, E: int, tiling: Tiling) -> Array:
@@ -151,13 +173,13 @@ def _to_hidden(
     r_SxE: Array,
     combine: Combine,
     *given: Array,
-    interpret: bool,
+    how: How,
 ) -> tuple[Array, ...]:
     (S, T, _), F = x_SxTxD.shape, next(iter(weights.values())).shape[1]
     h = jax.ShapeDtypeStruct((S, T, F), jnp.float32)
     outs = len(jax.eval_shape(combine, *[h] * (len(weights) + len(given))))
     hidden = len(given) + outs
-    call = _prepare(TO_HIDDEN, list(weights.values()), r_SxE, T, hidden, interpret)
+    call = _prepare(TO_HIDDEN, list(weights.values()), r_SxE, T, hidden, how)
     G, b, padded = call.tiling.group, call.tiling.columns, call.problem
     out = jax.ShapeDtypeStruct((padded.S, padded.T, padded.F), x_SxTxD.dtype)
     hidden_block = pl.BlockSpec((G, padded.T, b), lambda g, f, k, d: (g, 0, f))
@@ -200,12 +222,12 @@ def _to_hidden(
 
 
 def _from_hidden(
-    hidden: Mapping[str, Array], weights: Mapping[str, Array], r_SxE: Array, *, interpret: bool
+    hidden: Mapping[str, Array], weights: Mapping[str, Array], r_SxE: Array, *, how: How
 ) -> Array:
     first = next(iter(hidden.values()))
     (S, T, _), D = first.shape, next(iter(weights.values())).shape[0] // r_SxE.shape[1]
     matrices = [weights[name] for name in hidden]
-    call = _prepare(FROM_HIDDEN, matrices, r_SxE, T, len(hidden), interpret)
+    call = _prepare(FROM_HIDDEN, matrices, r_SxE, T, len(hidden), how)
     G, b, padded = call.tiling.group, call.tiling.columns, call.problem
     hidden_block = pl.BlockSpec((G, padded.T, b), lambda g, d, f: (g, 0, f))
     experts_block = pl.BlockSpec((call.part * padded.E, b), lambda g, d, f: (d, f))
@@ -232,10 +254,10 @@ def _from_hidden(
 
 
 def _gradients(
-    x_SxTxD: Array, h_SxTxF: Array, w_DExF: Array, r_SxE: Array, name: str, *, interpret: bool
+    x_SxTxD: Array, h_SxTxF: Array, w_DExF: Array, r_SxE: Array, name: str, *, how: How
 ) -> tuple[Array, Array]:
     (S, T, D), E, F = x_SxTxD.shape, r_SxE.shape[1], w_DExF.shape[1]
-    call = _prepare(GRADIENTS, [w_DExF], r_SxE, T, 1, interpret)
+    call = _prepare(GRADIENTS, [w_DExF], r_SxE, T, 1, how)
     G, P, b, padded = call.tiling.group, call.tiling.rows, call.tiling.columns, call.problem
     parts, part, width, DE = call.tiling.parts, call.part, call.width, padded.D * padded.E
     held = padded.S if call.tiling.is_held else G
@@ -283,17 +305,3 @@ def _take_back(w_DExF: Array, name: str, shape: tuple[int, ...]) -> Array:
     E, F = shape[0], shape[1 if name == "down" else 2]
     w_DxExF = w_DExF[:, :F].reshape(-1, E, F)
     return w_DxExF.transpose((1, 2, 0) if name == "down" else (1, 0, 2))
-
-
-def _products(interpret: bool) -> Products:
-    return Products(
-        lay_out=_lay_out,
-        take_back=_take_back,
-        d_axis=lambda name: 0,
-        to_hidden=functools.partial(_to_hidden, interpret=interpret),
-        from_hidden=functools.partial(_from_hidden, interpret=interpret),
-        gradients=functools.partial(_gradients, interpret=interpret),
-    )
-
-
-_COMPILED, _INTERPRETED = _products(False), _products(True)

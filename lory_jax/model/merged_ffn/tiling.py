@@ -127,8 +127,9 @@ def vmem_limit(capacity: int) -> int:
     return min(capacity - 2 * MIB, 112 * MIB)
 
 
-def tile(problem: Problem, chip: Chip) -> Tiling:
-    """Returns the fastest of the tilings that fit on the chip.
+def tile(problem: Problem, chip: Chip, most: int = MAX_GROUP) -> Tiling:
+    """Returns the fastest of the tilings that fit on the chip, with at most so many segments at a
+    time (always the fewest that are possible).
 
     That is the one with the smallest maximum of matrix-unit time and DMA time. There is work for
     every core, and padding adds no more than a quarter to S.
@@ -136,17 +137,17 @@ def tile(problem: Problem, chip: Chip) -> Tiling:
     Raises:
       ValueError: no tiling fits on the chip.
     """
-    return min(fitting(problem, chip), key=lambda tiling: cost(problem, tiling, chip))
+    return min(fitting(problem, chip, most), key=lambda tiling: cost(problem, tiling, chip))
 
 
-def fitting(problem: Problem, chip: Chip) -> list[Tiling]:
+def fitting(problem: Problem, chip: Chip, most: int = MAX_GROUP) -> list[Tiling]:
     """The tilings that fit on the chip, of those with work for every core if there are any.
 
     Raises:
       ValueError: no tiling fits on the chip.
     """
     budget = vmem_budget(chip.vmem)
-    found = [t for t in _tilings(problem, chip.side) if vmem_bytes(problem, t) <= budget]
+    found = [t for t in _tilings(problem, chip.side, most) if vmem_bytes(problem, t) <= budget]
     if not found:
         raise ValueError(f"{problem}: no tiling within {budget / MIB:.0f} MiB")
     return [t for t in found if max(shared(problem, t)) >= chip.cores] or found
@@ -176,12 +177,12 @@ def shared(problem: Problem, tiling: Tiling) -> tuple[int, int]:
     }[problem.kernel]
 
 
-def _tilings(problem: Problem, side: int) -> list[Tiling]:
+def _tilings(problem: Problem, side: int, most: int = MAX_GROUP) -> list[Tiling]:
     smallest = smallest_tiling(problem.E, side)
     groups = [smallest.group]
     while groups[-1] < MAX_GROUP:
         larger = 2 * groups[-1]
-        if larger > problem.S or -problem.S % larger > problem.S / 4:
+        if larger > min(most, problem.S) or -problem.S % larger > problem.S / 4:
             break
         groups.append(larger)
     # Parts of experts are rows; parts of x are lanes; parts of y are also the product's columns, of
