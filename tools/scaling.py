@@ -2,7 +2,7 @@
 
     python tools/scaling.py [--again | --no_compile] [--cuda_python=PATH]
 
-Compiles the plans that docs/plans lacks or holds from an older version (with --again all of them:
+Compiles the plans that docs/plans lacks or holds from an older version (with --again all of
 them: twenty minutes on two cores; with --no_compile none), and writes the tables between the marks
 in docs/scaling.md. Plans for TPUs require libtpu (requirements-plan.txt), those for GPUs an
 environment with JAX's plug-in for CUDA (requirements-cuda.txt), whose interpreter --cuda_python

@@ -7,18 +7,23 @@ import pytest
 
 from lory_jax.data.prepared import PreparedData
 from lory_jax.errors import InputError
-from tests.support.corpora import SETTINGS, prepare_here, write_corpus
+from tests.support.corpora import SETTINGS as COMMON
+from tests.support.corpora import prepare_here, write_corpus
 from tools.study.order import use_kept_order
 from tools.study.results import training_digest
+
+SETTINGS = [*COMMON, "--config.data.max_document_bytes=3000"]
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """One file of documents, a few of them twice."""
+    """One file of documents, a few of them twice, and a long one, which `prepare` cuts."""
     directory = write_corpus(tmp_path_factory.mktemp("corpus") / "c", documents=240, files=1)
     path = directory / "part-0.jsonl"
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join([*lines, *lines[:5]]))
+    texts = [json.loads(line)["text"] for line in lines]
+    long = {"text": "\n\n".join(sorted(texts)), "domain": "domain0", "source": "long"}
+    path.write_text("".join([json.dumps(long) + "\n", *lines, *lines[:5]]))
     return path
 
 

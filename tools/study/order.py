@@ -2,8 +2,8 @@
 
 Neighbours are found in float32, and another processor may find others, so it may order the
 documents differently. Runs on two orders differ as much as runs with two seeds. The first machine
-keeps its order: which lines of the corpus were trained on, one after the other. On a machine that
-prepared another order, the training instances are written again, in the order that was kept.
+keeps its order: which documents of the corpus were trained on, one after the other. On a machine
+that prepared another order, the training instances are written again, in the order that was kept.
 """
 
 import io
@@ -18,6 +18,7 @@ from lory_jax.data.instances import INSTANCE_DOMAINS_NAME
 from lory_jax.data.manifest import file_sha256, write_manifest
 from lory_jax.data.prepared import PreparedData
 from lory_jax.errors import InputError
+from lory_jax.preparation.documents import split_long
 from lory_jax.preparation.engine.columns import write_array
 from lory_jax.preparation.packing import cut_instances, instance_domains, tokenize, write_shards
 from lory_jax.storage import write_atomically
@@ -30,7 +31,8 @@ def use_kept_order(data: Path, corpus: Path, kept: Path) -> None:
     Args:
       data: the prepared directory; its training instances may be replaced.
       corpus: the documents that it was prepared from, in JSON lines.
-      kept: an `.npz` file: the digest of the training instances, that of the corpus, and the lines.
+      kept: an `.npz` file: the digest of the training instances, that of the corpus, and the
+        numbers of the documents, of which long ones are cut as `prepare` cuts them.
 
     Raises:
       InputError: the corpus or the tokenizer is another one.
@@ -51,14 +53,16 @@ def use_kept_order(data: Path, corpus: Path, kept: Path) -> None:
 
 def _keep(data: Path, corpus: Path, kept: Path) -> None:
     prepared = PreparedData.open(data)
-    texts = [document["text"] for document in _documents(corpus)]
+    texts = [document["text"] for document in _documents(prepared, corpus)]
     tokenized = tokenize(texts, prepared.tokenizer, "tokenizing the corpus")
     # Of equal documents, the first line stands for all.
     line_of = {tokenized.stream([line]).tobytes(): line for line in reversed(range(len(texts)))}
     stream_T = _stream(prepared)
     starts = np.flatnonzero(stream_T == prepared.tokenizer.bos_id)
     pieces = np.split(stream_T, starts[1:])
-    lines = [line_of[piece.tobytes()] for piece in pieces[:-1]]
+    lines = [line_of.get(piece.tobytes(), -1) for piece in pieces[:-1]]
+    if -1 in lines:
+        raise InputError(f"{data}: document {lines.index(-1):,} is not a line of {corpus}")
     lines.append(_line_of_beginning(pieces[-1].tobytes(), line_of, set(lines)))
     buffer = io.BytesIO()
     np.savez_compressed(
@@ -95,12 +99,12 @@ def _write_in_order(data: Path, corpus: Path, lines_N: np.ndarray) -> None:
     prepared = PreparedData.open(data)
     length = prepared.manifest.sequence_length
     per_shard = prepared.manifest.settings["data"]["instances_per_shard"]
-    documents = list(_documents(corpus))
+    documents = _documents(prepared, corpus)
     chosen = [documents[line] for line in lines_N]
     tokenized = tokenize([d["text"] for d in chosen], prepared.tokenizer, "tokenizing the corpus")
     names = sorted(prepared.manifest.counts["train"]["domains"])
     domain_N = np.array([names.index(d["domain"]) for d in chosen])
-    shutil.rmtree(data / "train")
+    shutil.rmtree(data / "train", ignore_errors=True)  # gone, if this was killed before
     write_shards(data / "train", cut_instances(tokenized.tokens_T, length), per_shard)
     domains = instance_domains(tokenized.lengths_N, domain_N, length)
     write_array(data, INSTANCE_DOMAINS_NAME.removesuffix(".npy"), domains)
@@ -127,6 +131,9 @@ def _write_in_order(data: Path, corpus: Path, lines_N: np.ndarray) -> None:
     write_manifest(replace(manifest, counts=all_counts, files=dict(sorted(files.items()))), data)
 
 
-def _documents(corpus: Path) -> list[dict[str, str]]:
+def _documents(prepared: PreparedData, corpus: Path) -> list[dict[str, str]]:
+    """The documents of a corpus, long ones cut as `prepare` cuts them."""
+    most = prepared.manifest.settings["data"]["max_document_bytes"]
     with corpus.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        lines = [json.loads(line) for line in file]
+    return [line | {"text": text} for line in lines for text in split_long(line["text"], most)]
