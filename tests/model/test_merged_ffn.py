@@ -254,7 +254,7 @@ def test_every_implementation_equals_the_reference_for_any_shape(S, T, D, F, E):
 def test_kernels_agree_however_their_work_is_cut(E, columns, parts, monkeypatch):
     """Sums over groups, blocks of F and parts of D, whatever a chip would choose."""
 
-    def cut(problem, chip):
+    def cut(problem, chip, most):
         smallest = tiling.smallest_tiling(problem.E)
         return dataclasses.replace(smallest, columns=columns, parts=parts)
 

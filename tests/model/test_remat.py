@@ -85,7 +85,8 @@ def test_a_dense_layer_recomputes_what_the_policy_says(policy, attention):
 
 @pytest.mark.parametrize("policy", RECOMPUTED)
 def test_a_lory_layer_recomputes_what_the_policy_says(policy, monkeypatch):
-    monkeypatch.setattr(kernels, "kernel_products", lambda: kernels._INTERPRETED)
+    interpreted = kernels.kernel_products(interpret=True)
+    monkeypatch.setattr(kernels, "kernel_products", lambda: interpreted)
     fields = {"attention": "paired", "merged_ffn": "kernel"}
     extra = layer_operations(policy, **fields) - layer_operations("none", **fields)
     expected = Counter(RECOMPUTED[policy])
