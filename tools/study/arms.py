@@ -120,7 +120,7 @@ FAMILIES = [
         "lory_redrawn",
         {EXPERTS: 8, START: 0.354},
         {RATE: RATES, REDRAW: (0.25, 0.5, 0.75)},
-        group=2,
+        group=0,
         cost=1.15,
     ),
     Family("lory_scratch", {EXPERTS: 8, **SCRATCH}, FROM_SCRATCH, group=1, cost=1.15),
@@ -154,7 +154,7 @@ FAMILIES += [
 ARMS = [
     Arm("dense", "dense", seeds=10, group=0),
     Arm("lory", "lory", seeds=10, group=0, cost=1.15, measures=("routing", "prompt")),
-    Arm("lory_redrawn", "lory_redrawn", seeds=10, group=2, cost=1.15, measures=("routing",)),
+    Arm("lory_redrawn", "lory_redrawn", seeds=10, group=0, cost=1.15, measures=("routing",)),
     # The fair start, checked at full length: none of these may be better than dense by the margin.
     *(
         Arm(f"dense_{what}_{word}", "dense", factors={name: factor}, seeds=1, group=1)
