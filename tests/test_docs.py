@@ -1,6 +1,7 @@
 """The documentation: the site builds, links lead somewhere, and commands are ones that exist."""
 
 import functools
+import json
 import os
 import re
 import subprocess
@@ -159,3 +160,17 @@ def flags_of(name: str, *subcommand: str) -> frozenset[str]:
     result = verb(name, *subcommand, "--help")
     assert result.returncode == 0, result.stderr
     return frozenset(FLAG.findall(result.stdout))
+
+
+def test_the_readme_states_the_ratios_of_the_committed_plans():
+    computing, step = [], []
+    for experts in (8, 32):
+        plan = json.loads((ROOT / f"docs/plans/lory_0_3b_{experts}e_v5e-64.json").read_text())
+        ours, dense = plan["estimate"], plan["dense"]["estimate"]
+        computing.append(f"{ours['compute_seconds'] / dense['compute_seconds']:.2f}")
+        name = "step_seconds_lower_bound"
+        step.append(f"{ours[name] / dense[name]:.2f}")
+    readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    whole = f"{step[0]} (8 experts) and {step[1]} (32 experts) times the dense model's time"
+    assert whole in readme
+    assert f"{computing[0]} and {computing[1]} times its computing" in readme

@@ -64,6 +64,7 @@ def main() -> None:
     plans = plans_of(CASES, args, sys.executable)
     tables = "\n\n".join([memory_table(plans), time_table(plans), cycles_table(plans)])
     replace_marked(PAGE, "tools/scaling.py", tables)
+    replace_marked(PAGE, "tools/scaling.py ratios", ratio_table(plans))
     replace_marked(
         PAGE, "tools/scaling.py gpus", gpu_table(plans_of(GPU_CASES, args, args.cuda_python))
     )
@@ -144,6 +145,16 @@ def time_table(plans: Plans) -> str:
     columns += ["tokens/s per device at most", "MFU at most"]
     header = ["model", "slice", *columns, *(f"{column}, dense" for column in columns)]
     return markdown(header, rows)
+
+
+def ratio_table(plans: Plans) -> str:
+    """A step's time as a multiple of the dense baseline's: computing alone, and all of it."""
+    rows = []
+    for name, plan in plans:
+        ours, dense = plan["estimate"], plan["dense"]["estimate"]
+        times = ("compute_seconds", "step_seconds_lower_bound")
+        rows.append([name, plan["topology"], *(f"{ours[t] / dense[t]:.2f}" for t in times)])
+    return markdown(["model", "slice", "computing", "whole step, with what is awaited"], rows)
 
 
 def cycles_table(plans: Plans) -> str:

@@ -2,9 +2,10 @@
 
 A step that reads R merged FFNs for B rows moves `3 R D F` weights per layer and computes
 `6 B D F` FLOPs; one that leaves E experts unmerged moves `3 E D F` and computes `6 B E D F`. It
-takes as long as the larger of bytes over the bandwidth and FLOPs over the peak. Only the ratio of
-the two, the device's FLOPs per byte, decides. Where segments route, merged FFNs are merged again at
-every border, of all rows at once.
+takes as long as the larger of bytes over the bandwidth and FLOPs over the peak. The ratio of the
+two, the device's FLOPs per byte, decides; on CPUs the experts' thin products also reach less of
+either limit. Where segments route, merged FFNs are merged again at every border, of all rows at
+once.
 
 Letters: B rows, R merged FFNs, E experts, D model, F FFN, T tokens per segment.
 """
@@ -21,6 +22,10 @@ from lory_jax.model.flops import peak_bandwidth, peak_flops
 # float32: on two x86 cores, XLA's product of 32 rows by [4096, 1408] reached 98 GFLOP/s, and that
 # of one row 20 GB/s.
 RIDGES = {"cpu": 5.0, "gpu": 200.0, "tpu": 240.0}
+
+# How near to these limits unmerged experts come, as a share of how near merged FFNs come. On an x86
+# core they make 0.73 of it with 32 rows, and less with fewer (docs/benchmarks.md).
+UNMERGED_SHARES = {"cpu": 0.7, "gpu": 1.0, "tpu": 1.0}
 
 
 def choose_ffn(ffn: str, config: ModelConfig, *, rows: int, ffns: int, borders: int = 0) -> str:
@@ -42,15 +47,16 @@ def choose_ffn(ffn: str, config: ModelConfig, *, rows: int, ffns: int, borders: 
     if ffn != "auto":
         return ffn
     itemsize = jnp.dtype(config.compute_dtype).itemsize
+    device = jax.devices()[0]
     merged, experts = step_costs(
-        device_ridge(jax.devices()[0]),
+        device_ridge(device),
         itemsize,
         rows=rows,
         ffns=ffns,
         experts=_unmerged_ffns(config),
         merges_per_step=borders / config.segment_length,
     )
-    return MERGED if merged <= experts else EXPERTS
+    return MERGED if merged <= experts / UNMERGED_SHARES[device.platform] else EXPERTS
 
 
 def step_costs(

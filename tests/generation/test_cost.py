@@ -1,13 +1,16 @@
 """The choice between merged FFNs and unmerged experts: what the arithmetic of a device says."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 
-from lory_jax.generation.cost import RIDGES, choose_ffn, step_costs
+from lory_jax.generation.cost import RIDGES, UNMERGED_SHARES, choose_ffn, step_costs
 from lory_jax.model.flops import PEAK_BANDWIDTH, PEAK_FLOPS
 from tests.support.models import tiny_config
 
+DOCS = Path(__file__).parents[2] / "docs"
 V5E = PEAK_FLOPS["TPU v5e"] / PEAK_BANDWIDTH["TPU v5e"]
 
 
@@ -42,7 +45,7 @@ def test_every_device_with_a_peak_has_a_bandwidth():
 
 
 def test_auto_chooses_for_this_device_and_a_choice_is_kept():
-    config = tiny_config(num_experts=8)
+    config = tiny_config(num_experts=4)
     assert choose_ffn("auto", config, rows=1, ffns=1) == "merged"
     assert choose_ffn("auto", config, rows=64, ffns=1) == "merged"
     assert choose_ffn("auto", config, rows=64, ffns=64) == "experts"
@@ -54,6 +57,16 @@ def test_auto_chooses_for_this_device_and_a_choice_is_kept():
         )
 
 
+def test_auto_takes_what_was_faster_on_the_cpu_of_the_committed_benchmark():
+    measured = json.loads((DOCS / "decoding.json").read_text())
+    config = tiny_config(num_experts=measured["experts"])
+    for rows, rates in measured["tokens_per_second"].items():
+        is_faster = rates["unmerged experts"] > rates["merged per row"]
+        chosen = choose_ffn("auto", config, rows=int(rows), ffns=int(rows))
+        assert chosen == ("experts" if is_faster else "merged"), rows
+
+
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
-def test_every_platform_has_a_ridge(platform):
+def test_every_platform_has_its_limits(platform):
     assert RIDGES[platform] > 1
+    assert 0 < UNMERGED_SHARES[platform] <= 1
