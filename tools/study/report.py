@@ -56,15 +56,20 @@ SCALE = (
     "is manual pages, documentation, prose and C from Debian packages (tools/debian_corpus.py)."
 )
 TUNING = (
-    "Every kind of model is tuned on validation alone: 12 trials of 400 steps, and then three at "
-    "full length, with the best learning rate, half and a quarter of it. All machines train on one "
-    "order of the documents (tools/study/order.py). A batch is computed as two microbatches; "
-    "tokens that compete for experts do so within one."
+    "Every kind of model is tuned on validation alone: 12 trials of 400 steps, and then three of "
+    "full length, at the best learning rate, half of it and a quarter of it. The tuning tables "
+    "show which trials have finished. All machines train on one order of the documents "
+    "(tools/study/order.py). Each batch is computed as two microbatches, and tokens compete for "
+    "experts only with tokens of their own microbatch. Seconds a step come from shared machines "
+    "and do not compare arms."
 )
 NOTE = (
     "Effects are in nats per token over positions from T on, the mean of the domains; a negative "
-    "effect favours what the claim names first. Intervals (95 %) hold the noise between seeds and "
-    "the choice of held-out documents; p-values are adjusted over all claims."
+    "effect favours what the claim names first. Intervals (95 %) cover the noise between seeds and "
+    "the choice of held-out documents. P-values are adjusted over all claims that were tested; for "
+    '"in every domain", p is that of the domain with the weakest evidence. Unless the whole '
+    "interval lies within the margin of 0.01 nats, an adjusted p of 0.05 or more means "
+    '"inconclusive".'
 )
 
 
@@ -187,19 +192,20 @@ def _sections(report: Report) -> list[tuple[str, Table]]:
     return [(title, table) for title, table in found if table[1]]
 
 
-def _intro(report: Report) -> str:
+def _intro(report: Report) -> list[str]:
+    """Paragraphs on the scale, the tuning and the statistics."""
     runs = len(report.records)
-    return f"{runs} finished runs, judged on the {report.split} set. {SCALE} {TUNING} {NOTE}"
+    return [f"{runs} finished runs, judged on the {report.split} set. {SCALE}", TUNING, NOTE]
 
 
 def markdown_page(report: Report) -> str:
     parts = [
         "# The study",
-        "What is true of Lory's claims at a scale that one machine can train, with seeds and "
-        "intervals. The claims were written down before the runs ([claims.json](claims.json)); "
+        "This page tests Lory's claims at a scale that one machine can train, with several seeds "
+        "and intervals. The claims were written down before the runs ([claims.json](claims.json)); "
         "`bash launch/study.sh` makes the runs and this page. The same tables with plots are in "
         "[study.html](study.html).",
-        _intro(report),
+        *_intro(report),
     ]
     for title, (header, rows) in _sections(report):
         lines = [header, ["---"] * len(header), *rows]
@@ -209,7 +215,7 @@ def markdown_page(report: Report) -> str:
 
 
 def html_page(report: Report) -> str:
-    pieces = [html.paragraph(_intro(report), "lead")]
+    pieces = [html.paragraph(text, "lead") for text in _intro(report)]
     for title, (header, rows) in _sections(report):
         words = [i for i, name in enumerate(header) if name in WORDS]
         pieces += [html.heading(title), html.table(header, rows, text_columns=words)]

@@ -121,7 +121,7 @@ def resolve_merged_ffn(
         # On any TPU: which one it is, is known when the program is traced.
         if platform == "tpu" and not kernel_obstacle(T, D, E, itemsize, SMALLEST_VMEM):
             return "kernel"
-        # On GPUs it moves a third less than `blocks`, and takes more memory (docs/performance.md).
+        # On GPUs it moves less than `blocks`, and takes more memory (docs/performance.md).
         return "blocks" if platform == "tpu" else "whole"
     if choice == "kernel":
         obstacle = kernel_obstacle(T, D, E, itemsize, LARGEST_VMEM)
