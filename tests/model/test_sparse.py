@@ -131,7 +131,7 @@ def test_training_equals_loops(routing, fields):
         assert (norm > 0) == (w.ndim > 1), i  # the bias alone is a vector
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=8)
 @given(
     st.lists(st.integers(0, 2 * BLOCK + 1), min_size=1, max_size=5).filter(any), st.integers(0, 99)
 )

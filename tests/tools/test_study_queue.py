@@ -15,7 +15,7 @@ from lory_jax.data.prepared import PreparedData
 from lory_jax.errors import InputError
 from tests.support.tiny import ROOT, write_prepared, write_recipe
 from tools.study.__main__ import work_off
-from tools.study.arms import Arm, Family
+from tools.study.kinds import Arm, Family
 from tools.study.queue import Queue, make_jobs
 from tools.study.results import Results, training_digest
 from tools.study.run import MODULES, Runner, Stopped
@@ -106,24 +106,37 @@ def test_arms_start_from_the_best_trial_of_their_family(tmp_path):
     assert len(steps) == len(set(steps)) == 2 * 5 + 2 * 5 + 3 * 6 + 3 * 9 + 3 * 6 + 6
 
 
-def test_learning_rates_are_tuned_again_at_full_length(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("lower", "higher", "chosen"),
+    [
+        (0.5, 20.0, 0.1),  # half is better, so the higher rate is not tried
+        (1.0, 20.0, 0.2),  # no lower rate is better; the higher one diverges
+    ],
+)
+def test_learning_rates_are_tuned_again_at_full_length(
+    lower, higher, chosen, tmp_path, monkeypatch
+):
     """The long trials vary the best short one, and arms use the best of those of their length."""
     monkeypatch.setattr("tools.study.queue.STEPS", 8)
     monkeypatch.setattr("tools.study.queue.TRIAL_STEPS", 5)
     grid = {RATE: (0.5, 0.2, 2.0)}
-    families = [Family("plain", {}, grid, group=0, steps=5, long_factors=(1.0, 0.5, 20.0))]
+    families = [Family("plain", {}, grid, group=0, steps=5, long_factors=(1.0, lower, higher))]
     arms = [Arm("plain", "plain", seeds=1, steps=9), Arm("short", "plain", seeds=1, steps=5)]
     runner = runner_of(tmp_path)
     queue = Queue(make_jobs(families, arms, "A"), runner.results)
     tuning = [f"plain-t0{i}" for i in range(3)] + [f"plain-l{i}" for i in range(3)]
     assert [job.id for job in queue.jobs] == [*tuning, "short-s0", "plain-s0"]
     work_off(queue, runner, [core(), core()])
+    assert not queue.remaining()
     records = {record["id"]: record for record in runner.results.records()}
-    long = [records[f"plain-l{i}"] for i in range(3)]
-    assert [record["kind"] for record in long] == ["long_trial"] * 3
-    assert [record["settings"][RATE] for record in long] == [0.2, 0.1, 4.0]
+    long = [records[f"plain-l{i}"] for i in range(3) if f"plain-l{i}" in records]
+    assert {record["kind"] for record in long} == {"long_trial"}
+    tried = [1.0, lower] if chosen == 0.1 else [1.0, lower, higher]
+    assert [r["settings"][RATE] for r in long] == pytest.approx([0.2 * x for x in tried])
     assert {record["settings"]["train.steps"] for record in long} == {8}
-    assert long[2]["status"] == "diverged" and records["plain-s0"]["settings"][RATE] == 0.1
+    if len(long) == 3:
+        assert long[2]["status"] == "diverged"
+    assert records["plain-s0"]["settings"][RATE] == chosen
     assert records["short-s0"]["settings"][RATE] == 0.2
 
 

@@ -30,6 +30,25 @@ def test_intervals_cover_the_true_effect_as_often_as_they_say(seeds, noise):
     assert np.mean(widths) < 0.2
 
 
+UNEQUAL = (200, 150, 60, 30, 20, 10, 8, 5, 5, 4, 3, 2, 2)  # much like the instances of headers
+
+
+@pytest.mark.parametrize("domains", [1, 4])
+def test_intervals_cover_the_true_effect_with_few_unequal_origins(domains):
+    rng = np.random.default_rng(domains)
+    origin_I = np.repeat(np.arange(len(UNEQUAL)), UNEQUAL)
+    covered = 0
+    for i in range(60):
+        sampled = {}
+        for name in "abcd"[:domains]:
+            of_origin_I = rng.normal(0, 0.12, len(UNEQUAL))[origin_I]
+            noise_SxI = rng.normal(0, 0.1, (10, len(origin_I)))
+            sampled[name] = Domain(TRUE + of_origin_I + noise_SxI, origin_I)
+        effect = paired_effect(sampled, seed=i)
+        covered += effect.low <= TRUE <= effect.high
+    assert covered >= 51
+
+
 def test_every_domain_counts_alike_however_many_instances_it_has():
     domains = {
         "small": Domain(np.full((2, 3), 1.0), np.arange(3)),
@@ -54,11 +73,20 @@ def test_domains_must_have_the_same_seeds():
 
 
 def test_holm_by_hand():
-    adjusted = holm({"a": 0.01, "b": 0.04, "c": 0.03, "untested": math.nan})
+    adjusted = holm({"a": 0.01, "b": 0.04, "c": 0.03})
     # Sorted: 3 x 0.01, 2 x 0.03, then 1 x 0.04, which may not be below what came before it.
     assert adjusted["a"] == pytest.approx(0.03)
     assert adjusted["c"] == adjusted["b"] == pytest.approx(0.06)
-    assert math.isnan(adjusted["untested"])
+
+
+def test_a_claim_that_waits_for_its_runs_counts_in_holms_family():
+    adjusted = holm({"a": 0.01, "b": 0.04, "waits": math.nan})
+    assert adjusted["a"] == pytest.approx(0.03) and adjusted["b"] == pytest.approx(0.08)
+    assert math.isnan(adjusted["waits"])
+    # No result of another claim makes a verdict weaker later.
+    for p in (0.001, 0.02, 0.9):
+        later = holm({"a": 0.01, "b": 0.04, "waits": p})
+        assert later["a"] <= adjusted["a"] and later["b"] <= adjusted["b"]
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,9 @@ from lory_jax.data.prepared import PreparedData
 from lory_jax.errors import ConfigError, InputError
 from tools import debian_corpus
 from tools.study import corpus
-from tools.study.arms import ARMS, FAMILIES, Arm, Family
+from tools.study.arms import ARMS, FAMILIES
 from tools.study.audit import AUDIT, write_audit
+from tools.study.kinds import Arm, Family
 from tools.study.order import use_kept_order
 from tools.study.queue import Queue, make_jobs
 from tools.study.results import FIRST_CORPUS, SPLITS, Results

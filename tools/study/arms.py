@@ -1,27 +1,18 @@
-"""What the study trains: families of trials, and the arms that use what the trials found.
-
-A *family* is tuned: every one has the same number of trials, each a point of a grid, judged on
-validation. The best of these short trials is repeated at full length, with its learning rate and
-lower ones, because the rate that is best after a quarter of the steps is too high for all of them.
-An *arm* is trained with several seeds at the best point of its family, changed by the
-arm's own settings. Settings are config fields without the `config.` before them; all else is
-tools/study/recipe.py.
-"""
+"""What the study trains: its families of trials, and its arms (tools/study/kinds.py)."""
 
 import itertools
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lory_jax.model.routing_rules import EXPERT_LAYERS, SOURCES
+from tools.study.kinds import STEPS, Arm, Family
 
-Settings = Mapping[str, Any]
-
+FLOPS_OVER_DENSE = 1.0637  # of a token in Lory with 8 experts, by lory_jax.model.flops
 TRIALS = 12  # of every family
-TRIAL_STEPS, STEPS = 400, 1500
-LONG_FACTORS = (1.0, 0.5, 0.25)  # of the best short trial's learning rate, at full length
+# Of the best short trial's learning rate, at full length; above 1 only where 1 was best so far.
+LONG_FACTORS = (1.0, 0.5, 0.25, 2.0)
 COMMON = {
     "train.validate_every_steps": 500,
     "train.validation_batches": 16,
@@ -42,68 +33,6 @@ RATES = (8e-3, 1.6e-2, 2.4e-2, 3.2e-2)
 # Independent experts under uniform weights merge to 1/sqrt(8) of a dense FFN: 0.354 is that.
 STARTS = (1.0, 0.354, 0.1)
 EXPERT_STARTS = (2.828, 1.0, 0.354)
-
-
-@dataclass(frozen=True)
-class Family:
-    """Trials of one kind of model.
-
-    Attributes:
-      settings: what all its trials share.
-      grid: the values of every field that is tuned; their product has `TRIALS` points.
-      group: the place in the order of runs; lower comes first.
-      cost: a guess of a step's seconds, as a multiple of the dense model's.
-      steps: of a short trial.
-      long_factors: what the best learning rate is multiplied by in the long ones.
-    """
-
-    name: str
-    settings: Settings
-    grid: Mapping[str, tuple[float, ...]]
-    group: int
-    cost: float = 1.0
-    steps: int = TRIAL_STEPS
-    long_factors: tuple[float, ...] = ()
-
-    def trials(self) -> list[dict[str, Any]]:
-        """The settings of every trial."""
-        points = itertools.product(*self.grid.values())
-        return [{**self.settings, **dict(zip(self.grid, point, strict=True))} for point in points]
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One line of the study's tables.
-
-    Attributes:
-      family: whose best trial it starts from.
-      settings: what it changes.
-      factors: tuned values that it multiplies, by field.
-      seeds: how many seeds, from 0.
-      group: the place in the order of runs; lower comes first.
-      cost: a guess of a step's seconds, as a multiple of the dense model's.
-      data: "similar" or "random", the order of the training documents.
-      corpus: "packages" or "debian". Families are tuned on the first.
-      measures: what is measured beside losses: "routing" (of domains), "prompt" (routing by it),
-        "top1" and "top2" (keeping that many experts of the finished model).
-      parent: the arm whose finished run of the same seed and corpus it starts from.
-      keeps_run: whether its run directories stay, for the arms that start from them.
-    """
-
-    name: str
-    family: str
-    settings: Settings = field(default_factory=dict)
-    factors: Mapping[str, float] = field(default_factory=dict)
-    stage: str = "A"
-    seeds: int = 4
-    steps: int = STEPS
-    group: int = 1
-    cost: float = 1.0
-    data: str = "similar"
-    corpus: str = "packages"
-    measures: tuple[str, ...] = ()
-    parent: str = ""
-    keeps_run: bool = False
 
 
 def expert_cost(experts: int) -> float:
@@ -161,6 +90,8 @@ ARMS = [
         for what, name in (("rate", RATE), ("start", START))
         for word, factor in (("halved", 0.5), ("doubled", 2.0))
     ),
+    # As many FLOPs in all as Lory, whose merging costs some in every step.
+    Arm("dense_flops", "dense", steps=round(STEPS * FLOPS_OVER_DENSE)),
     Arm("lory_scratch", "lory_scratch", cost=1.15, measures=("routing",)),
     Arm("dense_random", "dense", data="random"),
     Arm("lory_random", "lory", data="random", cost=1.15),

@@ -11,6 +11,7 @@ import numpy as np
 from tools import tables
 from tools.study import arms
 from tools.study.claims import contrast
+from tools.study.kinds import Arm
 from tools.study.report import OUT, ROOT
 from tools.study.results import Record, Results
 from tools.study.statistics import Effect, paired_effect
@@ -57,7 +58,7 @@ def table(results: Results, split: str = "test") -> str:
     return text.strip()
 
 
-def row(arm: arms.Arm, effect: Effect, by_arm: dict[str, list[Record]]) -> list[str]:
+def row(arm: Arm, effect: Effect, by_arm: dict[str, list[Record]]) -> list[str]:
     """A line of the table; costs are divided by those of the recipe."""
 
     def ratio(name: str) -> str:

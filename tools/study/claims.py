@@ -3,13 +3,14 @@
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
+from tools.study import arms
 from tools.study.results import FIRST_CORPUS, Losses, Record, Results
 from tools.study.statistics import LEVEL, Domain, Effect, holm, paired_effect, verdict
 
@@ -44,7 +45,8 @@ class Finding:
 
     Attributes:
       p: of the claim alone, as it enters Holm's adjustment.
-      reason: why it could not be tested, or what is missing.
+      reason: why it could not be tested, what is missing, or which domain decides.
+      domains: of a claim about every domain, the effect in each.
     """
 
     claim: Claim
@@ -53,6 +55,7 @@ class Finding:
     verdict: str
     adjusted_p: float = math.nan
     reason: str = ""
+    domains: Mapping[str, Effect] = field(default_factory=dict)
 
 
 def read_claims(path: Path) -> tuple[list[Claim], float]:
@@ -77,19 +80,50 @@ def judge_claims(
     keep: Keep | None = None,
     corpus: str = FIRST_CORPUS,
 ) -> list[Finding]:
-    """Tests all claims on a split of a corpus; with `keep`, on a part of its instances."""
+    """Tests all claims on a split of a corpus; with `keep`, on a part of its instances.
+
+    P-values are adjusted over all of these claims that the corpus will have runs for.
+    """
     by_arm: dict[str, list[Record]] = {}
     for record in results.records(corpus):
         if record["kind"] == "run":
             by_arm.setdefault(record["arm"], []).append(record)
     found = [_test(claim, by_arm, results, split, keep, corpus) for claim in claims]
-    adjusted = holm({finding.claim.id: finding.p for finding in found})
+    family = {f.claim.id: f.p for f in found if f.effect or is_planned(f.claim, corpus)}
+    adjusted = holm(family)
     judged = []
     for finding in found:
-        adjusted_p = adjusted[finding.claim.id]
-        said = verdict(finding.effect, adjusted_p, finding.claim.direction, margin)
+        adjusted_p = adjusted.get(finding.claim.id, math.nan)
+        if finding.domains:
+            said = verdict_on_domains(finding, adjusted_p, len(family), margin)
+        else:
+            said = verdict(finding.effect, adjusted_p, finding.claim.direction, margin)
         judged.append(replace(finding, adjusted_p=adjusted_p, verdict=said))
     return judged
+
+
+def is_planned(claim: Claim, corpus: str) -> bool:
+    """Whether the study trains all arms of a claim on the corpus."""
+    planned = {arm.name for arm in arms.ARMS if arm.corpus == corpus}
+    return bool(claim.contrast) and {arm_of(name) for name in claim.contrast} <= planned
+
+
+def verdict_on_domains(finding: Finding, adjusted_p: float, claims: int, margin: float) -> str:
+    """The verdict on a claim about every domain.
+
+    "Supported" is decided by the domain with the weakest evidence. It is "contradicted" where a
+    domain differs the other way, by a p-value times the number of domains and claims (Bonferroni),
+    and "equivalent" where the interval of every domain lies within the margin.
+    """
+    sign, effects = finding.claim.direction, finding.domains.values()
+    if any(math.isnan(effect.p) for effect in effects):
+        return "inconclusive"
+    if all(max(abs(effect.low), abs(effect.high)) < margin for effect in effects):
+        return "equivalent"
+    if adjusted_p < 1 - LEVEL:
+        return "supported"
+    wrong = min((e.p for e in effects if e.mean * sign < 0), default=1.0)
+    return "contradicted" if wrong * len(effects) * claims < 1 - LEVEL else "inconclusive"
 
 
 def _test(
@@ -121,10 +155,12 @@ def _test(
             claim, None, math.nan, "", reason=f"its arms have no seed in common on {split}"
         )
     effect = paired_effect(domains)
-    p = effect.p
-    if claim.statistic == "every_domain":
-        p = _weakest([paired_effect({name: domains[name]}) for name in domains], claim.direction)
-    return Finding(claim, effect, p, "")
+    if claim.statistic != "every_domain":
+        return Finding(claim, effect, effect.p, "")
+    effects = {name: paired_effect({name: domains[name]}) for name in domains}
+    weakest = max(effects, key=lambda name: _evidence(effects[name], claim.direction))
+    p = _evidence(effects[weakest], claim.direction)
+    return Finding(claim, effect, p, "", reason=f"weakest in {weakest}", domains=effects)
 
 
 def arm_of(name: str) -> str:
@@ -166,12 +202,9 @@ def contrast(
     return domains
 
 
-def _weakest(effects: list[Effect], direction: int) -> float:
-    """The p-value of "in every domain": that of the domain with the weakest evidence for it.
-
-    A domain whose effect has the wrong sign counts 1.
-    """
-    return max(e.p if e.mean * direction > 0 or math.isnan(e.p) else 1.0 for e in effects)
+def _evidence(effect: Effect, direction: int) -> float:
+    """The p-value of a domain for a claim: the smaller, the better; 1 if the sign is wrong."""
+    return effect.p if effect.mean * direction > 0 or math.isnan(effect.p) else 1.0
 
 
 def _specialisation(claim: Claim, by_arm: Mapping[str, list[Record]]) -> Finding:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lory_jax.errors import InputError
-from tools.study.arms import COMMON, RATE, STEPS, TRIAL_STEPS, Arm, Family
+from tools.study.arms import COMMON, RATE
+from tools.study.kinds import STEPS, TRIAL_STEPS, Arm, Family
 from tools.study.results import FIRST_CORPUS, Results, mean_loss, run_id
 
 # An arm has all its seeds before the next group begins: an interval of two seeds says little. Where
@@ -131,6 +132,8 @@ class Queue:
             while not self._is_closed:
                 waiting = 0
                 for job in self.jobs:
+                    if self.is_needless(job):
+                        continue
                     settings = self.settings(job)
                     if job.id in self._running or (settings and self.is_done(job, settings)):
                         continue
@@ -157,7 +160,22 @@ class Queue:
 
     def remaining(self) -> list[Job]:
         """The runs without a result."""
-        return [job for job in self.jobs if self.results.read(job.id) is None]
+        missing = [job for job in self.jobs if self.results.read(job.id) is None]
+        return [job for job in missing if not self.is_needless(job)]
+
+    def is_needless(self, job: Job) -> bool:
+        """Whether a job tries a higher learning rate although lower ones were better."""
+        return _factor(job) > 1 and self._wants_more(job.family) is False
+
+    def _wants_more(self, family: str) -> bool | None:
+        """Whether the highest rate was the best of the usual long trials; None before they end."""
+        usual = [job for job in self.jobs if job.family == family and 0 < _factor(job) <= 1]
+        records = [self.results.read(job.id) for job in usual]
+        losses = [mean_loss(record) for record in records if record is not None]
+        if len(losses) < len(usual):
+            return None
+        highest = max(range(len(usual)), key=lambda i: _factor(usual[i]))
+        return losses[highest] == min(losses)
 
     def is_done(self, job: Job, settings: Mapping[str, Any]) -> bool:
         """Whether a run has a result; `InputError` if that has other settings."""
@@ -183,8 +201,10 @@ class Queue:
         assert isinstance(job.source, Family) and job.trial is not None
         if not job.is_long:
             return job.source.trials()[job.trial]
+        if _factor(job) > 1 and not self._wants_more(job.family):
+            return None
         best = self.best(job.family, "trial")
-        return best and {**best, RATE: best[RATE] * job.source.long_factors[job.trial]}
+        return best and {**best, RATE: best[RATE] * _factor(job)}
 
     def _chosen(self, job: Job, arm: Arm) -> dict[str, Any] | None:
         """What a run of an arm sets. One as short as a short trial uses the best of those."""
@@ -203,6 +223,7 @@ class Queue:
           InputError: all its trials diverged.
         """
         trials = [job for job in self.jobs if job.family == family and job.kind == kind]
+        trials = [job for job in trials if not self.is_needless(job)]
         records = [(job, self.results.read(job.id)) for job in trials]
         done = [(mean_loss(record), job) for job, record in records if record is not None]
         if len(done) < len(trials) or not trials:
@@ -211,3 +232,10 @@ class Queue:
         if loss == float("inf"):
             raise InputError(f"{family}: all trials diverged; the grid must be lower")
         return self._tried(job)
+
+
+def _factor(job: Job) -> float:
+    """What a long trial multiplies the best learning rate by; 0 for other jobs."""
+    if not job.is_long or job.trial is None or not isinstance(job.source, Family):
+        return 0.0
+    return job.source.long_factors[job.trial]

@@ -6,11 +6,12 @@ formed first. An effect is the mean of d over instances, then over domains (each
 over seeds. Two things make it uncertain, and their variances add up:
 
 - training noise: the variance of the effect between seeds, divided by the number of seeds;
-- the choice of held-out documents: a bootstrap of origins (what one package or folder wrote hangs
-  together), then of the instances of an origin.
+- the choice of held-out documents: in every domain, a bootstrap of origins (what one folder of a
+  package holds hangs together), then of the instances of an origin.
 
-Intervals use Student's t. Its degrees of freedom are those of the seeds where training noise
-dominates, and grow as the documents' share grows (Welch and Satterthwaite).
+Intervals use Student's t. Its degrees of freedom combine those of the seeds and those of every
+domain's origins by their shares of the variance (Welch and Satterthwaite). Origins of unequal sizes
+count as fewer: (sum of sizes)^2 / sum of squared sizes.
 
 Letters: S seeds, I instances of a domain.
 """
@@ -24,7 +25,6 @@ from scipy import stats
 
 DRAWS = 2_000
 LEVEL = 0.95
-MANY = 1e6  # degrees of freedom: the normal distribution
 
 
 @dataclass(frozen=True)
@@ -75,17 +75,30 @@ def paired_effect(domains: Mapping[str, Domain], seed: int = 0) -> Effect:
         return Effect(mean, math.nan, math.nan, math.nan, S, by_domain)
     rng = np.random.default_rng(seed)
     of_seeds_S = np.mean([d.difference_SxI.mean(axis=1) for d in domains.values()], axis=0)
-    noise = float(np.var(of_seeds_S, ddof=1, dtype=np.float64)) / S
-    draws = sum(_resampled_means(domain, rng) for domain in domains.values())
-    choice = float(np.var(draws / len(domains)))
-    variance = noise + choice
-    if variance == 0.0:
+    parts = [(float(np.var(of_seeds_S, ddof=1, dtype=np.float64)) / S, S - 1.0)]
+    for domain in domains.values():
+        variance, degrees = _choice(domain, rng)
+        parts.append((variance / len(domains) ** 2, degrees))
+    total = math.fsum(variance for variance, _ in parts)
+    if total == 0.0:
         return Effect(mean, mean, mean, 1.0 if mean == 0.0 else 0.0, S, by_domain)
-    error = math.sqrt(variance)
-    degrees = min(variance**2 * (S - 1) / noise**2, MANY) if noise else MANY
+    error = math.sqrt(total)
+    degrees = total**2 / math.fsum(variance**2 / degrees for variance, degrees in parts)
     reach = error * float(stats.t.ppf(0.5 + LEVEL / 2, degrees))
     p = 2 * float(stats.t.sf(abs(mean) / error, degrees))
     return Effect(mean, mean - reach, mean + reach, p, S, by_domain)
+
+
+def _choice(domain: Domain, rng: np.random.Generator) -> tuple[float, float]:
+    """The variance of a domain's mean by the choice of its documents; its degrees of freedom.
+
+    A bootstrap of n origins finds (n - 1) / n of the variance. A single origin has no spread to
+    resample: its instances are all there is, and count as two origins.
+    """
+    sizes = np.bincount(domain.origin_I).astype(np.float64)
+    origins = max(float(sizes.sum() ** 2 / (sizes**2).sum()), 2.0)
+    found = float(np.var(_resampled_means(domain, rng)))
+    return found * origins / (origins - 1), origins - 1
 
 
 def _resampled_means(domain: Domain, rng: np.random.Generator) -> np.ndarray:
@@ -102,12 +115,16 @@ def _resampled_means(domain: Domain, rng: np.random.Generator) -> np.ndarray:
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Holm's step-down adjustment: the family-wise p-value of every claim. NaN stays NaN."""
+    """Holm's step-down adjustment: the family-wise p-value of every claim.
+
+    A claim without a p-value yet (NaN) counts as one of the family, so that no verdict changes when
+    it gets one; it stays NaN.
+    """
     tested = sorted((p, name) for name, p in p_values.items() if not math.isnan(p))
     adjusted = {name: math.nan for name in p_values}
     largest = 0.0
     for rank, (p, name) in enumerate(tested):
-        largest = max(largest, min(1.0, (len(tested) - rank) * p))
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p))
         adjusted[name] = largest
     return adjusted
 

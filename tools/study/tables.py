@@ -9,6 +9,7 @@ import numpy as np
 from tools.study import arms
 from tools.study.claims import Finding
 from tools.study.results import Record, mean_loss
+from tools.study.statistics import Effect
 
 HEADLINES = ("gain", "gain_redrawn")  # the claims that are looked at from several sides
 Table = tuple[list[str], list[list[str]]]
@@ -72,25 +73,27 @@ def again_table(report: Report) -> Table:
 
 
 def variants_table(report: Report) -> Table:
-    header = ["headline", "on", "effect", "95 % interval", "p", "seeds"]
+    """The headline claims on parts of the instances; p of each alone, and of the mean."""
+    header = ["headline", "on", "effect", "95 % interval", "p of the mean", "seeds"]
     rows = []
     by_id = {finding.claim.id: finding for finding in report.findings}
     for name, variants in report.variants.items():
         for part, finding in {"all instances": by_id[name], **variants}.items():
-            rows.append([name, part, *_figures(finding)])
+            if finding.effect is not None:
+                rows.append([name, part, *_effect(finding.effect, finding.effect.p)])
     return header, rows
 
 
 def domains_table(report: Report) -> Table:
-    """The effect of the headline claims domain by domain."""
-    headlines = [f for f in report.findings if f.claim.id in HEADLINES and f.effect is not None]
-    domains = sorted({domain for f in headlines if f.effect for domain in f.effect.by_domain})
+    """The effect of the headline claims domain by domain; p of each alone."""
+    header = ["headline", "domain", "effect", "95 % interval", "p", "seeds"]
     rows = [
-        [f.claim.id, *(_signed(f.effect.by_domain[domain]) for domain in domains)]
-        for f in headlines
-        if f.effect is not None
+        [finding.claim.id, domain, *_effect(effect, effect.p)]
+        for finding in report.findings
+        if finding.claim.id in HEADLINES
+        for domain, effect in finding.domains.items()
     ]
-    return ["headline", *domains], rows
+    return header, rows
 
 
 def arms_table(report: Report) -> Table:
@@ -180,13 +183,16 @@ def _verdict(finding: Finding) -> str:
 
 def _figures(finding: Finding) -> list[str]:
     effect = finding.effect
-    if effect is None:
-        return ["", "", "", ""]
+    return ["", "", "", ""] if effect is None else _effect(effect, finding.adjusted_p)
+
+
+def _effect(effect: Effect, p: float) -> list[str]:
+    """The mean, its interval, a p-value, and the number of seeds."""
     has_interval = not np.isnan(effect.low)
     return [
         _signed(effect.mean),
         f"{_signed(effect.low)} to {_signed(effect.high)}" if has_interval else "",
-        f"{finding.adjusted_p:.2g}" if has_interval else "",
+        f"{p:.2g}" if has_interval else "",
         str(effect.seeds),
     ]
 
