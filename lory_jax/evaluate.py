@@ -59,6 +59,7 @@ def evaluate(args: argparse.Namespace) -> None:
     evaluated = open_model(run, args.batch_size)
     if args.segment_length is not None:
         evaluated = evaluated.with_segment_length(args.segment_length)
+    evaluated = evaluated._replace(scored_from=args.first_position)
     variants.check_variants(evaluated, args.top_k_experts, args.leakage)
     held_out, origins, own_sets = {}, {}, {}
     if args.split != NO_SPLIT:
@@ -77,6 +78,7 @@ def evaluate(args: argparse.Namespace) -> None:
     result = summarize_losses(evaluated, held_out, losses)
     result |= {"checkpoint": args.step, "split": args.split, "tasks": tasks}
     result["segment_length"] = evaluated.model.config.segment_length
+    result["first_position"] = evaluated.first_position
     sets = held_out or own_sets
     if own_sets:
         result["perplexity_sets"] = measure(evaluated, own_sets, args.routing)
@@ -93,14 +95,14 @@ def evaluate(args: argparse.Namespace) -> None:
     # ---- Results ------------------------------------------------------------------------------
     print(report_text(result))
     write(out, json.dumps(result, indent=1) + "\n")
-    segment_length = evaluated.model.config.segment_length
     if held_out:
-        tables = {"": losses.of_instances(segment_length)}
+        tables = {"": losses.of_instances(evaluated.first_position)}
         tables |= {f"_top{k}": by_domain for k, by_domain in top_k_losses.items()}
         for suffix, of_instances in tables.items():
             path = out.with_name(f"{out.stem}{suffix}_instances.npz")
             write(path, encode_instances(of_instances, origins))
     if args.leakage:
+        segment_length = evaluated.model.config.segment_length
         draw_positions(result["leakage"]["loss_by_position"], segment_length, out)
 
 
@@ -197,6 +199,13 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         "training); requires --out",
     )
     add(
+        "--first_position",
+        type=int,
+        metavar="P",
+        help="the first position that is scored, at least T (default: T), so that models with "
+        "segments of several lengths are scored on the same tokens; requires --out",
+    )
+    add(
         "--leakage",
         action="store_true",
         help="also measure what segment 1 gains from being routed by its own mean, and draw the "
@@ -247,8 +256,9 @@ def _check(parser: cli.Parser, args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name}: got {value}, must be an integer of at least 1")
-    if args.segment_length is not None and args.out is None:
-        parser.error("--segment_length: requires --out: the run's own evaluation is as trained")
+    for name in ("segment_length", "first_position"):
+        if getattr(args, name) is not None and args.out is None:
+            parser.error(f"--{name}: requires --out: the run's own evaluation is as trained")
     for name in ("limit", "tasks_data"):
         if getattr(args, name) is not None and args.tasks is None:
             parser.error(f"--{name}: requires --tasks")

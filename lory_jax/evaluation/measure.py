@@ -43,18 +43,32 @@ class Losses(NamedTuple):
     routed_by: str | None
     seconds: float
 
-    def of_instances(self, segment_length: int) -> dict[str, np.ndarray]:
-        """The mean loss of every instance over its positions >= T, float32 `[N]` by domain."""
-        return {d: instance_losses(nll, segment_length) for d, nll in self.scored.items()}
+    def of_instances(self, first_position: int) -> dict[str, np.ndarray]:
+        """The mean loss of every instance from a position on, float32 `[N]` by domain."""
+        return {d: instance_losses(nll, first_position) for d, nll in self.scored.items()}
 
 
 class EvaluatedModel(NamedTuple):
-    """A trained model, the mesh that it is spread over, and how many rows are read at a time."""
+    """A trained model and how it is evaluated.
+
+    Attributes:
+      run: where it comes from.
+      mesh: what it is spread over.
+      batch_size: how many rows are read at a time.
+      scored_from: the first position that is scored; None for T.
+    """
 
     run: RunDirectory
     model: Model
     mesh: jax.sharding.Mesh
     batch_size: int
+    scored_from: int | None = None
+
+    @property
+    def first_position(self) -> int:
+        """The first position that is scored."""
+        T = self.model.config.segment_length
+        return T if self.scored_from is None else self.scored_from
 
     def replace(self, **fields: Any) -> "EvaluatedModel":
         """The same parameters under a model config that differs in these fields."""
@@ -128,14 +142,14 @@ def summarize_losses(
     evaluated: EvaluatedModel, sets: dict[str, np.ndarray], found: Losses
 ) -> dict[str, Any]:
     """Every one of `MEASURES` by domain, their geometric means, and how they were measured."""
-    model, T = evaluated.model, evaluated.model.config.segment_length
+    model, first = evaluated.model, evaluated.first_position
     training, scored = found.training, found.scored
     by_domain: dict[str, dict[str, Any]] = {}
     for domain, rows in sets.items():
-        everywhere = summarize(training[domain], rows, model.tokenizer.token_bytes, T)
-        by_domain[domain] = summarize(scored[domain], rows, model.tokenizer.token_bytes, T) | {
+        everywhere = summarize(training[domain], rows, model.tokenizer.token_bytes, first)
+        by_domain[domain] = summarize(scored[domain], rows, model.tokenizer.token_bytes, first) | {
             "perplexity_all_positions": everywhere["perplexity_all_positions"],
-            "standard_error": standard_error(scored[domain], T),
+            "standard_error": standard_error(scored[domain], first),
         }
     result: dict[str, Any] = {
         name: {domain: values[name] for domain, values in by_domain.items()}
@@ -158,7 +172,7 @@ def measure_losses(
     """Losses of every token, routed as in training and as `routing` asks (see `measure`).
 
     Raises:
-      InputError: no position is >= T.
+      InputError: no position is >= T, or the first that is to be scored is none of these.
     """
     start = time.perf_counter()
     config = evaluated.model.config
@@ -166,6 +180,12 @@ def measure_losses(
         raise InputError(
             f"{evaluated.run}: its instances of {config.sequence_length} tokens are a single "
             "segment, so there are no positions >= T to score"
+        )
+    if sets and not config.segment_length <= evaluated.first_position < config.sequence_length:
+        raise InputError(
+            f"first_position: got {evaluated.first_position}, must be at least "
+            f"{config.segment_length}, the length of a segment, and below "
+            f"{config.sequence_length}, the length of an instance"
         )
     found = _both_losses(evaluated, sets, routing)
     return Losses(*found, time.perf_counter() - start)

@@ -49,15 +49,15 @@ def summarize(
     nll_NxL: np.ndarray,
     instances_NxL1: np.ndarray,
     token_bytes_V: np.ndarray,
-    segment_length: int,
+    first_position: int,
 ) -> dict[str, float]:
-    """Perplexity over positions >= T (leak-free), over all positions, and bits per byte (>= T).
+    """Perplexity from a position on (T is leak-free), over all positions, and bits per byte.
 
     Position p reads token p and predicts token p + 1. In segment 1 (p < T) the routing weights come
     from the segment's own mean, so later tokens leak slightly into these predictions.
     """
-    scored_NxL = nll_NxL[:, segment_length:]
-    targets_NxL = instances_NxL1[:, 1 + segment_length :]
+    scored_NxL = nll_NxL[:, first_position:]
+    targets_NxL = instances_NxL1[:, 1 + first_position :]
     scored_bytes = int(token_bytes_V[targets_NxL].sum())
     return {
         "perplexity": perplexity(scored_NxL),
@@ -66,9 +66,9 @@ def summarize(
     }
 
 
-def instance_losses(nll_NxL: np.ndarray, segment_length: int) -> np.ndarray:
-    """The mean loss of every instance over its positions >= T, float32 `[N]`."""
-    mean_N = np.mean(nll_NxL[:, segment_length:], axis=1, dtype=np.float64)
+def instance_losses(nll_NxL: np.ndarray, first_position: int) -> np.ndarray:
+    """The mean loss of every instance from a position on, float32 `[N]`."""
+    mean_N = np.mean(nll_NxL[:, first_position:], axis=1, dtype=np.float64)
     return np.asarray(mean_N, np.float32)
 
 
@@ -77,14 +77,14 @@ def perplexity(nll: np.ndarray) -> float:
     return float(np.exp(np.mean(nll, dtype=np.float64)))
 
 
-def standard_error(nll_NxL: np.ndarray, segment_length: int) -> float | None:
-    """Standard error of the perplexity over positions >= T, from the spread between samples.
+def standard_error(nll_NxL: np.ndarray, first_position: int) -> float | None:
+    """Standard error of the perplexity from a position on, from the spread between samples.
 
     To first order, the standard error of exp(mean) is exp(mean) times that of the mean. None for a
     single sample.
     """
     if len(nll_NxL) < 2:
         return None
-    mean_N = np.mean(nll_NxL[:, segment_length:], axis=1, dtype=np.float64)
+    mean_N = np.mean(nll_NxL[:, first_position:], axis=1, dtype=np.float64)
     error = float(np.std(mean_N, ddof=1)) / math.sqrt(len(nll_NxL))
     return math.exp(float(np.mean(mean_N))) * error

@@ -34,14 +34,14 @@ def top_k_losses(
     counts: Sequence[int],
     routing: str | None,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """`{k: {domain: loss_N}}`: the mean loss in nats of every instance over its positions >= T,
-    float32, merging only the k largest experts."""
-    T = evaluated.model.config.segment_length
+    """`{k: {domain: loss_N}}`: the mean loss in nats of every instance over the positions that are
+    scored, float32, merging only the k largest experts."""
+    first = evaluated.first_position
     found = {}
     for k in counts:
         fewer = evaluated.replace(top_k_experts=k)
         by_domain = losses(fewer, sets, f"evaluating, top {k}", routing or as_trained(evaluated))
-        found[str(k)] = {d: instance_losses(nll_NxL, T) for d, nll_NxL in by_domain.items()}
+        found[str(k)] = {d: instance_losses(nll_NxL, first) for d, nll_NxL in by_domain.items()}
     return found
 
 

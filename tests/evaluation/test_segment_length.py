@@ -8,6 +8,7 @@ import pytest
 import lory_jax
 from lory_jax import evaluate, generate
 from lory_jax.errors import ConfigError, InputError
+from lory_jax.evaluation.held_out import read_instances
 from lory_jax.run.directory import RunDirectory
 from tests.conversion.test_convert import write_run
 from tests.support import reference
@@ -36,6 +37,30 @@ def test_evaluation_equals_loops_with_segments_of_that_length(run, tmp_path):
     assert np.abs(trained - model.logits(rows[:, :-1])).max() > 1e-3
 
 
+@pytest.mark.parametrize("T", [4, 8])
+def test_models_of_several_lengths_are_scored_on_the_same_positions(run, T, tmp_path):
+    out, first = tmp_path / "found.json", 13
+    flags = [f"--workdir={run}", f"--out={out}", f"--segment_length={T}", "--batch_size=4"]
+    evaluate.main([*flags, f"--first_position={first}"])
+    found = json.loads(out.read_text())
+    assert (found["segment_length"], found["first_position"]) == (T, first)
+    model = lory_jax.load(run).with_segment_length(T)
+    losses, _ = read_instances(tmp_path / "found_instances.npz")
+    for domain, rows in RunDirectory(run).open_data(None).held_out_with_instances("test").items():
+        logits, _ = reference.transformer(float64(model.params), rows[:, :-1], model.config)
+        nll = reference.token_losses(logits, rows[:, 1:])[:, first:]
+        np.testing.assert_allclose(found["perplexity"][domain], np.exp(nll.mean()), rtol=1e-4)
+        np.testing.assert_allclose(losses[domain], nll.mean(axis=1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("first", [7, 24])
+def test_positions_within_the_first_segment_or_beyond_the_end_are_refused(run, first, tmp_path):
+    flags = [f"--workdir={run}", f"--out={tmp_path / 'found.json'}", f"--first_position={first}"]
+    with pytest.raises(InputError, match=rf"first_position: got {first}, must be at least 8.*24"):
+        evaluate.main(flags)
+    assert not (tmp_path / "found.json").exists()
+
+
 def test_generation_takes_the_length(run, capsys):
     arguments = [f"--workdir={run}", "--prompt=a", "--max_new_tokens=12", "--temperature=0"]
     texts = []
@@ -52,5 +77,6 @@ def test_lengths_that_leave_one_segment_are_refused(run, T):
 
 
 def test_the_runs_own_evaluation_is_not_replaced(run):
-    with pytest.raises(ConfigError, match="--segment_length: requires --out"):
-        evaluate.main([f"--workdir={run}", "--segment_length=4"])
+    for flag in ("segment_length", "first_position"):
+        with pytest.raises(ConfigError, match=f"--{flag}: requires --out"):
+            evaluate.main([f"--workdir={run}", f"--{flag}=9"])

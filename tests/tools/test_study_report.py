@@ -6,10 +6,13 @@ import json
 import numpy as np
 import pytest
 
+from lory_jax.config import load_config
+from lory_jax.model.config import ModelConfig
+from lory_jax.model.flops import flops_per_token
 from tools.study import arms, beyond, fair_start, ladder, sparse
-from tools.study.__main__ import unavailable
+from tools.study.__main__ import RECIPE, unavailable
 from tools.study.claims import read_claims
-from tools.study.report import CLAIMS, write_report
+from tools.study.report import CLAIMS, OUT, write_report
 from tools.study.results import Results, run_id
 
 DOMAINS = {"a": 60, "b": 90}
@@ -270,7 +273,7 @@ def test_the_page_of_few_experts_compares_at_equal_tokens(tmp_path):
 def test_claims_name_arms_that_exist_with_seeds_for_an_interval():
     by_name = {arm.name: arm for arm in arms.ARMS if arm.corpus == "packages"}
     assert len({run_id(arm.name, 0, arm.corpus) for arm in arms.ARMS}) == len(arms.ARMS)
-    on_debian = {*arms.ON_DEBIAN, *(arm.name for arm in arms.SPARSE_ARMS)}
+    on_debian = {*arms.ON_DEBIAN, *arms.SPARSE_ON_DEBIAN}
     assert {arm.name for arm in arms.ARMS if arm.corpus == "debian"} == on_debian
     claims, margin = read_claims(CLAIMS)
     assert margin == 0.01
@@ -282,6 +285,25 @@ def test_claims_name_arms_that_exist_with_seeds_for_an_interval():
             assert not routed or routed in by_name[arm].measures
         if claim.statistic in ("mean", "every_domain"):
             assert sum(claim.contrast.values()) == pytest.approx(0)
+
+
+def test_what_other_seeds_and_the_second_corpus_leave_out_is_what_validation_says():
+    """Checks the lists in arms.py against the committed runs."""
+    first = sparse.finished_runs(Results(OUT / "runs"), "packages")
+    for way in sparse.ways():
+        losses = {name: sparse.validation_losses(name, first)[0] for name in way.variants}
+        behind = {n for n, x in losses.items() if x > min(losses.values()) + arms.SETTLED_BY}
+        assert behind == {*way.variants} & {*arms.SETTLED}
+        for names in (way.variants, way.baselines):
+            assert sparse.best(names, first).partition(":")[0] in arms.SPARSE_ON_DEBIAN
+
+
+def test_the_longer_dense_run_has_as_many_flops_as_lorys():
+    dense, lory = (
+        flops_per_token(ModelConfig.for_platform(load_config(f"{RECIPE}:experts={E}").model, "cpu"))
+        for E in (0, 8)
+    )
+    assert pytest.approx(lory / dense, abs=1e-4) == arms.FLOPS_OVER_DENSE
 
 
 def test_every_family_has_the_same_number_of_trials():

@@ -9,7 +9,7 @@ from typing import Any
 from lory_jax.model.routing_rules import EXPERT_LAYERS, SOURCES
 from tools.study.kinds import STEPS, Arm, Family
 
-FLOPS_OVER_DENSE = 1.0637  # of a token in Lory with 8 experts, by lory_jax.model.flops
+FLOPS_OVER_DENSE = 1.064  # of a token in Lory with 8 experts, by lory_jax.model.flops
 TRIALS = 12  # of every family
 # Of the best short trial's learning rate, at full length; above 1 only where 1 was best so far.
 LONG_FACTORS = (1.0, 0.5, 0.25, 2.0)
@@ -117,18 +117,20 @@ ARMS = [
     Arm("lory_rewarmed", "lory", {REWARM: 0.05}, group=4, cost=1.15),
     Arm("lory_warmup_1_percent", "lory", {WARMUP: 0.01}, group=4, cost=1.15),
     *(
-        Arm(f"lory_t{T}", "lory", {"model.segment_length": T}, group=4, seeds=3, cost=32 / T + 0.8)
-        for T in (16, 64, 128)
-    ),
-    *(
         Arm(
-            f"prefix_t{T}",
+            f"{name}_t{T}",
             "lory",
-            {ROUTING: "prefix", "model.segment_length": T},
+            {ROUTING: routing, "model.segment_length": T},
             group=4,
-            seeds=3,
+            seeds=4,
+            cost=32 / T + 0.8 if name == "lory" else 1.0,
+            first_position=128,
         )
-        for T in (16, 64)
+        for name, routing, lengths in (
+            ("lory", "causal", (16, 64, 128)),
+            ("prefix", "prefix", (16, 64)),
+        )
+        for T in lengths
     ),
 ]
 
@@ -269,8 +271,8 @@ ARMS += [
 SPARSE_PARENT, SPARSE_COUNTS = "sparse_parent", (2, 1)
 SPARSE_GRADIENTS = ("renormalised", "straight_through")
 FINISH_STEPS, FINISH_RATES = STEPS // 10, (0.1, 0.3, 1.0)  # rates as multiples of the run's own
-# Not repeated with other seeds: with seed 0, their validation loss was above that of the best variant
-# of the same k and way by more than this many nats.
+# Not repeated with other seeds: with seed 0, their validation loss was above that of the best
+# variant of the same k and way by more than this many nats.
 SETTLED_BY = 0.03
 SETTLED = (
     "sparse_k1_renormalised_finish0.1",

@@ -61,6 +61,8 @@ class Arm:
       corpus: "packages" or "debian". Families are tuned on the first.
       measures: what is measured beside losses: "routing" (of domains), "prompt" (routing by it),
         "top1" and "top2" (keeping that many experts of the finished model).
+      first_position: the first position that is scored, where arms have segments of several
+        lengths; 0 for T.
       parent: the arm whose finished run of the same seed and corpus it starts from.
       keeps_run: whether its run directories stay, for the arms that start from them.
     """
@@ -77,5 +79,6 @@ class Arm:
     data: str = "similar"
     corpus: str = "packages"
     measures: tuple[str, ...] = ()
+    first_position: int = 0
     parent: str = ""
     keeps_run: bool = False

@@ -61,6 +61,10 @@ class Job:
         return self.source.measures if isinstance(self.source, Arm) else ()
 
     @property
+    def first_position(self) -> int:
+        return self.source.first_position if isinstance(self.source, Arm) else 0
+
+    @property
     def parent(self) -> str:
         """The id of the run that this one starts from; empty for none."""
         name = self.source.parent if isinstance(self.source, Arm) else ""

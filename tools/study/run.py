@@ -124,6 +124,8 @@ class Runner:
         """The flags of every evaluation of an arm."""
         kept = [name.removeprefix("top") for name in job.measures if name.startswith("top")]
         more = [f"--top_k_experts={','.join(kept)}"] if kept else []
+        if job.first_position:
+            more.append(f"--first_position={job.first_position}")
         flags = {split: [f"--split={split}", *more] for split in self.splits}
         if "prompt" in job.measures:
             for split in self.splits[1:]:

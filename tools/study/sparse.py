@@ -3,8 +3,9 @@
     python -m tools.study.sparse [--out=docs/study]
 
 Every way to k experts is compared with all eight experts after the same number of tokens. Where a
-way has several runs (the routers' gradient, the finishing phase's learning rate), the mean
-validation loss on the first corpus picks one, for both corpora; tables show the test loss.
+way has several variants (the routers' gradient, the finishing phase's learning rate), the mean
+validation loss on the first corpus, over the seeds that all of them have, picks one for both
+corpora; tables show the test loss.
 """
 
 import argparse
@@ -81,12 +82,14 @@ def text(results: Results) -> str:
     header = ["k", "how", "chosen on validation", *CORPORA, f"aim met ({', '.join(CORPORA)})"]
     parts = [tables.markdown(header, rows)]
     trained = [name for way in ways() for name in (*way.baselines, *way.variants)]
-    variants = [
-        [name, str(len(first[name])), f"{validation_loss(name, first):.4f}"]
-        for name in dict.fromkeys(trained)
-        if ":" not in name and name in first
-    ]
-    parts.append(tables.markdown(["arm", "seeds", f"validation loss, {FIRST_CORPUS}"], variants))
+    variants = []
+    for name in dict.fromkeys(trained):
+        if ":" not in name and name in first:
+            losses = validation_losses(name, first)
+            own = f"{losses[0]:.4f}" if 0 in losses else ""
+            variants.append([name, str(len(losses)), own, f"{np.mean([*losses.values()]):.4f}"])
+    columns = ["arm", "seeds", f"validation loss, {FIRST_CORPUS}, seed 0", "mean of its seeds"]
+    parts.append(tables.markdown(columns, variants))
     return "\n\n".join([*parts, *parent_lines(results, first)])
 
 
@@ -113,16 +116,24 @@ def effect_row(way: Way, results: Results, by_corpus: Mapping[str, ByArm]) -> li
 
 
 def best(names: tuple[str, ...], by_arm: ByArm) -> str | None:
-    """The name with the lowest mean validation loss; None where none has runs."""
-    found = [name for name in names if name.partition(":")[0] in by_arm]
-    return min(found, key=lambda name: validation_loss(name, by_arm), default=None)
+    """The name with the lowest mean validation loss over the seeds that all have.
+
+    None where none has runs.
+    """
+    losses = {
+        name: validation_losses(name, by_arm) for name in names if name.partition(":")[0] in by_arm
+    }
+    if not losses:
+        return None
+    shared = set.intersection(*(set(of_seed) for of_seed in losses.values()))
+    return min(losses, key=lambda name: sum(losses[name][seed] for seed in shared))
 
 
-def validation_loss(name: str, by_arm: ByArm) -> float:
-    """The mean over an arm's seeds."""
+def validation_losses(name: str, by_arm: ByArm) -> dict[int, float]:
+    """By seed."""
     arm, _, kept = name.partition(":")
     split = f"validation_{kept}" if kept else "validation"
-    return float(np.mean([mean_loss(record, split) for record in by_arm[arm]]))
+    return {record["seed"]: mean_loss(record, split) for record in by_arm[arm]}
 
 
 def effect(
