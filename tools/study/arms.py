@@ -275,12 +275,17 @@ FINISH_STEPS, FINISH_RATES = STEPS // 10, (0.1, 0.3, 1.0)  # rates as multiples 
 # variant of the same k and way by more than this many nats.
 SETTLED_BY = 0.03
 SETTLED = (
+    "sparse_all_finish1",
     "sparse_k1_renormalised_finish0.1",
+    "sparse_k1_renormalised_finish0.3",
     "sparse_k1_straight_through_finish0.1",
+    "sparse_k1_straight_through_finish0.3",
     "sparse_k2_renormalised_finish0.1",
+    "sparse_k2_renormalised_finish1",
     "sparse_k2_straight_through_annealed",
     "sparse_k2_straight_through_finish0.1",
     "sparse_k2_straight_through_finish0.3",
+    "sparse_k2_straight_through_finish1",
 )
 
 
