@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from tables import ROOT, markdown, replace_marked, write
 
-from lory_jax.model.attention import splash_attention
+from lory_jax.model.attention.splash import splash_attention
 from lory_jax.model.rope import Rope, rotate
 from lory_jax.model.transformer import rms_norm
 from lory_jax.planning.cycles import count_cycles

@@ -165,8 +165,8 @@ def _shingles(tokens: np.ndarray, width: int) -> np.ndarray:
 
 def _groups(num_docs: int, rows: np.ndarray, ids: np.ndarray) -> Iterator[list[int]]:
     """Yields the members, ascending, of every group of at least two that pairs connect."""
-    from scipy.sparse import csr_array  # type: ignore[import-untyped]
-    from scipy.sparse.csgraph import connected_components  # type: ignore[import-untyped]
+    from scipy.sparse import csr_array
+    from scipy.sparse.csgraph import connected_components
 
     if not len(rows):
         return

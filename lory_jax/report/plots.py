@@ -22,7 +22,7 @@ DIVERGING = ("#c8701f", "#f0c69c", "#f2f3f5", "#5aa6d6", "#00385c")
 INK, FAINT = "#1f2933", "#d9dee3"
 WIDTH = 7.2  # inches, of a picture as wide as the page
 SMOOTHING = 0.02  # the share of the run that a point of the training loss averages over
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -254,8 +254,7 @@ def _style(changes: Mapping[str, Any] | None = None) -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
-    style: dict[Any, Any] = STYLE | dict(changes or {})
-    return matplotlib.rc_context(style)
+    return matplotlib.rc_context(STYLE | dict(changes or {}))
 
 
 def _figure(height: float) -> tuple["Figure", Any]:

@@ -56,7 +56,9 @@ def _keep(data: Path, corpus: Path, kept: Path) -> None:
     texts = [document["text"] for document in _documents(prepared, corpus)]
     tokenized = tokenize(texts, prepared.tokenizer, "tokenizing the corpus")
     # Of equal documents, the first line stands for all.
-    line_of = {tokenized.stream([line]).tobytes(): line for line in reversed(range(len(texts)))}
+    line_of = {
+        tokenized.stream(np.array([line])).tobytes(): line for line in reversed(range(len(texts)))
+    }
     stream_T = _stream(prepared)
     starts = np.flatnonzero(stream_T == prepared.tokenizer.bos_id)
     pieces = np.split(stream_T, starts[1:])

@@ -35,7 +35,7 @@ def curves(of_arms: Mapping[str, Sequence[Sequence[Sequence[float]]]]) -> "Figur
     with matplotlib.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(WIDTH, 3.6), layout="constrained")
         for number, (name, seeds) in enumerate(of_arms.items()):
-            look = {
+            look: dict[str, Any] = {
                 "color": COLOURS[number % len(COLOURS)],
                 "marker": MARKERS[number % len(MARKERS)],
             }

@@ -39,7 +39,7 @@ class Results:
     def write(self, record: Record, instances: Mapping[str, Losses]) -> None:
         """Writes a finished run. Its JSON file comes last, because it marks the run as finished."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        arrays = {
+        arrays: dict[str, Any] = {
             f"{split}/{domain}": loss_N.astype(np.float16)
             for split, losses in instances.items()
             for domain, loss_N in losses.items()

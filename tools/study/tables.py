@@ -208,7 +208,7 @@ def _mean(records: Sequence[Record], name: str, text: str) -> str:
 
 def audit_table(report: Report) -> Table:
     """How much of the held-out instances was seen in training, by split and domain."""
-    found = report.audit
+    found = report.audit or {"overlap": {}, "high": 1.0}
     rows = [
         [
             split,
@@ -216,7 +216,7 @@ def audit_table(report: Report) -> Table:
             f"{np.mean(shares):.1%}",
             f"{np.mean(np.array(shares) >= found['high']):.1%}",
         ]
-        for split, domains in (found["overlap"] if found else {}).items()
+        for split, domains in found["overlap"].items()
         for domain, shares in domains.items()
     ]
     return ["held-out set", "domain", "13-grams seen in training", "instances with most seen"], rows
