@@ -290,7 +290,14 @@ SETTLED = (
 
 
 # On the second corpus, what validation on the first chose (tools/study/sparse.py).
-SPARSE_ON_DEBIAN: tuple[str, ...] = ()
+SPARSE_ON_DEBIAN = (
+    SPARSE_PARENT,
+    "sparse_all_finish0.1",
+    "sparse_k1_renormalised_finish1",
+    "sparse_k1_straight_through_annealed",
+    "sparse_k2_renormalised_annealed",
+    "sparse_k2_renormalised_finish0.3",
+)
 
 
 def sparse_settings(k: int, gradient: str) -> dict[str, Any]:
@@ -303,6 +310,16 @@ def _sparse_arms() -> list[Arm]:
     annealed = [
         Arm(f"sparse_k{k}_{gradient}_annealed", "lory", sparse_settings(k, gradient), group=3)
         for k, gradient in itertools.product(SPARSE_COUNTS, SPARSE_GRADIENTS)
+    ]
+    # The better gradient of each, with the fall to k in the first quarter.
+    annealed += [
+        Arm(
+            f"sparse_k{k}_{gradient}_annealed_early",
+            "lory",
+            {**sparse_settings(k, gradient), "train.top_k_anneal_end": 0.25},
+            group=3,
+        )
+        for k, gradient in ((2, "renormalised"), (1, "straight_through"))
     ]
     kinds: dict[str, dict[str, Any]] = {"all": {}} | {
         f"k{k}_{gradient}": sparse_settings(k, gradient)

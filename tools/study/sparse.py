@@ -51,7 +51,7 @@ def ways() -> list[Way]:
     found = []
     for k in arms.SPARSE_COUNTS:
         own = [name for name in names if name.startswith(f"sparse_k{k}_")]
-        annealed = tuple(name for name in own if name.endswith("_annealed"))
+        annealed = tuple(name for name in own if "_annealed" in name)
         finished = tuple(name for name in own if name not in annealed)
         found += [
             Way(k, "kept of the finished model", (f"{arms.SPARSE_PARENT}:top{k}",), parent),
