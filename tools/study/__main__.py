@@ -40,6 +40,8 @@ from tools.study.run import Runner, Stopped
 ROOT = Path(__file__).resolve().parent.parent.parent
 STAGES = ("A", "D", "B", "C", "beyond", "sparse")  # in this order
 CORPORA = {"packages": corpus.make_corpus, "debian": debian_corpus.make_corpus}
+# One shard of documents: its order is one stream, which can be kept.
+PREPARE_FLAGS = {"packages": [], "debian": ["--config.data.shard_documents=200000"]}
 RECIPE = str(Path(__file__).with_name("recipe.py"))
 STEP_SECONDS = 0.13  # of the dense model on one core, until runs say better
 
@@ -145,6 +147,7 @@ class Data:
         out = self._work / "data" / corpus / order
         source = CORPORA[corpus](self._work / "corpus" / corpus)
         flags = [f"--config={RECIPE}", f"--source={source}", f"--order={order}", f"--out={out}"]
+        flags += PREPARE_FLAGS[corpus]
         done = subprocess.run([sys.executable, "-m", "lory_jax.prepare", *flags])
         if done.returncode:
             raise InputError(f"{out}: prepare failed with status {done.returncode}")
