@@ -4,8 +4,8 @@
 
 Every way to k experts is compared with all eight experts after the same number of tokens. Where a
 way has several variants (the routers' gradient, the finishing phase's learning rate), the mean
-validation loss on the first corpus, over the seeds that all of them have, picks one for both
-corpora; tables show the test loss.
+validation loss on the first corpus picks one for both corpora, of those that have all seeds; tables
+show the test loss.
 """
 
 import argparse
@@ -116,17 +116,16 @@ def effect_row(way: Way, results: Results, by_corpus: Mapping[str, ByArm]) -> li
 
 
 def best(names: tuple[str, ...], by_arm: ByArm) -> str | None:
-    """The name with the lowest mean validation loss over the seeds that all have.
+    """The name with the lowest mean validation loss, of those with the most seeds.
 
-    None where none has runs.
+    The others were left out because of their loss with fewer seeds. None where none has runs.
     """
     losses = {
         name: validation_losses(name, by_arm) for name in names if name.partition(":")[0] in by_arm
     }
-    if not losses:
-        return None
-    shared = set.intersection(*(set(of_seed) for of_seed in losses.values()))
-    return min(losses, key=lambda name: sum(losses[name][seed] for seed in shared))
+    most = max(map(len, losses.values()), default=0)
+    full = {name: of_seed for name, of_seed in losses.items() if len(of_seed) == most}
+    return min(full, key=lambda name: sum(full[name].values()), default=None)
 
 
 def validation_losses(name: str, by_arm: ByArm) -> dict[int, float]:
