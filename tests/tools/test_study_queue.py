@@ -16,7 +16,7 @@ from lory_jax.errors import InputError
 from tests.support.tiny import ROOT, write_prepared, write_recipe
 from tools.study.__main__ import work_off
 from tools.study.kinds import Arm, Family
-from tools.study.queue import Queue, make_jobs
+from tools.study.queue import Job, Queue, make_jobs
 from tools.study.results import Results, training_digest
 from tools.study.run import MODULES, Runner, Stopped
 
@@ -138,6 +138,15 @@ def test_learning_rates_are_tuned_again_at_full_length(
         assert long[2]["status"] == "diverged"
     assert records["plain-s0"]["settings"][RATE] == chosen
     assert records["short-s0"]["settings"][RATE] == 0.2
+
+
+def test_a_first_position_reaches_the_evaluation_of_every_split(tmp_path):
+    runner = runner_of(tmp_path)
+    for position, expected in ((128, ["--first_position=128"]), (0, [])):
+        job = Job("x", Arm("x", "plain", first_position=position))
+        flags = runner._evaluations(job)
+        assert set(flags) == set(runner.splits)
+        assert all(more[1:] == expected for more in flags.values())
 
 
 def test_a_stopped_run_resumes_where_it_was_saved(tmp_path):

@@ -11,9 +11,10 @@ from lory_jax.model.config import ModelConfig
 from lory_jax.model.flops import flops_per_token
 from tools.study import arms, beyond, fair_start, ladder, sparse
 from tools.study.__main__ import RECIPE, unavailable
-from tools.study.claims import read_claims
-from tools.study.report import CLAIMS, OUT, write_report
+from tools.study.claims import Finding, is_planned, judge_claims, read_claims
+from tools.study.report import CLAIMS, OUT, _size, write_report
 from tools.study.results import Results, run_id
+from tools.study.statistics import Effect
 
 DOMAINS = {"a": 60, "b": 90}
 SEEDS = 4
@@ -171,6 +172,35 @@ def test_a_claim_about_every_domain_needs_every_domain(levels, expected, tmp_pat
     claim = json.loads((tmp_path / "study.json").read_text())["claims"]["gain"]
     assert claim["effect"] == pytest.approx(sum(levels) / 2 - 3.5, abs=0.01)
     assert claim["verdict"] == expected
+
+
+def test_claims_that_wait_for_their_runs_count_in_the_adjustment(tmp_path):
+    results = Results(tmp_path / "runs")
+    write_held_out(results, {d: list(range(n)) for d, n in DOMAINS.items()}, "packages")
+    rng = np.random.default_rng(1)
+    for arm, level in (("lory", 3.49), ("lory_redrawn", 3.5)):
+        for seed in range(SEEDS):
+            found = {d: level + rng.normal(0, 0.05, n) for d, n in DOMAINS.items()}
+            write(results, arm, seed, {"test": found})
+    claims, margin = read_claims(CLAIMS)
+    judged = {f.claim.id: f for f in judge_claims(claims, margin, results, "test")}
+    planned = sum(bool(claim.contrast) for claim in claims)
+    found = judged["redrawing"]
+    assert found.adjusted_p == pytest.approx(min(1.0, planned * found.p))
+    # The second corpus has runs for fewer claims.
+    assert 0 < sum(is_planned(claim, "debian") for claim in claims) < planned
+
+
+def test_arms_with_other_segments_are_scored_on_the_same_positions():
+    lengths = {a.name: a.first_position for a in arms.ARMS if "model.segment_length" in a.settings}
+    assert set(lengths.values()) == {128} and {"lory_t16", "lory_t128"} <= lengths.keys()
+
+
+@pytest.mark.parametrize(("effect", "word"), [(-0.05, "lower"), (0.05, "higher")])
+def test_the_headline_says_which_way_it_goes(effect, word):
+    (claim,) = (c for c in read_claims(CLAIMS)[0] if c.id == "gain")
+    found = Finding(claim, Effect(effect, effect - 0.02, effect + 0.02, 0.01, 4, {}), 0.01, "")
+    assert f"0.050 nats per token {word} (95 % interval 0.030 to 0.070; 4 seeds)" == _size(found)
 
 
 def test_the_baseline_is_checked_against_its_neighbours(tmp_path, capsys, monkeypatch):

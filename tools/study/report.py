@@ -123,9 +123,9 @@ def headline(report: Report) -> str:
         if "gain" in by_id:
             sentences.append(_gain(by_id["gain"], where, report))
         if "gain_redrawn" in by_id:
-            effect = _size(by_id["gain_redrawn"], report.split)
             sentences.append(
-                f"The recipe that partly redraws the experts at upcycling gains {effect}."
+                "With the recipe that partly redraws the experts at upcycling, the loss is "
+                f"{_size(by_id['gain_redrawn'])}."
             )
     return " ".join(sentences) or "The study has no finished runs yet."
 
@@ -134,24 +134,24 @@ def _gain(finding: Finding, where: str, report: Report) -> str:
     assert finding.effect is not None
     flops = {r["arm"]: r.get("flops_per_token") for r in report.records if r["kind"] == "run"}
     ours, dense = (flops.get(name) for name in ("lory", "dense"))
-    cost = f", at {ours / dense - 1:.1%} more FLOPs per token" if ours and dense else ""
-    change = 1 - np.exp(finding.effect.mean)
+    cost = f" Lory computes {ours / dense:.2f} times the FLOPs." if ours and dense else ""
+    ratio = float(np.exp(finding.effect.mean))
     return (
-        f"{where}, Lory has a lower {report.split} loss than an equally tuned dense model by "
-        f"{_size(finding, report.split)}. That is a perplexity {change:.1%} lower{cost}. "
-        f"The claim that every domain gains is {finding.verdict}."
+        f"{where}, Lory's {report.split} loss is {_size(finding)} than that of an equally tuned "
+        f"dense model: {ratio:.3f} times its perplexity.{cost} The claim that every domain gains "
+        f"is {finding.verdict}."
     )
 
 
-def _size(finding: Finding, split: str) -> str:
+def _size(finding: Finding) -> str:
     effect = finding.effect
     assert effect is not None
+    sign, word = (-1, "lower") if effect.mean < 0 else (1, "higher")
+    size = f"{abs(effect.mean):.3f} nats per token {word}"
     if np.isnan(effect.low):
-        return f"{-effect.mean:.3f} nats per token (one seed)"
-    return (
-        f"{-effect.mean:.3f} nats per token (95 % interval {-effect.high:.3f} to "
-        f"{-effect.low:.3f}; {effect.seeds} seeds)"
-    )
+        return f"{size} (one seed)"
+    low, high = sorted((sign * effect.low, sign * effect.high))
+    return f"{size} (95 % interval {low:.3f} to {high:.3f}; {effect.seeds} seeds)"
 
 
 def make_report(out: Path, split: str, claims_file: Path) -> Report:
