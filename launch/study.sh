@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Runs the study of docs/study.md: every claim about Lory, with seeds, intervals and a verdict.
 #
-#   bash launch/study.sh [--stage=A|B|C|D|beyond|sparse] [--hours=H] [--cores=N]
+#   bash launch/study.sh [--stage=A|B|C|D|beyond|sparse] [--arms=NAME,...] [--hours=H] [--cores=N]
 #
-# It resumes from the finished runs in docs/study/runs, trains the next ones on one core each (--cores,
-# default 1) and writes docs/study.json, docs/study.md and docs/study.html. Ctrl-C and the end of the
-# hours save the run under way; run the same command again to resume. $PYTHON and $VENV name the Python
-# interpreter to start from (default python3) and the virtual environment (default .venv).
+# It resumes from the finished runs in docs/study/runs, trains the next ones (of these arms) on one core
+# each (--cores, default 1) and writes docs/study.json, docs/study.md and docs/study.html. Ctrl-C and
+# the end of the hours save the runs under way; run the same command again to resume. $PYTHON and $VENV
+# name the Python interpreter to start from (default python3) and the virtual environment (default .venv).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/setup.sh

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from lory_jax.data.prepared import PreparedData
-from lory_jax.errors import InputError
+from lory_jax.errors import ConfigError, InputError
 from tests.support.tiny import ROOT, write_prepared, write_recipe
-from tools.study.__main__ import work_off
+from tools.study.__main__ import matching, work_off
 from tools.study.kinds import Arm, Family
 from tools.study.queue import Job, Queue, make_jobs
 from tools.study.results import Results, training_digest
@@ -79,6 +79,17 @@ def test_a_run_waits_for_its_parent_whose_directory_stays(tmp_path):
 def test_a_stage_alone_tunes_what_it_needs():
     ids = [job.id for job in make_jobs(FAMILIES, ARMS, "B")]
     assert ids == ["plain-t00", "plain-t01", "plain-t02", "twice-s0"]
+
+
+def test_chosen_arms_come_with_their_trials_and_parents():
+    arms = [*ARMS, Arm("late", "plain", parent="small")]
+    names = [arm.name for arm in matching(["other", "l?te"], arms)]
+    assert names == ["other", "small", "late"]
+    jobs = make_jobs(FAMILIES, matching(["oth*"], arms), "AB")
+    assert {job.source.name for job in jobs} == {"other"}
+    assert {job.kind for job in jobs} == {"trial", "run"}
+    with pytest.raises(ConfigError, match="got 'none', must fit one of late, other, plain, small"):
+        matching(["other", "none"], arms)
 
 
 def test_arms_start_from_the_best_trial_of_their_family(tmp_path):

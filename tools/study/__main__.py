@@ -1,7 +1,7 @@
 """Runs the study: a queue of runs, cheapest information first, resumable run by run.
 
-    python -m tools.study [--stage=A|B|C|D|beyond|sparse] [--hours=H] [--cores=N]
-        [--out=DIR] [--work=DIR]
+    python -m tools.study [--stage=A|B|C|D|beyond|sparse] [--arms=NAME,...] [--hours=H]
+        [--cores=N] [--out=DIR] [--work=DIR]
 
 Each run is trained and evaluated on one core. A finished run leaves one small JSON file and the
 losses of its held-out instances in OUT/runs; its run directory is then removed, unless other runs
@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import FrameType
 
@@ -57,7 +58,9 @@ def main(argv: list[str]) -> None:
     if not debian_corpus.is_possible():
         print("stage D: left out, because its corpus can be made on a Debian system only")
         arms = [arm for arm in arms if arm.corpus == FIRST_CORPUS]
-    jobs = make_jobs(families, arms, (args.stage,) if args.stage else STAGES)
+    stages = (args.stage,) if args.stage else STAGES
+    arms = [arm for arm in arms if arm.stage in stages]
+    jobs = make_jobs(families, matching(args.arms, arms) if args.arms else arms, stages)
 
     data = Data(args.work, args.out, results)
 
@@ -96,6 +99,12 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         choices=STAGES,
         help="run this stage only (default: all, in the order A, D, B, C, beyond, sparse)",
     )
+    add(
+        "--arms",
+        type=lambda text: text.split(","),
+        metavar="NAME,...",
+        help="run these arms only, and the trials that they need; * and ? are wildcards",
+    )
     add("--hours", type=float, metavar="H", help="stop after so many hours")
     add("--cores", type=int, default=1, metavar="N", help="runs at a time, one core each")
     add("--out", type=Path, default=ROOT / "docs" / "study", metavar="DIR", help="results")
@@ -121,6 +130,21 @@ def unavailable(sources: Sequence[Family | Arm]) -> dict[str, str]:
         except ConfigError as error:
             found[source.name] = str(error)
     return found
+
+
+def matching(patterns: Sequence[str], arms: Sequence[Arm]) -> list[Arm]:
+    """The arms whose name fits one of the patterns, and those that they start from.
+
+    Raises:
+      ConfigError: a pattern fits none.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(arm.name, pattern) for arm in arms):
+            names = ", ".join(sorted({arm.name for arm in arms}))
+            raise ConfigError(f"--arms: got {pattern!r}, must fit one of {names}")
+    wanted = {arm.name for arm in arms if any(fnmatchcase(arm.name, p) for p in patterns)}
+    wanted |= {arm.parent for arm in arms if arm.name in wanted}
+    return [arm for arm in arms if arm.name in wanted]
 
 
 class Data:
