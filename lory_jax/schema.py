@@ -196,8 +196,9 @@ SCHEMA: dict[str, dict[str, Field]] = {
             0,
         ),
         "grouped_product": choice_field(
-            "dropless baselines: ragged is JAX's ragged_dot, blocks pads each expert's tokens to "
-            "blocks of 64; auto is blocks on CPUs, where ragged_dot multiplies with all experts",
+            "sparse baselines without slots: blocks is a loop over blocks of each expert's tokens, "
+            "ragged is JAX's ragged_dot (all experts for all tokens with remoe and "
+            "expert_threshold); auto is blocks on CPUs",
             "auto",
             "ragged",
             "blocks",

@@ -278,7 +278,7 @@ class SparseFFN(MergedFFN):
                 dropped = jnp.mean(~jnp.any(is_open_BxLxE, axis=-1), dtype=jnp.float32)
                 load_E = jnp.mean(is_open_BxLxE, axis=(0, 1), dtype=jnp.float32)
                 routed = routed._replace(dropped=dropped, load_E=load_E)
-        y_BxLxD = gated.gated_ffn(x_BxLxD, gates_BxLxE, self.experts())
+        y_BxLxD = gated.gated_ffn(x_BxLxD, gates_BxLxE, self.experts(), config.grouped_product)
         return constrain(y_BxLxD, "moe_batch", "length", "activation_embed"), routed
 
     def probabilities(self, h_BxLxD: Array, routing: Routing) -> Array:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from lory_jax.model.merged_ffn import swiglu
 from lory_jax.model.routing import Routing
 from lory_jax.model.routing_rules import DROPLESS, GATED, SPARSE, TOKEN_CHOICE
+from lory_jax.model.sparse.blocks import BLOCK, block_ffn
 from lory_jax.model.sparse.capacity import load_balancing_loss
-from lory_jax.model.sparse.dropless import BLOCK, block_ffn, ragged_ffn
-from lory_jax.model.sparse.gated import cutoffs
+from lory_jax.model.sparse.gated import cutoffs, gated_ffn
 from lory_jax.model.transformer import Block, build
 from lory_jax.training.upcycle import gradient_divisor
 from tests.support import sparse_reference
@@ -50,6 +50,7 @@ CASES = [
     ("dropless_top2", {"balancing": "loss_free"}),
     ("dropless_top2", {"grouped_product": "ragged"}),
     *((routing, {"experts_per_token": k}) for routing in GATED for k in (1, 2)),
+    *((routing, {"grouped_product": "ragged"}) for routing in GATED),
 ]
 CHOICES = sparse_reference.CHOICES
 
@@ -133,21 +134,45 @@ def test_training_equals_loops(routing, fields):
 
 @settings(deadline=None, max_examples=8)
 @given(
-    st.lists(st.integers(0, 2 * BLOCK + 1), min_size=1, max_size=5).filter(any), st.integers(0, 99)
+    st.sampled_from([1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 7]),
+    st.lists(st.sampled_from([0.0, 0.02, 0.5, 1.0]), min_size=1, max_size=4),
+    st.integers(0, 99),
 )
-def test_blocks_of_rows_equal_the_ragged_product(sizes, seed):
-    """Values and gradients, whatever the runs of rows are: empty, full blocks, or one more."""
-    E, A, D, F = len(sizes), sum(sizes), 3, 4
+def test_blocks_of_open_gates_equal_all_experts(M, shares, seed):
+    """Values and gradients, whatever share of the tokens an expert has: none, some or all."""
+    E, D, F = len(shares), 3, 4
     rng = np.random.default_rng(seed)
-    shapes = ((A, D), (E, D, F), (E, D, F), (E, F, D))
+    shapes = ((1, M, D), (E, D, F), (E, D, F), (E, F, D))
     x, *matrices = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
-    upstream = jnp.asarray(rng.normal(size=(A, D)), jnp.float32)
+    gates = rng.uniform(0.1, 1, (1, M, E)) * (rng.uniform(size=(1, M, E)) < shares)
+    upstream = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
 
-    def run(product):
-        value = lambda x, *w: jnp.sum(upstream * product(x, jnp.array(sizes), *w))  # noqa: E731
-        return product(x, jnp.array(sizes), *matrices), jax.grad(value, (0, 1, 2, 3))(x, *matrices)
+    def run(grouped_product):
+        def value(x, raw, experts):  # a ReLU closes gates, as ReMoE's does
+            y = gated_ffn(x, jax.nn.relu(raw), experts, grouped_product)
+            return jnp.sum(upstream * y), y
 
-    assert_trees_close(run(block_ffn), run(ragged_ffn), 1e-5)
+        experts = dict(zip(("gate", "up", "down"), matrices, strict=True))
+        differentiate = jax.jit(jax.value_and_grad(value, (0, 1, 2), has_aux=True))
+        return differentiate(x, jnp.asarray(gates, jnp.float32), experts)
+
+    assert_trees_close(run("blocks"), run("ragged"), 1e-5)
+
+
+def test_blocks_leave_closed_experts_alone():
+    """An expert without an open gate is not computed: its NaNs reach nothing."""
+    M, E, D, F = 5, 3, 3, 4
+    shapes = ((M, D), (E, D, F), (E, D, F), (E, F, D))
+    x, *matrices = (
+        jnp.ones(shape).at[..., 1, :, :].set(jnp.nan) if len(shape) == 3 else jnp.ones(shape)
+        for shape in shapes
+    )
+    gates = jnp.ones((M, E)).at[:, 1].set(0.0)
+    run = jax.value_and_grad(lambda *inputs: jnp.sum(block_ffn(*inputs)), (0, 1, 2, 3, 4))
+    value, gradients = run(x, gates, *matrices)
+    assert jnp.isfinite(value)
+    assert all(jnp.all(jnp.isfinite(gradient)) for gradient in gradients)
+    assert not jnp.any(gradients[2][1]) and jnp.all(gradients[2][0] != 0)
 
 
 @pytest.mark.parametrize(

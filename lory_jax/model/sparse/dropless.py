@@ -1,18 +1,14 @@
 """Tokens through the experts that they chose, without slots: none is dropped.
 
-The tokens are sorted by expert, and each run of them is multiplied with the matrices of its expert.
-`config.model.grouped_product` says how:
+`config.model.grouped_product` says how the tokens of an expert are multiplied with its matrices:
 
-    "ragged"  `jax.lax.ragged_dot`, for which TPUs have a kernel; on CPUs it multiplies every token
-              with all experts and masks the products
-    "blocks"  every run is padded to whole blocks of rows, and one batched product multiplies each
-              block with a copy of its expert's matrices
+    "ragged"  sorted by expert, by `jax.lax.ragged_dot`, for which TPUs have a kernel; on CPUs it
+              multiplies every token with all experts and masks the products
+    "blocks"  a loop over blocks of an expert's tokens (blocks.py), with the weights as gates
 
-Letters: B batch, L sequence, k experts per token, A = B * L * k choices, M = B * L tokens, P padded
-rows, D model, F FFN, E experts.
+Letters: B batch, L sequence, k experts per token, A = B * L * k choices, M = B * L tokens, D model,
+F FFN, E experts.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +23,8 @@ from lory_jax.model.experts import (
     TENSOR,
     Experts,
 )
-from lory_jax.model.merged_ffn import swiglu
+from lory_jax.model.sparse.blocks import open_gates_ffn
 from lory_jax.parallel import has_mesh, on_mesh
-
-BLOCK = 64  # rows: enough for a product near a CPU's rate, few enough to pad little
 
 
 def resolve_grouped_product(choice: str, platform: str) -> str:
@@ -58,17 +52,17 @@ def chosen_ffn(
       grouped_product: "ragged" or "blocks".
     """
     experts = {name: experts[name] for name in MATRICES}
+    if grouped_product == "blocks":
+        is_chosen_BxLxkxE = jax.nn.one_hot(experts_BxLxk, len(experts["gate"]))
+        gates_BxLxE = jnp.einsum("blk,blke->ble", weights_BxLxk, is_chosen_BxLxkxE)
+        return open_gates_ffn(x_BxLxD, gates_BxLxE, experts)
     specs_in = (BATCH_SPEC, BATCH_SPEC, BATCH_SPEC, EXPERT_SPECS)
-    run = on_mesh(functools.partial(_chosen_ffn, grouped_product), specs_in, BATCH_SPEC)
+    run = on_mesh(_sorted_ffn, specs_in, BATCH_SPEC)
     return run(x_BxLxD, weights_BxLxk, experts_BxLxk, experts)
 
 
-def _chosen_ffn(
-    grouped_product: str,
-    x_BxLxD: Array,
-    weights_BxLxk: Array,
-    experts_BxLxk: Array,
-    experts: Experts,
+def _sorted_ffn(
+    x_BxLxD: Array, weights_BxLxk: Array, experts_BxLxk: Array, experts: Experts
 ) -> Array:
     B, L, D = x_BxLxD.shape
     k = weights_BxLxk.shape[-1]
@@ -84,8 +78,7 @@ def _chosen_ffn(
     tokens_A = order_A // k
     x_AxD = x_BxLxD.reshape(-1, D)[tokens_A]
     with jax.named_scope("expert_ffn"):
-        product = ragged_ffn if grouped_product == "ragged" else block_ffn
-        y_AxD = product(x_AxD, sizes_E, *(whole[name] for name in MATRICES))
+        y_AxD = ragged_ffn(x_AxD, sizes_E, *(whole[name] for name in MATRICES))
     weighted_AxD = y_AxD.astype(jnp.float32) * weights_BxLxk.reshape(-1)[order_A, None]
     y_MxD = jnp.zeros((B * L, D), jnp.float32).at[tokens_A].add(weighted_AxD)
     if has_mesh():
@@ -100,22 +93,3 @@ def ragged_ffn(
     gate_AxF = jax.lax.ragged_dot(x_AxD, gate_ExDxF, sizes_E)
     up_AxF = jax.lax.ragged_dot(x_AxD, up_ExDxF, sizes_E)
     return jax.lax.ragged_dot(jax.nn.silu(gate_AxF) * up_AxF, down_ExFxD, sizes_E)
-
-
-def block_ffn(
-    x_AxD: Array, sizes_E: Array, gate_ExDxF: Array, up_ExDxF: Array, down_ExFxD: Array
-) -> Array:
-    """What `ragged_ffn` returns, by blocks of rows that share an expert."""
-    (A, D), E = x_AxD.shape, len(sizes_E)
-    # However the rows are divided, no expert needs more than one block that is not full.
-    blocks = A // BLOCK + min(A, E)
-    ends_E = jnp.cumsum(-(-sizes_E // BLOCK))  # in blocks
-    expert_of_block = jnp.searchsorted(ends_E, jnp.arange(blocks), side="right")
-    expert_of_block = jnp.minimum(expert_of_block, E - 1)  # of the blocks that stay empty
-    # How far padding shifts the rows of each expert.
-    shift_E = jnp.concatenate([jnp.zeros(1, ends_E.dtype), ends_E[:-1]]) * BLOCK
-    shift_E -= jnp.cumsum(sizes_E) - sizes_E
-    rows_A = jnp.arange(A) + jnp.repeat(shift_E, sizes_E, total_repeat_length=A)
-    x_PxD = jnp.zeros((blocks * BLOCK, D), x_AxD.dtype).at[rows_A].set(x_AxD, unique_indices=True)
-    matrices = (w[expert_of_block] for w in (gate_ExDxF, up_ExDxF, down_ExFxD))
-    return swiglu(x_PxD.reshape(blocks, BLOCK, D), *matrices).reshape(-1, D)[rows_A]

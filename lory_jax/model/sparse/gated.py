@@ -7,8 +7,9 @@
                       Threshold: Sun et al. 2026, arXiv 2603.11535)
 
 No token depends on another: in training, only the values that are adjusted after a step do
-(adaptation.py). How many experts a token has varies, so `gated_ffn` computes all experts for all
-tokens and multiplies most of their outputs by 0: it costs as much as E dense FFNs.
+(adaptation.py). How many experts a token has varies. `config.model.grouped_product="blocks"`
+computes those whose gates are open (blocks.py). Otherwise all experts are computed for all tokens,
+and most of their outputs are multiplied by 0, which costs as much as E dense FFNs.
 
 Letters: B batch, L sequence, n tokens of a group, C slots per expert, D model, E experts.
 """
@@ -19,6 +20,7 @@ from jax import Array
 
 from lory_jax.model.experts import MATRICES, Experts
 from lory_jax.model.merged_ffn import swiglu
+from lory_jax.model.sparse.blocks import open_gates_ffn
 from lory_jax.model.sparse.capacity import capacity
 
 
@@ -65,8 +67,13 @@ def threshold_gates(p_BxLxE: Array, threshold_E: Array) -> Array:
     return jnp.where(is_taken_BxLxE, p_BxLxE, 0.0)
 
 
-def gated_ffn(x_BxLxD: Array, gates_BxLxE: Array, experts: Experts) -> Array:
-    """The sum of all experts' outputs, each multiplied by its gate: `[B, L, D]` in x's type."""
+def gated_ffn(x_BxLxD: Array, gates_BxLxE: Array, experts: Experts, grouped_product: str) -> Array:
+    """The sum of all experts' outputs, each multiplied by its gate: `[B, L, D]` in x's type.
+
+    No gate may be below 0.
+    """
+    if grouped_product == "blocks":
+        return open_gates_ffn(x_BxLxD, gates_BxLxE, experts)
 
     def add(sum_BxLxD: Array, expert: tuple[Array, dict[str, Array]]) -> tuple[Array, None]:
         gate_BxL, matrices = expert
