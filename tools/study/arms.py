@@ -67,10 +67,10 @@ FAMILIES += [
         cost=cost,
     )
     for name, more, group, cost in (
-        ("dropless_top1", {"model.balancing": "loss_free"}, 3, 1.3),
-        ("dropless_top2", {"model.balancing": "loss_free"}, 3, 1.5),
-        ("remoe", {}, 5, 5.0),
-        ("expert_threshold", {}, 5, 5.0),
+        ("dropless_top1", {"model.balancing": "loss_free"}, 3, 1.2),
+        ("dropless_top2", {"model.balancing": "loss_free"}, 3, 1.4),
+        ("remoe", {}, 5, 1.3),
+        ("expert_threshold", {}, 5, 1.3),
     )
 ]
 FAMILIES += [
@@ -108,8 +108,8 @@ ARMS = [
     Arm("dropless_top2", "dropless_top2", group=3, cost=1.5),
     Arm("dropless_top1_upcycled", "dropless_top1", {WARMUP: 0.05, START: 0.354}, group=4, cost=1.5),
     Arm("dropless_top2_upcycled", "dropless_top2", {WARMUP: 0.05, START: 0.354}, group=4, cost=1.5),
-    Arm("remoe", "remoe", group=5, cost=5.0),
-    Arm("expert_threshold", "expert_threshold", group=5, cost=5.0),
+    Arm("remoe", "remoe", group=5, cost=1.3),
+    Arm("expert_threshold", "expert_threshold", group=5, cost=1.3),
     Arm("uniform", "uniform", group=3),
     Arm("dense_total", "dense_total", group=5, cost=3.5),
     Arm("dense_masked", "dense", {"model.document_mask": True}, group=4),
