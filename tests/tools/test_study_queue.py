@@ -1,5 +1,6 @@
 """The queue of the study: its order, what it resumes, and what a kill loses."""
 
+import json
 import os
 import signal
 import subprocess
@@ -225,7 +226,7 @@ def test_a_result_with_other_settings_is_not_mixed_in(tmp_path):
 def test_a_failed_process_ends_the_study_with_its_log(tmp_path):
     runner = runner_of(tmp_path, modules=STAND_IN | {"train": "tests.support.no_such_module"})
     queue = Queue(make_jobs(FAMILIES, ARMS, "A"), runner.results)
-    with pytest.raises(InputError, match="plain-t00: train failed"):
+    with pytest.raises(InputError, match="plain-t00: .*no_such_module failed"):
         work_off(queue, runner, [core()])
 
 
@@ -293,3 +294,16 @@ def wait_for(condition, seconds=60):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def test_modules_in_turn_stop_at_the_first_that_fails(tmp_path):
+    fields = {"train.learning_rate": 0.1, "train.seed": 0}
+    (tmp_path / "fields.json").write_text(json.dumps(fields))
+    worker, where = "tests.support.study_worker", f"--workdir={tmp_path}"
+    outs = [tmp_path / f"{name}.json" for name in ("first", "second", "third")]
+    commands = [[worker, where, "--split=test", f"--out={out}"] for out in outs]
+    commands[1][1] = f"--workdir={tmp_path / 'missing'}"
+    in_turn = [sys.executable, "-m", "tools.study.in_turn", json.dumps(commands)]
+    done = subprocess.run(in_turn, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "missing" in done.stderr
+    assert [out.is_file() for out in outs] == [True, False, False]

@@ -1,4 +1,4 @@
-"""One run of the study: training, evaluation and measurement, each in a process on one core."""
+"""One run of the study: training in a process on one core, then all measurements in another."""
 
 import json
 import math
@@ -70,7 +70,9 @@ class Runner:
         flags = [f"--config={self.recipe}", *fields, f"--data={data}"]
         if job.parent:
             flags.append(f"--init_from={self.work / job.parent}")
-        status = self._process("train", job, core, *flags, f"--workdir={workdir}")
+        status = self._process(
+            self.modules["train"], job, core, *flags, f"--workdir={workdir}", may_diverge=True
+        )
         if status == DIVERGED:
             self.results.write(self._describe(job, settings, data) | {"status": "diverged"}, {})
         elif job.trial is not None:
@@ -83,12 +85,21 @@ class Runner:
     def _measure(
         self, job: Job, settings: Mapping[str, Any], core: int, workdir: Path, data: Path
     ) -> None:
+        wanted = [f"--{name}" for name in job.measures if name == "routing"]
+        measured, evaluations = workdir / "measured.json", self._evaluations(job)
+        todo = [("evaluate", workdir / f"{name}.json", f) for name, f in evaluations.items()]
+        todo.append(("measure", measured, wanted))
+        where = (f"--workdir={workdir}", f"--data={data}")
+        commands = [
+            [self.modules[verb], *where, f"--out={out}", *flags]
+            for verb, out, flags in todo
+            if not out.is_file()
+        ]
+        if commands:
+            self._process("tools.study.in_turn", job, core, json.dumps(commands))
         losses, instances, seconds = {}, {}, {}
-        for name, flags in self._evaluations(job).items():
+        for name in evaluations:
             out = workdir / f"{name}.json"
-            if not out.is_file():
-                where = (f"--workdir={workdir}", f"--data={data}", f"--out={out}")
-                self._process("evaluate", job, core, *where, *flags)
             found = json.loads(out.read_text("utf-8"))
             perplexity = {"": found["perplexity"]}
             perplexity |= {f"_top{k}": of_k for k, of_k in found.get("top_k_experts", {}).items()}
@@ -97,11 +108,6 @@ class Runner:
                 path = out.with_name(f"{name}{end}_instances.npz")
                 instances[name + end], _ = read_instances(path)
             seconds[name] = found["seconds"]
-        measured = workdir / "measured.json"
-        if not measured.is_file():
-            wanted = [f"--{name}" for name in job.measures if name == "routing"]
-            where = (f"--workdir={workdir}", f"--data={data}", f"--out={measured}")
-            self._process("measure", job, core, *where, *wanted)
         record = self._describe(job, settings, data) | {"status": "finished", "losses": losses}
         record |= json.loads(measured.read_text("utf-8")) | {"evaluation_seconds": seconds}
         self.results.write(record, instances)
@@ -132,13 +138,15 @@ class Runner:
                 flags[f"{split}_prompt"] = [f"--split={split}", "--routing=prompt"]
         return flags
 
-    def _process(self, verb: str, job: Job, core: int, *flags: str) -> int:
+    def _process(
+        self, module: str, job: Job, core: int, *flags: str, may_diverge: bool = False
+    ) -> int:
         """Runs a module to its end; returns 0 or, of a training run, `DIVERGED`."""
         if self.stop.is_set():
             raise Stopped
         log = self.work / "logs" / f"{job.id}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "tools.study.pinned", str(core), self.modules[verb]]
+        command = [sys.executable, "-m", "tools.study.pinned", str(core), module]
         with log.open("a") as file:
             # In a session of its own: Ctrl-C reaches this process alone, which then asks once.
             process = subprocess.Popen(
@@ -147,9 +155,9 @@ class Runner:
             status = self._wait(process)
         if self.stop.is_set() and status != 0:
             raise Stopped
-        if status != 0 and (verb != "train" or status != DIVERGED):
+        if status != 0 and not (may_diverge and status == DIVERGED):
             last = log.read_text("utf-8", "replace").strip().splitlines()[-1:]
-            raise InputError(f"{job.id}: {verb} failed with status {status}; {log}: {last}")
+            raise InputError(f"{job.id}: {module} failed with status {status}; {log}: {last}")
         return status
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
