@@ -226,7 +226,7 @@ def test_a_result_with_other_settings_is_not_mixed_in(tmp_path):
 def test_a_failed_process_ends_the_study_with_its_log(tmp_path):
     runner = runner_of(tmp_path, modules=STAND_IN | {"train": "tests.support.no_such_module"})
     queue = Queue(make_jobs(FAMILIES, ARMS, "A"), runner.results)
-    with pytest.raises(InputError, match="plain-t00: .*no_such_module failed"):
+    with pytest.raises(InputError, match=r"plain-t00: .*no_such_module failed"):
         work_off(queue, runner, [core()])
 
 
