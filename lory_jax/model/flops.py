@@ -7,8 +7,8 @@ T tokens. With low-rank experts it is 6 FLOPs per token and parameter of theirs 
 merge of full experts happens once per step and is left out.
 Recomputation by remat is not counted. A token of a sparse baseline passes through k experts, or as
 many as the capacity factor says where experts choose, or as `experts_per_token` says where tokens
-have gates (which is what training aims at, not what sparse/gated.py computes: all experts); dropped
-tokens are not deducted. A router of tokens costs 6 * D * E; one of segments is left out.
+have gates (which is what training aims at; on TPUs and GPUs, sparse/gated.py computes all experts);
+dropped tokens are not deducted. A router of tokens costs 6 * D * E; one of segments is left out.
 """
 
 import dataclasses

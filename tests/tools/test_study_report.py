@@ -9,7 +9,7 @@ import pytest
 from lory_jax.config import load_config
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.flops import flops_per_token
-from tools.study import arms, beyond, fair_start, ladder, sparse
+from tools.study import arms, beyond, fair_start, ladder, sparse, sparse_arms
 from tools.study.__main__ import RECIPE, unavailable
 from tools.study.claims import Finding, is_planned, judge_claims, read_claims
 from tools.study.report import CLAIMS, OUT, _size, write_report
@@ -303,7 +303,7 @@ def test_the_page_of_few_experts_compares_at_equal_tokens(tmp_path):
 def test_claims_name_arms_that_exist_with_seeds_for_an_interval():
     by_name = {arm.name: arm for arm in arms.ARMS if arm.corpus == "packages"}
     assert len({run_id(arm.name, 0, arm.corpus) for arm in arms.ARMS}) == len(arms.ARMS)
-    on_debian = {*arms.ON_DEBIAN, *arms.SPARSE_ON_DEBIAN}
+    on_debian = {*arms.ON_DEBIAN, *sparse_arms.SPARSE_ON_DEBIAN}
     assert {arm.name for arm in arms.ARMS if arm.corpus == "debian"} == on_debian
     claims, margin = read_claims(CLAIMS)
     assert margin == 0.01
@@ -323,9 +323,9 @@ def test_what_other_seeds_and_the_second_corpus_leave_out_is_what_validation_say
     for way in sparse.ways():
         for names in (way.variants, way.baselines):
             losses = {name: sparse.validation_losses(name, first)[0] for name in names}
-            for name in {*names} & {*arms.SETTLED}:
+            for name in {*names} & {*sparse_arms.SETTLED}:
                 assert losses[name] > min(losses.values()), name
-            assert sparse.best(names, first).partition(":")[0] in arms.SPARSE_ON_DEBIAN
+            assert sparse.best(names, first).partition(":")[0] in sparse_arms.SPARSE_ON_DEBIAN
 
 
 def test_the_longer_dense_run_has_as_many_flops_as_lorys():

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lory_jax.model.routing_rules import EXPERT_LAYERS, SOURCES
-from tools.study.kinds import STEPS, Arm, Family
+from tools.study.kinds import RATE, STEPS, Arm, Family
+from tools.study.sparse_arms import SPARSE_ARMS, SPARSE_ARMS_ON_DEBIAN
 
 FLOPS_OVER_DENSE = 1.064  # of a token in Lory with 8 experts, by lory_jax.model.flops
 TRIALS = 12  # of every family
@@ -20,13 +21,12 @@ COMMON = {
     "checkpoint.keep": 1,
 }
 
-RATE, START, EXPERT_START = "train.learning_rate", "model.ffn_init_scale", "model.expert_init_scale"
+START, EXPERT_START = "model.ffn_init_scale", "model.expert_init_scale"
 REWARM = "train.upcycle_rewarm_fraction"
 REDRAW, WARMUP = "train.upcycle_redraw", "train.dense_warmup_fraction"
 SOURCE, LAYERS, RANK = "model.routing_source", "model.expert_layers", "model.expert_rank"
 SCHEDULE, DELTAS = "train.segment_schedule", "model.token_deltas"
 ROUTING, EXPERTS = "model.routing", "model.num_experts"
-
 SHARED, WIDTH = "model.shared_expert", "model.mlp_dim"
 
 RATES = (8e-3, 1.6e-2, 2.4e-2, 3.2e-2)
@@ -136,11 +136,14 @@ ARMS = [
 
 # At equal seconds: as many steps as the time of Lory's run allows (step_seconds.py).
 SECONDS_ARMS = ("dropless_top1", "dropless_top2", "remoe")
-STEP_SECONDS_FILE = Path(__file__).parents[2] / "docs" / "study" / "step_seconds.json"
+STEP_SECONDS_FILES = {
+    stage: Path(__file__).parents[2] / "docs" / "study" / f"step_seconds{suffix}.json"
+    for stage, suffix in (("A", ""), ("beyond", "_beyond"))
+}
 
 
 def _seconds_arms() -> list[Arm]:
-    over_lory = json.loads(STEP_SECONDS_FILE.read_text("utf-8"))["over_lory"]
+    over_lory = json.loads(STEP_SECONDS_FILES["A"].read_text("utf-8"))["over_base"]
     by_name = {arm.name: arm for arm in ARMS}
     return [
         replace(
@@ -266,88 +269,4 @@ ARMS += [
     _ladder_arm(*point) for point in itertools.product(LADDER_COST, LADDER_EXPERTS, LADDER_STEPS)
 ]
 
-# Stage sparse: merges of few experts, against all eight after the same number of tokens. The fall
-# from eight to k takes the first half of a run, or of the finishing phase of a finished run.
-SPARSE_PARENT, SPARSE_COUNTS = "sparse_parent", (2, 1)
-SPARSE_GRADIENTS = ("renormalised", "straight_through")
-FINISH_STEPS, FINISH_RATES = STEPS // 10, (0.1, 0.3, 1.0)  # rates as multiples of the run's own
-# Not repeated with other seeds: with seed 0, their validation loss was above that of the best
-# variant of the same k and way, by 0.03 nats or more, or although they were tried last.
-SETTLED = (
-    "sparse_all_finish1",
-    "sparse_k1_renormalised_finish0.1",
-    "sparse_k1_renormalised_finish0.3",
-    "sparse_k1_straight_through_annealed_early",
-    "sparse_k1_straight_through_finish0.1",
-    "sparse_k1_straight_through_finish0.3",
-    "sparse_k2_renormalised_annealed_early",
-    "sparse_k2_renormalised_finish0.1",
-    "sparse_k2_renormalised_finish1",
-    "sparse_k2_straight_through_annealed",
-    "sparse_k2_straight_through_finish0.1",
-    "sparse_k2_straight_through_finish0.3",
-    "sparse_k2_straight_through_finish1",
-)
-
-
-# On the second corpus, what validation on the first chose (tools/study/sparse.py).
-SPARSE_ON_DEBIAN = (
-    SPARSE_PARENT,
-    "sparse_all_finish0.1",
-    "sparse_k1_renormalised_finish1",
-    "sparse_k1_straight_through_annealed",
-    "sparse_k2_renormalised_annealed",
-    "sparse_k2_renormalised_finish0.3",
-)
-
-
-def sparse_settings(k: int, gradient: str) -> dict[str, Any]:
-    """Settings of a run that ends with k experts in every merge."""
-    return {"model.top_k_experts": k, "train.top_k_gradient": gradient}
-
-
-def _sparse_arms() -> list[Arm]:
-    parent = Arm(SPARSE_PARENT, "lory", measures=("top1", "top2"), keeps_run=True)
-    annealed = [
-        Arm(f"sparse_k{k}_{gradient}_annealed", "lory", sparse_settings(k, gradient), group=3)
-        for k, gradient in itertools.product(SPARSE_COUNTS, SPARSE_GRADIENTS)
-    ]
-    # The better gradient of each, with the fall to k in the first quarter.
-    annealed += [
-        Arm(
-            f"sparse_k{k}_{gradient}_annealed_early",
-            "lory",
-            {**sparse_settings(k, gradient), "train.top_k_anneal_end": 0.25},
-            group=3,
-        )
-        for k, gradient in ((2, "renormalised"), (1, "straight_through"))
-    ]
-    kinds: dict[str, dict[str, Any]] = {"all": {}} | {
-        f"k{k}_{gradient}": sparse_settings(k, gradient)
-        for k, gradient in itertools.product(SPARSE_COUNTS, SPARSE_GRADIENTS)
-    }
-    finished = [
-        Arm(
-            f"sparse_{name}_finish{rate:g}",
-            "lory",
-            settings,
-            {RATE: rate},
-            steps=FINISH_STEPS,
-            group=2,
-            parent=SPARSE_PARENT,
-        )
-        for (name, settings), rate in itertools.product(kinds.items(), FINISH_RATES)
-    ]
-    return [
-        replace(arm, stage="sparse", seeds=1 if arm.name in SETTLED else 3, cost=1.15)
-        for arm in (parent, *finished, *annealed)
-    ]
-
-
-SPARSE_ARMS = _sparse_arms()
-ARMS += SPARSE_ARMS
-ARMS += [
-    replace(arm, corpus="debian", group=arm.group + 3)
-    for arm in SPARSE_ARMS
-    if arm.name in SPARSE_ON_DEBIAN
-]
+ARMS += [*SPARSE_ARMS, *SPARSE_ARMS_ON_DEBIAN]

@@ -1,15 +1,22 @@
-"""Writes docs/beyond.md: what was tried beyond the paper, each against the recipe it changes.
+"""Writes into docs/beyond.md what was tried beyond the paper, each against the recipe it changes.
 
-python -m tools.study.beyond [--out=docs/study]
+    python -m tools.study.beyond [--out=docs/study]
+
+Makes the table of the page and, beside it, beyond.png. Seconds come from step_seconds_beyond.json
+(tools/study/step_seconds.py), because those of the runs depend on what else the machine did.
 """
 
 import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from lory_jax.report.plots import write_png
 from tools import tables
-from tools.study import arms
+from tools.study import arms, pictures
 from tools.study.claims import contrast
 from tools.study.kinds import Arm
 from tools.study.report import OUT, ROOT
@@ -27,56 +34,91 @@ def main() -> None:
     write_page(parser.parse_args().out)
 
 
+@dataclass(frozen=True)
+class Variant:
+    """A change to the recipe, what it does, and its costs divided by the recipe's.
+
+    Attributes:
+      seconds: of a training step on a CPU; None if they were not measured.
+    """
+
+    arm: Arm
+    effect: Effect
+    flops: float
+    parameters: float
+    seconds: float | None
+
+
 def write_page(out: Path, page: Path = PAGE) -> None:
-    """Writes the table of finished arms, best first, between the marks of the page."""
-    tables.replace_marked(page, MARK, table(Results(out / "runs")))
+    """Writes the finished arms, best first, between the marks of the page, and their picture."""
+    variants, missing = finished(Results(out / "runs"), step_seconds(out))
+    text = tables.markdown(HEADER, [row(variant) for variant in variants]) if variants else ""
+    if variants:
+        picture = page.with_suffix(".png")
+        write_png(pictures.costs([point(variant) for variant in variants]), picture)
+        text += f"\n\n![What each change gains, and what it costs]({picture.name})"
+    if missing:
+        text += f"\n\nWithout runs so far: {', '.join(missing)}."
+    tables.replace_marked(page, MARK, text.strip())
 
 
-def table(results: Results, split: str = "test") -> str:
-    """The arms of the stage, by their effect on the loss of the recipe that they change."""
+def step_seconds(out: Path) -> dict[str, float]:
+    """By arm, the seconds of a step divided by those of the recipe's; empty if not measured."""
+    path = out / arms.STEP_SECONDS_FILES["beyond"].name
+    return json.loads(path.read_text("utf-8"))["over_base"] if path.is_file() else {}
+
+
+def finished(
+    results: Results, seconds: Mapping[str, float], split: str = "test"
+) -> tuple[list[Variant], list[str]]:
+    """The arms of the stage by their effect on the loss, and the names of those without runs."""
     by_arm: dict[str, list[Record]] = {}
     for record in results.records():
         if record["kind"] == "run" and record["status"] == "finished":
             by_arm.setdefault(record["arm"], []).append(record)
-    found: list[tuple[float, list[str]]] = []
-    missing = []
+    found, missing = [], []
+    base = by_arm.get(arms.BEYOND_BASE, [])
     for arm in arms.ARMS:
         if arm.stage != "beyond":
             continue
-        domains = {}
-        if arm.name in by_arm and arms.BEYOND_BASE in by_arm:
-            weights = {arm.name: 1.0, arms.BEYOND_BASE: -1.0}
-            domains = contrast(weights, by_arm, results, split)
-        if domains:
-            effect = paired_effect(domains)
-            found.append((effect.mean, row(arm, effect, by_arm)))
-        else:
+        own = by_arm.get(arm.name, [])
+        weights = {arm.name: 1.0, arms.BEYOND_BASE: -1.0}
+        domains = contrast(weights, by_arm, results, split) if own and base else {}
+        if not domains:
             missing.append(arm.name)
-    text = tables.markdown(HEADER, [cells for _, cells in sorted(found)]) if found else ""
-    if missing:
-        text += f"\n\nWithout runs so far: {', '.join(missing)}."
-    return text.strip()
+            continue
+        flops, parameters = (mean_of(own, name) / mean_of(base, name) for name in COSTS)
+        effect = paired_effect(domains)
+        found.append(Variant(arm, effect, flops, parameters, seconds.get(arm.name)))
+    return sorted(found, key=lambda variant: variant.effect.mean), missing
 
 
-def row(arm: Arm, effect: Effect, by_arm: dict[str, list[Record]]) -> list[str]:
-    """A line of the table; costs are divided by those of the recipe."""
-
-    def ratio(name: str) -> str:
-        own, base = (
-            np.mean([total(record[name]) for record in by_arm[key]])
-            for key in (arm.name, arms.BEYOND_BASE)
-        )
-        return f"{own / base:.2f}"
-
-    changes = ", ".join(f"{name}={value}" for name, value in arm.settings.items())
+def row(variant: Variant) -> list[str]:
+    """A line of the table."""
+    effect = variant.effect
+    changes = ", ".join(f"{name}={value}" for name, value in variant.arm.settings.items())
     interval = "" if np.isnan(effect.low) else f"{effect.low:+.4f} to {effect.high:+.4f}"
-    costs = [ratio(name) for name in ("flops_per_token", "parameters", "step_seconds")]
+    costs = [f"{cost:.2f}" for cost in (variant.flops, variant.parameters)]
+    costs.append("" if variant.seconds is None else f"{variant.seconds:.2f}")
     return [changes, f"{effect.mean:+.4f}", interval, str(effect.seeds), *costs]
 
 
-def total(value: float | dict[str, float]) -> float:
-    """A number, or the total among the counts of parameters."""
-    return value["total"] if isinstance(value, dict) else value
+def point(variant: Variant) -> pictures.Cost:
+    """A variant in the picture."""
+    effect = variant.effect
+    interval = (effect.low, effect.high)
+    return pictures.Cost(
+        variant.arm.name, effect.mean, interval, variant.seconds, variant.parameters
+    )
+
+
+COSTS = ("flops_per_token", "parameters")
+
+
+def mean_of(records: Sequence[Record], name: str) -> float:
+    """The mean of a number, or of the total among the counts of parameters, over the seeds."""
+    values = [record[name] for record in records]
+    return float(np.mean([x["total"] if isinstance(x, dict) else x for x in values]))
 
 
 if __name__ == "__main__":

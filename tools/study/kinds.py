@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 TRIAL_STEPS, STEPS = 400, 1500
+RATE = "train.learning_rate"
 
 Settings = Mapping[str, Any]
 

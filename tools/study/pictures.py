@@ -1,7 +1,7 @@
 """The pictures of the study's page, in the style of lory_jax/report/plots.py."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib
 
@@ -73,4 +73,43 @@ def multipliers(rows: Sequence[Mapping[str, Any]]) -> "Figure":
         axes.set_xlabel("width D of the model")
         axes.set_ylabel("dense-equivalent size, times")
         axes.legend()
+        return figure
+
+
+class Cost(NamedTuple):
+    """What a change to a recipe gains and costs; costs are divided by the recipe's."""
+
+    name: str
+    effect: float
+    interval: tuple[float, float]
+    seconds: float | None
+    memory: float
+
+
+def costs(rows: Sequence[Cost]) -> "Figure":
+    """Effects in nats against seconds a step and against the memory of parameters and optimizer."""
+    with matplotlib.rc_context(STYLE):
+        figure, panels = plt.subplots(1, 2, figsize=(WIDTH, 4.4), layout="constrained", sharey=True)
+        for axes, cost, label in (
+            (panels[0], "seconds", "seconds a step on a CPU, times the recipe's"),
+            (panels[1], "memory", "training state, times the recipe's"),
+        ):
+            axes.axhline(0, color=COLOURS[0], linewidth=1)
+            axes.plot(1, 0, MARKERS[0], color=COLOURS[0], markersize=7)
+            for number, row in enumerate(rows, 1):
+                x = getattr(row, cost)
+                if x is None:
+                    continue
+                axes.vlines(x, *row.interval, color=COLOURS[1], linewidth=1.6, alpha=0.4)
+                axes.plot(x, row.effect, "o", color=COLOURS[1], markersize=5)
+                axes.annotate(
+                    str(number), (x, row.effect), (4, 3), textcoords="offset points", fontsize=8
+                )
+            axes.set_xlabel(label)
+        panels[0].set_ylabel("effect on the test loss in nats (below 0: better)")
+        names = [f"{number} {row.name}" for number, row in enumerate(rows, 1)]
+        figure.suptitle(
+            "   ".join(names[: len(names) // 2]) + "\n" + "   ".join(names[len(names) // 2 :]),
+            fontsize=7,
+        )
         return figure

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lory_jax.errors import InputError
-from tools.study.arms import COMMON, RATE
-from tools.study.kinds import STEPS, TRIAL_STEPS, Arm, Family
+from tools.study.arms import COMMON
+from tools.study.kinds import RATE, STEPS, TRIAL_STEPS, Arm, Family
 from tools.study.results import FIRST_CORPUS, Results, mean_loss, run_id
 
 # An arm has all its seeds before the next group begins: an interval of two seeds says little. Where

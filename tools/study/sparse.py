@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from tools import tables
-from tools.study import arms
+from tools.study import sparse_arms
 from tools.study.claims import contrast
 from tools.study.report import OUT, ROOT
 from tools.study.results import FIRST_CORPUS, Record, Results, mean_loss
@@ -45,16 +45,16 @@ class Way:
 
 def ways() -> list[Way]:
     """All ways of the stage."""
-    names = [arm.name for arm in arms.SPARSE_ARMS]
+    names = [arm.name for arm in sparse_arms.SPARSE_ARMS]
     controls = tuple(name for name in names if name.startswith("sparse_all_"))
-    parent = (arms.SPARSE_PARENT,)
+    parent = (sparse_arms.SPARSE_PARENT,)
     found = []
-    for k in arms.SPARSE_COUNTS:
+    for k in sparse_arms.SPARSE_COUNTS:
         own = [name for name in names if name.startswith(f"sparse_k{k}_")]
         annealed = tuple(name for name in own if "_annealed" in name)
         finished = tuple(name for name in own if name not in annealed)
         found += [
-            Way(k, "kept of the finished model", (f"{arms.SPARSE_PARENT}:top{k}",), parent),
+            Way(k, "kept of the finished model", (f"{sparse_arms.SPARSE_PARENT}:top{k}",), parent),
             Way(k, "a finishing phase of 10 %", finished, controls),
             Way(k, "annealed in training", annealed, parent),
         ]
@@ -148,7 +148,7 @@ def effect(
 def parent_lines(results: Results, by_arm: ByArm) -> list[str]:
     """Whether the parents repeat the study's runs of `lory`, which had the same settings."""
     distances = []
-    for record in by_arm.get(arms.SPARSE_PARENT, []):
+    for record in by_arm.get(sparse_arms.SPARSE_PARENT, []):
         earlier = next((r for r in by_arm.get("lory", []) if r["seed"] == record["seed"]), None)
         if earlier is not None:
             pairs = [results.instances(r["id"], SPLIT) for r in (record, earlier)]

@@ -1,12 +1,15 @@
-"""Measures how long a step of each arm takes beside Lory's, for contrasts at equal seconds.
+"""Measures how long a step of some arms takes beside that of the one they are compared with.
 
-    python -m tools.study.step_seconds [--out=docs/study/step_seconds.json] [--rounds=15]
+    python -m tools.study.step_seconds [--stage=A|beyond] [--out=FILE.json] [--rounds=15]
 
 The arms take turns on one core, so that a change of the machine's speed meets all of them. A step
 of ReMoE takes longer at the start of training, when a token has more than one expert: its turns are
-spread over a whole run. Run it on a quiet machine. The study trains the arms of `SECONDS_ARMS` for
-as many steps as fit into the seconds of Lory's run; the numbers of steps are fixed by the file, not
-by a clock during training.
+spread over a whole run. Where segments change their length over a run, every length is measured and
+counts by its share of the steps. The dense warm-up is left out. Run it on a quiet machine.
+
+With stage A, the study trains the arms of `SECONDS_ARMS` for as many steps as fit into the seconds
+of Lory's run; the numbers of steps are fixed by the file, not by a clock during training. With
+stage beyond, docs/beyond.md shows the ratios.
 """
 
 import argparse
@@ -15,7 +18,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -26,75 +30,101 @@ import numpy as np
 from lory_jax.config import load_config
 from lory_jax.model.config import ModelConfig
 from lory_jax.parallel import make_mesh
+from lory_jax.segment_schedule import shares_of_lengths
 from lory_jax.storage import write_atomically
 from lory_jax.training.optimizer import make_optimizer
 from lory_jax.training.phases import count_dense_steps
 from lory_jax.training.state import init_state
 from lory_jax.training.step import make_train_step
-from tools.study.arms import FAMILIES, SECONDS_ARMS, STEP_SECONDS_FILE
-from tools.study.kinds import STEPS
+from tools.study.arms import ARMS, BEYOND_BASE, FAMILIES, SECONDS_ARMS, STEP_SECONDS_FILES
+from tools.study.kinds import STEPS, Settings
 
 RECIPE = str(Path(__file__).with_name("recipe.py"))
 STEPS_A_ROUND = 10
 CHANGING = ("remoe",)  # arms whose steps do not all take as long
 
+Step = Callable[[], None]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=STEP_SECONDS_FILE)
+    parser.add_argument("--stage", choices=("A", "beyond"), default="A")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    families = {family.name: family for family in FAMILIES}
-    steps = {name: stepper(dict(families[name].settings)) for name in ("lory", *SECONDS_ARMS)}
+    base, measured = arms_of(args.stage)
+    steps = {name: steppers(settings) for name, settings in measured.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(args.rounds):
-        for name, step in steps.items():
+        for name, by_share in steps.items():
             if number and name in CHANGING:
                 for _ in range(STEPS // args.rounds - STEPS_A_ROUND):
-                    step()
-            seconds[name].append(timed(step))
+                    by_share[0][1]()
+            seconds[name].append(sum(share * timed(step) for share, step in by_share))
             print(f"round {number + 1}: {name} {seconds[name][-1]:.4f} s", flush=True)
     ratios = {
-        name: statistics.mean(own / base for own, base in zip(values, seconds["lory"], strict=True))
+        name: statistics.mean(
+            own / of_base for own, of_base in zip(values, seconds[base], strict=True)
+        )
         for name, values in seconds.items()
     }
     found = {
         "date": date.today().isoformat(),
         "machine": f"one core of {platform.machine()}, jax {jax.__version__}",
+        "base": base,
         "step_seconds": {
             name: round(statistics.median(values), 5) for name, values in seconds.items()
         },
-        "over_lory": {name: round(ratio, 3) for name, ratio in ratios.items()},
+        "over_base": {name: round(ratio, 3) for name, ratio in ratios.items()},
     }
-    write_atomically(args.out, json.dumps(found, indent=1) + "\n")
-    print(f"wrote {args.out}")
+    out = args.out or STEP_SECONDS_FILES[args.stage]
+    write_atomically(out, json.dumps(found, indent=1) + "\n")
+    print(f"wrote {out}")
 
 
-def stepper(settings: dict[str, object]) -> Callable[[], None]:
-    """A function that makes one training step, compiled already."""
+def arms_of(stage: str) -> tuple[str, dict[str, Settings]]:
+    """What the others are compared with, and the settings of all."""
+    families = {family.name: family.settings for family in FAMILIES}
+    if stage == "A":
+        return "lory", {name: families[name] for name in ("lory", *SECONDS_ARMS)}
+    arms = {
+        arm.name: {**families[arm.family], **arm.settings} for arm in ARMS if arm.stage == stage
+    }
+    return BEYOND_BASE, {BEYOND_BASE: families[BEYOND_BASE], **arms}
+
+
+def steppers(settings: Mapping[str, object]) -> list[tuple[float, Step]]:
+    """For every segment length of a run, its share of the steps and a function that makes one."""
     config = load_config(RECIPE, [(name, str(value)) for name, value in settings.items()])
     model_config = ModelConfig.for_platform(config.model, jax.default_backend())
     mesh = make_mesh(**config.parallel)
     optimizer = make_optimizer(config.train, count_dense_steps(config))
     shape = config.train.global_batch_size, model_config.sequence_length + 1
-    tokens = np.random.default_rng(0).integers(0, model_config.vocab_size, shape)
-    with jax.set_mesh(mesh):
-        state = init_state(model_config, optimizer, mesh, 0)
-        train_step = make_train_step(model_config, optimizer, mesh, config.train.microbatches)
+    rows = np.random.default_rng(0).integers(0, model_config.vocab_size, shape)
 
-    def step() -> None:
-        nonlocal state
+    def stepper(length: int) -> Step:
+        at_length = replace(model_config, segment_length=length)
         with jax.set_mesh(mesh):
-            state, metrics = train_step(state, jnp.asarray(tokens, jnp.int32))
-            jax.block_until_ready(metrics)
+            state = init_state(at_length, optimizer, mesh, 0)
+            train_step = make_train_step(at_length, optimizer, mesh, config.train.microbatches)
 
-    step()
-    return step
+        def step() -> None:
+            nonlocal state
+            with jax.set_mesh(mesh):
+                state, metrics = train_step(state, jnp.asarray(rows, jnp.int32))
+                jax.block_until_ready(metrics)
+
+        step()  # compiles
+        return step
+
+    schedule = config.train.segment_schedule
+    shares = shares_of_lengths(schedule, model_config.segment_length)
+    return [(share, stepper(length)) for length, share in shares.items()]
 
 
-def timed(step: Callable[[], None]) -> float:
+def timed(step: Step) -> float:
     """The median seconds of a few steps."""
     step()  # the caches held another arm's arrays
     times = []
