@@ -207,8 +207,9 @@ def test_the_baseline_is_checked_against_its_neighbours(tmp_path, capsys, monkey
     results = Results(tmp_path / "runs")
     monkeypatch.setattr("sys.argv", ["fair_start", f"--out={tmp_path}"])
 
-    def finish(name, loss):
-        record = {"id": f"{name}-s0", "kind": "run", "arm": name, "status": "finished"}
+    def finish(name, loss, seed=0):
+        record = {"id": f"{name}-s{seed}", "kind": "run", "arm": name, "status": "finished"}
+        record |= {"seed": seed, "corpus": "packages"}
         results.write(record | {"losses": {"validation": {"a": loss, "b": loss}}}, {})
 
     finish("dense", 3.5)
@@ -222,7 +223,11 @@ def test_the_baseline_is_checked_against_its_neighbours(tmp_path, capsys, monkey
     with pytest.raises(SystemExit) as better:
         fair_start.main()
     assert missing.value.code and better.value.code
-    assert "-0.0200 nats" in capsys.readouterr().out
+    assert "-0.0200 nats (1 seed)" in capsys.readouterr().out
+    finish("dense", 3.4, seed=1)  # its neighbour is better with one seed, and worse with the other
+    finish(fair_start.NEIGHBOURS[0], 3.415, seed=1)
+    fair_start.main()
+    assert "-0.0025 nats (2 seeds)" in capsys.readouterr().out
 
 
 def test_the_page_of_what_is_beyond_the_paper_compares_with_the_recipe(tmp_path):

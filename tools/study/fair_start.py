@@ -2,16 +2,18 @@
 
     python -m tools.study.fair_start [--out=docs/study]
 
-The neighbours halve or double the start of the FFN or the learning rate, at full length. Exit
-status 1 if one of them has a validation loss lower by more than the margin, or is missing.
+The neighbours halve or double the start of the FFN or the learning rate, at full length. Each is
+compared with the runs of the baseline that have its seeds. Exit status 1 if one of them has a mean
+validation loss lower by more than the margin, or is missing.
 """
 
 import argparse
 import math
+import statistics
 import sys
 from pathlib import Path
 
-from tools.study.results import Results, mean_loss
+from tools.study.results import FIRST_CORPUS, Results, mean_loss
 
 BASE = "dense"
 NEIGHBOURS = tuple(
@@ -25,25 +27,32 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/study"))
     found = differences(Results(parser.parse_args().out / "runs"))
     for name in NEIGHBOURS:
-        print(f"{name:22} {f'{found[name]:+.4f} nats' if name in found else 'not trained yet'}")
-    if set(found) != set(NEIGHBOURS) or min(found.values()) < -MARGIN:
+        difference, seeds = found.get(name, (math.nan, 0))
+        text = f"{difference:+.4f} nats ({seeds} seed{'s' if seeds > 1 else ''})"
+        print(f"{name:22} {text if seeds else 'no runs yet'}")
+    if {*found} != {*NEIGHBOURS} or min(difference for difference, _ in found.values()) < -MARGIN:
         sys.exit(f"the dense baseline is not shown to be within {MARGIN} nats of its neighbours")
 
 
-def differences(results: Results) -> dict[str, float]:
-    """Validation loss of every neighbour that was trained minus that of the baseline, seed 0.
+def differences(results: Results) -> dict[str, tuple[float, int]]:
+    """Validation loss of every neighbour minus that of the baseline, and over how many seeds.
 
     Infinite for a neighbour that diverged.
     """
-    base = results.read(f"{BASE}-s0")
-    if base is None or math.isinf(mean_loss(base)):
-        return {}
-    records = {name: results.read(f"{name}-s0") for name in NEIGHBOURS}
-    return {
-        name: mean_loss(record) - mean_loss(base)
-        for name, record in records.items()
-        if record is not None
-    }
+    losses: dict[str, dict[int, float]] = {}
+    for record in results.records():
+        if record["kind"] == "run" and record["corpus"] == FIRST_CORPUS:
+            losses.setdefault(record["arm"], {})[record["seed"]] = mean_loss(record)
+    found = {}
+    for name in NEIGHBOURS:
+        pairs = [
+            loss - losses[BASE][seed]
+            for seed, loss in losses.get(name, {}).items()
+            if seed in losses.get(BASE, {})
+        ]
+        if pairs:
+            found[name] = statistics.mean(pairs), len(pairs)
+    return found
 
 
 if __name__ == "__main__":
