@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the whole flow on this machine, from the documents of the Python installation to a report:
 #
-#   bash launch/local.sh [--steps=N] [--out=DIR]
+#   bash launch/local.sh [--steps=N] [--seed=N] [--out=DIR]
 #
 # It trains Lory (8 experts) and its dense baseline side by side into runs/local/ (or DIR). Ctrl-C
 # saves both runs and stops; run the same command again to resume. $PYTHON and $VENV name the Python
@@ -16,9 +16,11 @@ for argument in "$@"; do
   case $argument in
     --steps=*[!0-9]* | --steps=) fail "--steps: got '${argument#--steps=}', must be a number" ;;
     --steps=*) overrides+=("--config.train.steps=${argument#--steps=}") ;;
+    --seed=*[!0-9]* | --seed=) fail "--seed: got '${argument#--seed=}', must be a number" ;;
+    --seed=*) overrides+=("--config.train.seed=${argument#--seed=}") ;;
     --out=?*) out=${argument#--out=} ;;
     -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0" && exit 0 ;;
-    *) fail "$argument: unknown option; the options are --steps=N and --out=DIR" ;;
+    *) fail "$argument: unknown option; the options are --steps=N, --seed=N and --out=DIR" ;;
   esac
 done
 

@@ -133,7 +133,7 @@ def test_a_wrong_value_names_the_field_what_it_got_and_what_it_accepts(name, tex
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ([("model.segment_length", "513")], ["config.model.segment_length", "513", "512"]),
+        ([("model.segment_length", "257")], ["config.model.segment_length", "257", "256"]),
         ([("model.num_heads", "3")], ["config.model.num_heads", "3", "config.model.embed_dim"]),
         ([("model.num_heads", "128")], ["config.model.num_heads", "128"]),
         (

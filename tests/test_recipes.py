@@ -29,7 +29,7 @@ def test_a_file_of_the_same_name_is_opened_by_its_path_only(tmp_path, monkeypatc
     (tmp_path / "local").mkdir()
     monkeypatch.chdir(tmp_path)
     assert load("local.py").model.vocab_size == load("./local.py").model.vocab_size == 300
-    assert load("local").model.vocab_size == 1024
+    assert load("local").model.vocab_size == 512
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,27 @@
-"""Writes the figures of a finished local run to where the README shows them.
+"""Writes the figures of finished local runs to where the README shows them.
 
     bash launch/local.sh
-    python tools/local.py [--run=runs/local]
+    for seed in 1 2 3; do bash launch/local.sh --seed=$seed --out=runs/local-$seed; done
+    python -m tools.local [--run=runs/local] [--more=runs/local-1,runs/local-2,runs/local-3]
 
-Writes docs/local.json (the run's report without its texts, with the date and the processor),
-docs/local.png and the table of the README.
+Writes docs/local.json (the first run's report without its texts, with the date, the processor and
+the difference over all seeds), docs/local.png and the table of the README.
 """
 
 import argparse
 import datetime
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tables import ROOT, markdown, replace_marked, write
+import numpy as np
 
+from lory_jax.evaluation.held_out import read_instances
 from lory_jax.report import plots
+from tools.study.statistics import Domain, paired_effect
+from tools.tables import ROOT, markdown, replace_marked, write
 
 FIGURES = ROOT / "docs" / "local.json"
 LEFT_OUT = ("samples", "routing_distance")
@@ -25,10 +30,15 @@ LEFT_OUT = ("samples", "routing_distance")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, default=ROOT / "runs" / "local")
-    run = parser.parse_args().run
+    parser.add_argument(
+        "--more", type=lambda text: [Path(name) for name in text.split(",")], default=[]
+    )
+    args = parser.parse_args()
+    run = args.run
     report = json.loads((run / "report.json").read_text("utf-8"))
     figures = {name: value for name, value in report.items() if name not in LEFT_OUT}
     figures |= {"date": datetime.date.today().isoformat(), "processor": processor()}
+    figures["over_seeds"] = over_seeds([run, *args.more])
     write(FIGURES, json.dumps(figures, indent=1) + "\n")
     plots.write_png(plots.perplexity_change(report["perplexity"]), ROOT / "docs" / "local.png")
     replace_marked(
@@ -36,6 +46,31 @@ def main() -> None:
         "tools/local.py",
         perplexity_table(figures) + "\n\n" + summary_line(figures),
     )
+
+
+def over_seeds(runs: Sequence[Path]) -> dict[str, Any]:
+    """Lory's test loss minus the dense model's in nats, with the study's interval.
+
+    The mean of the domains, over positions >= T; a run for each seed, on the same documents.
+    """
+    found = {name: [instances(run / name) for run in runs] for name in NAMES}
+    domains = {}
+    for domain, origins in found["lory"][0][1].items():
+        if any(of_run[1][domain] != origins for name in NAMES for of_run in found[name]):
+            raise SystemExit(f"{domain}: the runs were evaluated on different documents")
+        lory, dense = (
+            np.stack([losses[domain] for losses, _ in found[n]]) for n in ("lory", "dense")
+        )
+        numbers = {origin: i for i, origin in enumerate(sorted({*origins}))}
+        domains[domain] = Domain(lory - dense, np.array([numbers[origin] for origin in origins]))
+    effect = paired_effect(domains)
+    return {"seeds": effect.seeds, "effect": effect.mean, "interval": [effect.low, effect.high]}
+
+
+def instances(workdir: Path) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
+    """The loss and the origin of every test instance that a run was evaluated on, by domain."""
+    losses, origins = read_instances(workdir / "evaluation_instances.npz")
+    return losses, origins
 
 
 def processor() -> str:
@@ -79,9 +114,22 @@ def summary_line(figures: dict[str, Any]) -> str:
     cores = figures["versions"]["cores"]
     steps = figures["models"]["lory"]["steps"]
     return (
-        f"Positions >= T; geometric mean of perplexity. {steps:,} steps; training took "
-        f"{seconds[0]:.1f} minutes dense and {seconds[1]:.1f} Lory, side by side on {cores} cores "
-        f"({figures['processor']}), {figures['date']}."
+        f"{seeds_sentence(figures['over_seeds'])}Positions >= T; geometric mean of perplexity. "
+        f"{steps:,} steps; training took {seconds[0]:.1f} minutes dense and {seconds[1]:.1f} Lory, "
+        f"side by side on {cores} cores ({figures['processor']}), {figures['date']}."
+    )
+
+
+def seeds_sentence(found: dict[str, Any]) -> str:
+    """The change of perplexity over several seeds; nothing for one."""
+    if found["seeds"] < 2:
+        return ""
+    change, least, most = (
+        100 * (1 - math.exp(nats)) for nats in (found["effect"], *reversed(found["interval"]))
+    )
+    return (
+        f"Over {found['seeds']} seeds, of which the table shows the first, Lory's perplexity is "
+        f"{change:.1f} % lower than the dense model's (95 % interval {least:.1f} to {most:.1f} %). "
     )
 
 

@@ -21,7 +21,7 @@ class Report:
 
     Attributes:
       again: the same claims on the second corpus.
-      neighbours: validation loss of the dense baseline's neighbours minus its own.
+      neighbours: validation loss of the dense baseline's neighbours minus its own, and the seeds.
       audit: what tools/study/audit.py found about these held-out sets, or None.
       variants: for the headline claims, the finding on parts of the instances, by name.
     """
@@ -31,7 +31,7 @@ class Report:
     again: list[Finding]
     variants: dict[str, dict[str, Finding]]
     records: list[Record]
-    neighbours: dict[str, float]
+    neighbours: dict[str, tuple[float, int]]
     ladder: dict[str, Any] | None
     audit: dict[str, Any] | None
     margin: float
@@ -160,8 +160,9 @@ def long_tuning_table(report: Report) -> Table:
 
 def fair_start_table(report: Report) -> Table:
     """The neighbours of the dense baseline at full length."""
-    rows = [[name, _signed(value)] for name, value in report.neighbours.items()]
-    return ["dense, changed", "validation loss minus dense's"], rows
+    found = report.neighbours
+    rows = [[name, _signed(value), str(seeds)] for name, (value, seeds) in found.items()]
+    return ["dense, changed", "validation loss minus dense's", "seeds"], rows
 
 
 def ladder_table(report: Report) -> Table:
