@@ -9,7 +9,7 @@ import pytest
 from lory_jax.config import load_config
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.flops import flops_per_token
-from tools.study import arms, beyond, fair_start, ladder, sparse, sparse_arms
+from tools.study import arms, beyond, fair_start, ladder, rivals, sparse, sparse_arms
 from tools.study.__main__ import RECIPE, unavailable
 from tools.study.claims import Finding, is_planned, judge_claims, read_claims
 from tools.study.report import CLAIMS, OUT, _size, write_report
@@ -253,6 +253,31 @@ def test_the_page_of_what_is_beyond_the_paper_compares_with_the_recipe(tmp_path)
     of_stage = {arm.name for arm in arms.ARMS if arm.stage == "beyond"}
     assert {*missing} == of_stage - {"source_average"} and "source_attention" in missing
     assert text.startswith("before\n") and text.endswith("after\n")
+
+
+def test_the_page_of_baselines_compares_with_dense_and_with_lory(tmp_path):
+    results = Results(tmp_path / "study" / "runs")
+    write_held_out(results, {d: list(range(n)) for d, n in DOMAINS.items()}, "packages")
+    rng = np.random.default_rng(2)
+    for seed in range(3):
+        of_instance = {d: rng.normal(3, 0.3, n) for d, n in DOMAINS.items()}
+        for arm, level in (("dense", 0.0), ("lory", -0.05), ("remoe", -0.03)):
+            noise = rng.normal(0, 0.001)
+            losses = {d: x + level + noise for d, x in of_instance.items()}
+            write(results, arm, seed, {"test": losses})
+    seconds = {"over_base": {"lory": 1.0, "remoe": 1.1}}
+    (tmp_path / "study" / "step_seconds.json").write_text(json.dumps(seconds))
+    page = tmp_path / "baselines.md"
+    page.write_text(f"<!-- begin: {rivals.MARK} -->\nold\n<!-- end -->\nafter\n")
+    rivals.write_page(tmp_path / "study", page)
+    lines = {line.split(" | ")[0]: line.split(" | ") for line in page.read_text().splitlines()}
+    cells = (lines["| lory"][1], *lines["| remoe"][1:3])
+    found = [float(cell.split(" (")[0]) for cell in cells]
+    np.testing.assert_allclose(found, (-0.05, -0.03, 0.02), atol=0.005)
+    assert lines["| lory"][2] == ""
+    assert lines["| remoe"][3] == "3" and lines["| remoe"][-1] == "1.10 |"
+    missing = page.read_text().split("Without runs so far: ")[1].split(".\n")[0].split(", ")
+    assert {*missing} == {*rivals.SHOWN} - {"lory", "remoe"}
 
 
 def test_the_page_of_few_experts_compares_at_equal_tokens(tmp_path):

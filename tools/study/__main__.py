@@ -7,7 +7,7 @@ Each run is trained and evaluated on one core. A finished run leaves one small J
 losses of its held-out instances in OUT/runs; its run directory is then removed, unless other runs
 start from it: those stay in WORK. Ctrl-C, SIGTERM and the end of the hours save the runs under way;
 run the same command again to resume. In the end it writes OUT.json, OUT.md and OUT.html
-(tools/study/report.py), and the tables of docs/beyond.md and docs/evaluation.md.
+(tools/study/report.py), and the tables of docs/baselines.md, docs/beyond.md and docs/evaluation.md.
 """
 
 import argparse
@@ -82,10 +82,11 @@ def main(argv: list[str]) -> None:
     if signals:
         sys.exit(128 + signals[0])
     # Imported here: a study that is stopped draws nothing.
-    from tools.study import beyond, sparse
+    from tools.study import beyond, rivals, sparse
     from tools.study.report import write_report
 
     write_report(args.out)
+    rivals.write_page(args.out)
     beyond.write_page(args.out)
     sparse.write_page(args.out)
 

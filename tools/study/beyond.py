@@ -8,7 +8,7 @@ Makes the table of the page and, beside it, beyond.png. Seconds come from step_s
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +17,10 @@ import numpy as np
 from lory_jax.report.plots import write_png
 from tools import tables
 from tools.study import arms, pictures
-from tools.study.claims import contrast
+from tools.study.claims import contrast, finished_runs, mean_of
 from tools.study.kinds import Arm
 from tools.study.report import OUT, ROOT
-from tools.study.results import Record, Results
+from tools.study.results import Results
 from tools.study.statistics import Effect, paired_effect
 
 PAGE = ROOT / "docs" / "beyond.md"
@@ -72,10 +72,7 @@ def finished(
     results: Results, seconds: Mapping[str, float], split: str = "test"
 ) -> tuple[list[Variant], list[str]]:
     """The arms of the stage by their effect on the loss, and the names of those without runs."""
-    by_arm: dict[str, list[Record]] = {}
-    for record in results.records():
-        if record["kind"] == "run" and record["status"] == "finished":
-            by_arm.setdefault(record["arm"], []).append(record)
+    by_arm = finished_runs(results)
     found, missing = [], []
     base = by_arm.get(arms.BEYOND_BASE, [])
     for arm in arms.ARMS:
@@ -87,7 +84,9 @@ def finished(
         if not domains:
             missing.append(arm.name)
             continue
-        flops, parameters = (mean_of(own, name) / mean_of(base, name) for name in COSTS)
+        flops, parameters = (
+            mean_of(own, name) / mean_of(base, name) for name in ("flops_per_token", "parameters")
+        )
         effect = paired_effect(domains)
         found.append(Variant(arm, effect, flops, parameters, seconds.get(arm.name)))
     return sorted(found, key=lambda variant: variant.effect.mean), missing
@@ -110,15 +109,6 @@ def point(variant: Variant) -> pictures.Cost:
     return pictures.Cost(
         variant.arm.name, effect.mean, interval, variant.seconds, variant.parameters
     )
-
-
-COSTS = ("flops_per_token", "parameters")
-
-
-def mean_of(records: Sequence[Record], name: str) -> float:
-    """The mean of a number, or of the total among the counts of parameters, over the seeds."""
-    values = [record[name] for record in records]
-    return float(np.mean([x["total"] if isinstance(x, dict) else x for x in values]))
 
 
 if __name__ == "__main__":

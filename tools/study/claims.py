@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from tools.study.results import FIRST_CORPUS, Losses, Record, Results
 from tools.study.statistics import LEVEL, Domain, Effect, holm, paired_effect, verdict
 
 STATISTICS = ("mean", "every_domain", "specialisation", "none")
+ByArm = dict[str, list[Record]]
 Keep = Callable[[str, np.ndarray], np.ndarray]  # (domain, instances) -> which instances count
 
 
@@ -166,6 +167,21 @@ def _test(
 def arm_of(name: str) -> str:
     """The arm of a contrast's term, which may say how it is routed."""
     return name.partition(":")[0]
+
+
+def finished_runs(results: Results, corpus: str = FIRST_CORPUS) -> ByArm:
+    """The runs of a corpus that did not diverge, by arm."""
+    by_arm: ByArm = {}
+    for record in results.records(corpus):
+        if record["kind"] == "run" and record["status"] == "finished":
+            by_arm.setdefault(record["arm"], []).append(record)
+    return by_arm
+
+
+def mean_of(records: Sequence[Record], name: str) -> float:
+    """The mean of a number, or of the total among the counts of parameters, over the seeds."""
+    values = [record[name] for record in records]
+    return float(np.mean([x["total"] if isinstance(x, dict) else x for x in values]))
 
 
 def contrast(

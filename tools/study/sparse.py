@@ -17,9 +17,9 @@ import numpy as np
 
 from tools import tables
 from tools.study import sparse_arms
-from tools.study.claims import contrast
+from tools.study.claims import ByArm, contrast, finished_runs
 from tools.study.report import OUT, ROOT
-from tools.study.results import FIRST_CORPUS, Record, Results, mean_loss
+from tools.study.results import FIRST_CORPUS, Results, mean_loss
 from tools.study.statistics import Effect, paired_effect
 
 PAGE = ROOT / "docs" / "evaluation.md"
@@ -27,7 +27,6 @@ MARK = "tools/study/sparse.py"
 CORPORA = (FIRST_CORPUS, "debian")
 AIMS = {2: 0.02, 1: 0.05}  # nats above all eight experts
 SPLIT = "test"
-ByArm = dict[str, list[Record]]
 
 
 @dataclass(frozen=True)
@@ -91,15 +90,6 @@ def text(results: Results) -> str:
     columns = ["arm", "seeds", f"validation loss, {FIRST_CORPUS}, seed 0", "mean of its seeds"]
     parts.append(tables.markdown(columns, variants))
     return "\n\n".join([*parts, *parent_lines(results, first)])
-
-
-def finished_runs(results: Results, corpus: str) -> ByArm:
-    """The runs of a corpus that did not diverge, by arm."""
-    by_arm: ByArm = {}
-    for record in results.records(corpus):
-        if record["kind"] == "run" and record["status"] == "finished":
-            by_arm.setdefault(record["arm"], []).append(record)
-    return by_arm
 
 
 def effect_row(way: Way, results: Results, by_corpus: Mapping[str, ByArm]) -> list[str] | None:

@@ -1,0 +1,81 @@
+"""Writes into docs/baselines.md how the study's arms compare with the dense model and with Lory.
+
+python -m tools.study.rivals [--out=docs/study]
+"""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from tools import tables
+from tools.study import arms
+from tools.study.claims import ByArm, contrast, finished_runs, mean_of
+from tools.study.report import OUT, ROOT
+from tools.study.results import Results
+from tools.study.statistics import paired_effect
+
+PAGE = ROOT / "docs" / "baselines.md"
+MARK = "tools/study/rivals.py"
+DENSE, LORY = "dense", "lory"
+HEADER = ["arm", "against dense", "against Lory", "seeds", "FLOPs", "parameters", "seconds"]
+# Arms that train for as many steps on the same tokens; the first is what the others are divided by.
+SHOWN = (
+    *(LORY, "lory_redrawn", "lory_scratch", "prefix", "uniform"),
+    *("expert_choice_segment", "expert_choice_token", "dropless_top1", "dropless_top2"),
+    *("dropless_top1_upcycled", "dropless_top2_upcycled", "remoe", "expert_threshold"),
+    "dense_total",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=OUT, help="the results of the study")
+    write_page(parser.parse_args().out)
+
+
+def write_page(out: Path, page: Path = PAGE) -> None:
+    """Writes the table between the marks of the page."""
+    path = out / arms.STEP_SECONDS_FILES["A"].name
+    seconds = json.loads(path.read_text("utf-8"))["over_base"] if path.is_file() else {}
+    tables.replace_marked(page, MARK, text(Results(out / "runs"), seconds))
+
+
+def text(results: Results, seconds: Mapping[str, float], split: str = "test") -> str:
+    """The table of the arms with runs, and the names of the others."""
+    by_arm = finished_runs(results)
+    rows, missing = [], []
+    for name in SHOWN:
+        if name not in by_arm or DENSE not in by_arm or LORY not in by_arm:
+            missing.append(name)
+            continue
+        effects = [_effect(name, base, by_arm, results, split) for base in (DENSE, LORY)]
+        costs = [
+            f"{mean_of(by_arm[name], cost) / mean_of(by_arm[LORY], cost):.2f}"
+            for cost in ("flops_per_token", "parameters")
+        ]
+        costs.append(f"{seconds[name]:.2f}" if name in seconds else "")
+        rows.append([name, *effects, str(len(by_arm[name])), *costs])
+    parts = [tables.markdown(HEADER, rows)] if rows else []
+    if missing:
+        parts.append(f"Without runs so far: {', '.join(missing)}.")
+    return "\n\n".join(parts)
+
+
+def _effect(name: str, base: str, by_arm: ByArm, results: Results, split: str) -> str:
+    """The difference of the losses with its interval, over the seeds that both have."""
+    if name == base:
+        return ""
+    domains = contrast({name: 1.0, base: -1.0}, by_arm, results, split)
+    if not domains:
+        return ""
+    effect = paired_effect(domains)
+    if np.isnan(effect.low):
+        return f"{effect.mean:+.3f} (one seed)"
+    return f"{effect.mean:+.3f} ({effect.low:+.3f} to {effect.high:+.3f})"
+
+
+if __name__ == "__main__":
+    main()
