@@ -31,6 +31,7 @@ def test_the_difference_is_the_mean_of_domains_and_seeds(tmp_path):
     np.testing.assert_allclose(found["effect"], -0.075, atol=1e-6)
     low, high = found["interval"]
     assert low < -0.075 < high
+    np.testing.assert_allclose(found["by_seed"], [-0.06, -0.09], atol=1e-6)
     assert found == over_seeds(runs)
 
 
@@ -42,6 +43,8 @@ def test_other_documents_are_refused(tmp_path):
 
 
 def test_the_sentence_turns_nats_into_percent():
-    text = seeds_sentence({"seeds": 4, "effect": -0.05, "interval": [-0.09, -0.01]})
-    assert "4.9 % lower" in text and "interval 1.0 to 8.6 %" in text
+    found = {"seeds": 2, "effect": -0.05, "interval": [-0.09, 0.01], "by_seed": [-0.06, -0.04]}
+    text = seeds_sentence(found)
+    assert "4.9 % lower" in text and "by seed 3.9 to 5.8 %" in text
+    assert "interval is -1.0 to 8.6 %" in text
     assert not seeds_sentence({"seeds": 1, "effect": -0.05, "interval": [np.nan, np.nan]})
