@@ -63,7 +63,7 @@ def test_the_order_is_tuning_first_then_seeds_in_rounds_then_cheap_before_dear()
 
 def test_a_run_waits_for_its_parent_whose_directory_stays(tmp_path):
     arms = [
-        Arm("early", "plain", seeds=2, group=0, steps=3, parent="late"),
+        Arm("early", "plain", seeds=2, group=0, steps=3, parents=("late",)),
         Arm("late", "plain", seeds=2, group=2, steps=4, keeps_run=True),
     ]
     runner = runner_of(tmp_path)
@@ -77,13 +77,30 @@ def test_a_run_waits_for_its_parent_whose_directory_stays(tmp_path):
     assert sorted(path.name for path in runner.work.iterdir()) == kept
 
 
+def test_a_child_of_several_parents_reads_other_batches_than_they_did(tmp_path):
+    family = Family("f", {}, {RATE: (0.1,)}, group=0, steps=2)
+    parents = [Arm(name, "f", seeds=2, steps=3, keeps_run=True) for name in ("left", "right")]
+    child = Arm("child", "f", seeds=2, steps=4, parents=("left", "right"), reads_on=True)
+    runner = runner_of(tmp_path)
+    queue = Queue(make_jobs([family], [child, *parents], "A"), runner.results)
+    work_off(queue, runner, [core()])
+    assert not queue.remaining()
+    log = (runner.work / "steps.txt").read_text()
+    for seed in range(2):
+        begins = log.index(f"child-s{seed} 1")
+        assert all(log.index(f"{p.name}-s{seed} 3") < begins for p in parents)
+        settings = runner.results.read(f"child-s{seed}")["settings"]
+        assert settings["train.seed"] not in (0, 1)
+        assert runner.results.read(f"left-s{seed}")["settings"]["train.seed"] == seed
+
+
 def test_a_stage_alone_tunes_what_it_needs():
     ids = [job.id for job in make_jobs(FAMILIES, ARMS, "B")]
     assert ids == ["plain-t00", "plain-t01", "plain-t02", "twice-s0"]
 
 
 def test_chosen_arms_come_with_their_trials_and_parents():
-    arms = [*ARMS, Arm("late", "plain", parent="small")]
+    arms = [*ARMS, Arm("late", "plain", parents=("small",))]
     names = [arm.name for arm in matching(["other", "l?te"], arms)]
     assert names == ["other", "small", "late"]
     jobs = make_jobs(FAMILIES, matching(["oth*"], arms), "AB")
@@ -275,7 +292,7 @@ def test_a_real_finishing_phase_starts_from_its_parent_and_keeps_few_experts(tmp
     of_parent = {"train.steps": 6, "train.seed": 3}
     still = {"train.steps": 2, "train.seed": 3, RATE: 0.0}
     children = {"all": still, "two": still | {"model.top_k_experts": 2}}
-    arms = [parent, *(Arm(name, "f", seeds=1, parent="parent") for name in children)]
+    arms = [parent, *(Arm(name, "f", seeds=1, parents=("parent",)) for name in children)]
     for job in sorted(make_jobs([], arms, "A"), key=lambda job: job.id != "parent-s0"):
         settings = children.get(job.source.name, of_parent)
         runner.run(job, settings, core())

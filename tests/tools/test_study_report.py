@@ -248,9 +248,9 @@ def test_the_page_of_what_is_beyond_the_paper_compares_with_the_recipe(tmp_path)
     page.write_text(f"before\n<!-- begin: {beyond.MARK} -->\nold\n<!-- end -->\nafter\n")
     beyond.write_page(tmp_path / "study", page)
     text = page.read_text()
-    assert "model.routing_source=average | -0.0" in text and "old" not in text
+    assert "| source_average | model.routing_source=average | -0.0" in text and "old" not in text
     missing = text.split("Without runs so far: ")[1].split(".\n")[0].split(", ")
-    of_stage = {arm.name for arm in arms.ARMS if arm.stage == "beyond"}
+    of_stage = {a.name for a in arms.ARMS if a.stage == "beyond" and not a.keeps_run}
     assert {*missing} == of_stage - {"source_average"} and "source_attention" in missing
     assert text.startswith("before\n") and text.endswith("after\n")
 

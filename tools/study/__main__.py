@@ -144,7 +144,8 @@ def matching(patterns: Sequence[str], arms: Sequence[Arm]) -> list[Arm]:
             names = ", ".join(sorted({arm.name for arm in arms}))
             raise ConfigError(f"--arms: got {pattern!r}, must fit one of {names}")
     wanted = {arm.name for arm in arms if any(fnmatchcase(arm.name, p) for p in patterns)}
-    wanted |= {arm.parent for arm in arms if arm.name in wanted}
+    while more := {p for arm in arms if arm.name in wanted for p in arm.parents} - wanted:
+        wanted |= more
     return [arm for arm in arms if arm.name in wanted]
 
 

@@ -235,6 +235,75 @@ ARMS += [
 ARMS += [
     Arm("shared_half", BEYOND_BASE, {SHARED: True, WIDTH: 44}, stage="beyond", group=5, cost=1.15)
 ]
+# Growth: half of the steps with four experts, then eight, each a copy that is partly redrawn. The
+# control has eight in both halves, because to start again from a finished half has its own price.
+ARMS += [
+    arm
+    for name, first in (("grown", 4), ("restarted", 8))
+    for arm in (
+        Arm(
+            f"{name}_start",
+            BEYOND_BASE,
+            {EXPERTS: first},
+            stage="beyond",
+            steps=STEPS // 2,
+            group=5,
+            cost=1.15,
+            keeps_run=True,
+        ),
+        Arm(
+            name,
+            BEYOND_BASE,
+            {EXPERTS: 8},
+            stage="beyond",
+            steps=STEPS // 2,
+            group=6,
+            cost=1.15,
+            parents=(f"{name}_start",),
+            reads_on=True,
+        ),
+    )
+]
+# Branches: a dense start, one dense branch for each domain, and all of them as the experts of one
+# model; as many steps in all as every other arm.
+DOMAINS = ("headers", "prose", "python", "stubs")
+BRANCH_STEPS = {"start": 500, "branch": 150, "merged": 400}
+ARMS += [
+    Arm(
+        "branches_start",
+        BEYOND_BASE,
+        {EXPERTS: 0},
+        stage="beyond",
+        steps=BRANCH_STEPS["start"],
+        group=5,
+        keeps_run=True,
+    ),
+    *(
+        Arm(
+            f"branches_{domain}",
+            BEYOND_BASE,
+            {EXPERTS: 0, "data.mixture": f"{domain}=1"},
+            stage="beyond",
+            steps=BRANCH_STEPS["branch"],
+            group=6,
+            parents=("branches_start",),
+            reads_on=True,
+            keeps_run=True,
+        )
+        for domain in DOMAINS
+    ),
+    Arm(
+        "branches",
+        BEYOND_BASE,
+        {EXPERTS: len(DOMAINS)},
+        stage="beyond",
+        steps=BRANCH_STEPS["merged"],
+        group=7,
+        cost=1.1,
+        parents=tuple(f"branches_{domain}" for domain in DOMAINS),
+        reads_on=True,
+    ),
+]
 # What tokens pick, without what segments merge.
 ARMS += [Arm("deltas_8_dense", "dense", {DELTAS: 8}, stage="beyond", group=5, cost=1.3)]
 

@@ -17,7 +17,7 @@ import numpy as np
 from lory_jax.report.plots import write_png
 from tools import tables
 from tools.study import arms, pictures
-from tools.study.claims import contrast, finished_runs, mean_of
+from tools.study.claims import ByArm, contrast, finished_runs, mean_of
 from tools.study.kinds import Arm
 from tools.study.report import OUT, ROOT
 from tools.study.results import Results
@@ -25,7 +25,16 @@ from tools.study.statistics import Effect, paired_effect
 
 PAGE = ROOT / "docs" / "beyond.md"
 MARK = "tools/study/beyond.py"
-HEADER = ["changed", "effect in nats", "95 % interval", "seeds", "FLOPs", "parameters", "seconds"]
+HEADER = [
+    "arm",
+    "changed",
+    "effect in nats",
+    "95 % interval",
+    "seeds",
+    "FLOPs",
+    "parameters",
+    "seconds",
+]
 
 
 def main() -> None:
@@ -76,7 +85,7 @@ def finished(
     found, missing = [], []
     base = by_arm.get(arms.BEYOND_BASE, [])
     for arm in arms.ARMS:
-        if arm.stage != "beyond":
+        if arm.stage != "beyond" or arm.keeps_run:  # what others start from is no variant
             continue
         own = by_arm.get(arm.name, [])
         weights = {arm.name: 1.0, arms.BEYOND_BASE: -1.0}
@@ -84,12 +93,21 @@ def finished(
         if not domains:
             missing.append(arm.name)
             continue
-        flops, parameters = (
-            mean_of(own, name) / mean_of(base, name) for name in ("flops_per_token", "parameters")
-        )
+        parameters = mean_of(own, "parameters") / mean_of(base, "parameters")
+        flops = mean_flops(arm, by_arm) / mean_of(base, "flops_per_token")
         effect = paired_effect(domains)
         found.append(Variant(arm, effect, flops, parameters, seconds.get(arm.name)))
     return sorted(found, key=lambda variant: variant.effect.mean), missing
+
+
+def mean_flops(arm: Arm, by_arm: ByArm) -> float:
+    """FLOPs per token over a run and the runs that it starts from."""
+    arms_by_name = {other.name: other for other in arms.ARMS}
+    chain = {arm.name}
+    while more := {p for name in chain for p in arms_by_name[name].parents} - chain:
+        chain |= more
+    flops = [mean_of(by_arm[name], "flops_per_token") for name in chain]
+    return float(np.average(flops, weights=[arms_by_name[name].steps for name in chain]))
 
 
 def row(variant: Variant) -> list[str]:
@@ -99,7 +117,7 @@ def row(variant: Variant) -> list[str]:
     interval = "" if np.isnan(effect.low) else f"{effect.low:+.4f} to {effect.high:+.4f}"
     costs = [f"{cost:.2f}" for cost in (variant.flops, variant.parameters)]
     costs.append("" if variant.seconds is None else f"{variant.seconds:.2f}")
-    return [changes, f"{effect.mean:+.4f}", interval, str(effect.seeds), *costs]
+    return [variant.arm.name, changes, f"{effect.mean:+.4f}", interval, str(effect.seeds), *costs]
 
 
 def point(variant: Variant) -> pictures.Cost:

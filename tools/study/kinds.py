@@ -64,7 +64,8 @@ class Arm:
         "top1" and "top2" (keeping that many experts of the finished model).
       first_position: the first position that is scored, where arms have segments of several
         lengths; 0 for T.
-      parent: the arm whose finished run of the same seed and corpus it starts from.
+      parents: the arms whose finished runs of the same seed and corpus it starts from.
+      reads_on: whether it reads other batches than its parents, which have its seed, did.
       keeps_run: whether its run directories stay, for the arms that start from them.
     """
 
@@ -81,5 +82,6 @@ class Arm:
     corpus: str = "packages"
     measures: tuple[str, ...] = ()
     first_position: int = 0
-    parent: str = ""
+    parents: tuple[str, ...] = ()
+    reads_on: bool = False
     keeps_run: bool = False

@@ -13,6 +13,7 @@ from tools.study.results import FIRST_CORPUS, Results, mean_loss, run_id
 # An arm has all its seeds before the next group begins: an interval of two seeds says little. Where
 # arms start from a parent, each seed is a round: its children soon tell what it was trained for.
 PARENT_ROUNDS = (1, 2)
+READS_ON = 1000  # far from the seeds of arms
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,16 @@ class Job:
         return self.source.first_position if isinstance(self.source, Arm) else 0
 
     @property
-    def parent(self) -> str:
-        """The id of the run that this one starts from; empty for none."""
-        name = self.source.parent if isinstance(self.source, Arm) else ""
-        return run_id(name, self.seed, self.corpus) if name else ""
+    def parents(self) -> tuple[str, ...]:
+        """The ids of the runs that this one starts from."""
+        names = self.source.parents if isinstance(self.source, Arm) else ()
+        return tuple(run_id(name, self.seed, self.corpus) for name in names)
+
+    @property
+    def training_seed(self) -> int:
+        """Sets the order of the batches, and what is drawn at the start of a run."""
+        reads_on = isinstance(self.source, Arm) and self.source.reads_on
+        return self.seed + (READS_ON if reads_on else 0)
 
     @property
     def keeps_run(self) -> bool:
@@ -194,11 +201,11 @@ class Queue:
         return True
 
     def settings(self, job: Job) -> dict[str, Any] | None:
-        """The settings of a run; None as long as its family is not tuned or its parent not made."""
+        """The settings of a run; None as long as its family is not tuned or a parent not made."""
         own = self._tried(job) if isinstance(job.source, Family) else self._chosen(job, job.source)
         if own is None:
             return None
-        return {**COMMON, "train.steps": job.steps, "train.seed": job.seed, **own}
+        return {**COMMON, "train.steps": job.steps, "train.seed": job.training_seed, **own}
 
     def _tried(self, job: Job) -> dict[str, Any] | None:
         """What a trial sets."""
@@ -213,9 +220,9 @@ class Queue:
     def _chosen(self, job: Job, arm: Arm) -> dict[str, Any] | None:
         """What a run of an arm sets. One as short as a short trial uses the best of those."""
         has_long = any(other.family == job.family and other.is_long for other in self.jobs)
-        is_short = arm.steps <= TRIAL_STEPS and not arm.parent
+        is_short = arm.steps <= TRIAL_STEPS and not arm.parents
         best = self.best(job.family, "long_trial" if has_long and not is_short else "trial")
-        if best is None or (job.parent and self.results.read(job.parent) is None):
+        if best is None or any(self.results.read(parent) is None for parent in job.parents):
             return None
         own = {**best, **arm.settings}
         return own | {name: factor * own[name] for name, factor in arm.factors.items()}

@@ -68,8 +68,8 @@ class Runner:
         fields = [f"--config.{name}={value}" for name, value in settings.items()]
         data = self.data(*job.data)
         flags = [f"--config={self.recipe}", *fields, f"--data={data}"]
-        if job.parent:
-            flags.append(f"--init_from={self.work / job.parent}")
+        if job.parents:
+            flags.append("--init_from=" + ",".join(str(self.work / name) for name in job.parents))
         status = self._process(
             self.modules["train"], job, core, *flags, f"--workdir={workdir}", may_diverge=True
         )

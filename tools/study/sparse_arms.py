@@ -74,7 +74,7 @@ def _sparse_arms() -> list[Arm]:
             {RATE: rate},
             steps=FINISH_STEPS,
             group=2,
-            parent=SPARSE_PARENT,
+            parents=(SPARSE_PARENT,),
         )
         for (name, settings), rate in itertools.product(kinds.items(), FINISH_RATES)
     ]
