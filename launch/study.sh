@@ -3,10 +3,10 @@
 #
 #   bash launch/study.sh [--stage=A|B|C|D|beyond|sparse] [--arms=NAME,...] [--hours=H] [--cores=N]
 #
-# It resumes from the finished runs in docs/study/runs, trains the next ones (of these arms) on one core
-# each (--cores, default 1) and writes docs/study.json, docs/study.md and docs/study.html. Ctrl-C and
-# the end of the hours save the runs under way; run the same command again to resume. $PYTHON and $VENV
-# name the Python interpreter to start from (default python3) and the virtual environment (default .venv).
+# It resumes from the finished runs in docs/study/runs and trains those that are missing (with --arms, of
+# these arms only; * and ? are wildcards), one on each of N cores (default 1). Then it writes docs/study.*
+# and the study's tables in other pages. Ctrl-C and the end of the hours save the runs under way; run the
+# same command again to resume. $PYTHON and $VENV name the interpreter and the virtual environment.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/setup.sh

@@ -68,7 +68,7 @@ def over_seeds(runs: Sequence[Path]) -> dict[str, Any]:
     return {
         "seeds": effect.seeds,
         "effect": effect.mean,
-        "interval": [effect.low, effect.high],
+        "interval": None if effect.seeds < 2 else [effect.low, effect.high],
         "by_seed": of_seeds.tolist(),
     }
 
@@ -137,9 +137,13 @@ def seeds_sentence(found: dict[str, Any]) -> str:
     return (
         f"Over {found['seeds']} seeds, of which the table shows the first, Lory's perplexity is "
         f"{change:.1f} % lower than the dense model's, by seed {min(by_seed):.1f} to "
-        f"{max(by_seed):.1f} %. The 95 % interval is {low:.1f} to {high:.1f} %: it also covers the "
-        "choice of test documents, which come from few folders. "
+        f"{max(by_seed):.1f} %. The 95 % interval reaches from {_change(low)} to {_change(high)}, "
+        "because it also covers the choice of test documents, which come from few folders. "
     )
+
+
+def _change(percent: float) -> str:
+    return f"{abs(percent):.1f} % {'lower' if percent > 0 else 'higher'}"
 
 
 if __name__ == "__main__":

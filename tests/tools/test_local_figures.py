@@ -46,5 +46,5 @@ def test_the_sentence_turns_nats_into_percent():
     found = {"seeds": 2, "effect": -0.05, "interval": [-0.09, 0.01], "by_seed": [-0.06, -0.04]}
     text = seeds_sentence(found)
     assert "4.9 % lower" in text and "by seed 3.9 to 5.8 %" in text
-    assert "interval is -1.0 to 8.6 %" in text
+    assert "from 1.0 % higher to 8.6 % lower" in text
     assert not seeds_sentence({"seeds": 1, "effect": -0.05, "interval": [np.nan, np.nan]})

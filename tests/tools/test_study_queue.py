@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,6 +76,29 @@ def test_a_run_waits_for_its_parent_whose_directory_stays(tmp_path):
         assert log.index(f"late-s{seed} 4") < log.index(f"early-s{seed} 1")
     kept = ["late-s0", "late-s1", "logs", "steps.txt"]
     assert sorted(path.name for path in runner.work.iterdir()) == kept
+
+
+def test_a_parent_whose_directory_is_gone_is_made_again_for_children_without_result(tmp_path):
+    family = Family("f", {}, {RATE: (0.1,)}, group=0, steps=2)
+    first = Arm("first", "f", seeds=2, steps=3, keeps_run=True)
+    second = Arm("second", "f", seeds=2, steps=4, parents=("first",), keeps_run=True)
+    third = Arm("third", "f", seeds=2, steps=5, parents=("second",))
+    runner = runner_of(tmp_path)
+
+    def work(arms):
+        queue = Queue(make_jobs([family], arms, "A"), runner.results, runner.work)
+        waiting = {job.id for job in queue.remaining()}
+        work_off(queue, runner, [core()])
+        assert not queue.remaining()
+        return waiting
+
+    work([first, second, third])
+    (tmp_path / "runs" / "third-s1.json").unlink()
+    for name in ("first-s0", "first-s1", "second-s1"):
+        shutil.rmtree(runner.work / name)
+    (runner.work / "first-s1").mkdir()  # and one was begun again
+    assert work([first, second, third]) == {"first-s1", "second-s1", "third-s1"}
+    assert not (runner.work / "first-s0").exists()
 
 
 def test_a_child_of_several_parents_reads_other_batches_than_they_did(tmp_path):

@@ -78,17 +78,17 @@ def main(argv: list[str]) -> None:
         timer = threading.Timer(3600 * args.hours, stop.set)
         timer.daemon = True
         timer.start()
-    work_off(Queue(jobs, results), runner, usable_cores()[-args.cores :])
+    work_off(Queue(jobs, results, args.work), runner, usable_cores()[-args.cores :])
     if signals:
         sys.exit(128 + signals[0])
     # Imported here: a study that is stopped draws nothing.
     from tools.study import beyond, rivals, sparse
-    from tools.study.report import write_report
+    from tools.study.report import OUT, write_report
 
     write_report(args.out)
-    rivals.write_page(args.out)
-    beyond.write_page(args.out)
-    sparse.write_page(args.out)
+    if args.out == OUT:  # the pages in docs/ show the committed results
+        for page in (rivals, beyond, sparse):
+            page.write_page(args.out)
 
 
 def parse_flags(argv: list[str]) -> argparse.Namespace:

@@ -85,7 +85,7 @@ ARMS = [
     Arm("lory", "lory", seeds=10, group=0, cost=1.15, measures=("routing", "prompt")),
     Arm("lory_redrawn", "lory_redrawn", seeds=10, group=0, cost=1.15, measures=("routing",)),
     # The fair start, checked at full length: none of these may be better than dense by the margin.
-    # The starts are close to it, and have the seeds that tell them apart.
+    # With one seed, the other starts were within noise of the margin: four decide.
     *(
         Arm(
             f"dense_{what}_{word}",
@@ -235,8 +235,8 @@ ARMS += [
 ARMS += [
     Arm("shared_half", BEYOND_BASE, {SHARED: True, WIDTH: 44}, stage="beyond", group=5, cost=1.15)
 ]
-# Growth: half of the steps with four experts, then eight, each a copy that is partly redrawn. The
-# control has eight in both halves, because to start again from a finished half has its own price.
+# Growth: half of the steps with four experts, then eight: those, and a partly redrawn copy of each.
+# The control has eight in both halves, because a run that starts again warms up and decays twice.
 ARMS += [
     arm
     for name, first in (("grown", 4), ("restarted", 8))

@@ -113,11 +113,14 @@ def mean_flops(arm: Arm, by_arm: ByArm) -> float:
 def row(variant: Variant) -> list[str]:
     """A line of the table."""
     effect = variant.effect
-    changes = ", ".join(f"{name}={value}" for name, value in variant.arm.settings.items())
+    arm = variant.arm
+    changes = ", ".join(f"{name}={value}" for name, value in arm.settings.items())
+    if arm.parents:
+        changes += f", {arm.steps} steps from {' + '.join(arm.parents)}"
     interval = "" if np.isnan(effect.low) else f"{effect.low:+.4f} to {effect.high:+.4f}"
     costs = [f"{cost:.2f}" for cost in (variant.flops, variant.parameters)]
     costs.append("" if variant.seconds is None else f"{variant.seconds:.2f}")
-    return [variant.arm.name, changes, f"{effect.mean:+.4f}", interval, str(effect.seeds), *costs]
+    return [arm.name, changes, f"{effect.mean:+.4f}", interval, str(effect.seeds), *costs]
 
 
 def point(variant: Variant) -> pictures.Cost:

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lory_jax.errors import InputError
@@ -10,10 +11,12 @@ from tools.study.arms import COMMON
 from tools.study.kinds import RATE, STEPS, TRIAL_STEPS, Arm, Family
 from tools.study.results import FIRST_CORPUS, Results, mean_loss, run_id
 
-# An arm has all its seeds before the next group begins: an interval of two seeds says little. Where
-# arms start from a parent, each seed is a round: its children soon tell what it was trained for.
+# An arm has all its seeds before the next group begins: an interval of two seeds says little. In
+# stage sparse, whose arms start from a parent, each seed is a round: its children soon tell what it
+# was trained for.
 PARENT_ROUNDS = (1, 2)
 READS_ON = 1000  # far from the seeds of arms
+MEASURED = "measured.json"  # the last file of a run directory; until it is there, the run goes on
 
 
 @dataclass(frozen=True)
@@ -127,8 +130,9 @@ def make_jobs(families: Sequence[Family], arms: Sequence[Arm], stages: Sequence[
 class Queue:
     """Hands the next run to whoever asks; safe to ask from several threads."""
 
-    def __init__(self, jobs: Sequence[Job], results: Results):
-        self.jobs, self.results = list(jobs), results
+    def __init__(self, jobs: Sequence[Job], results: Results, work: Path | None = None):
+        """`work` holds the run directories that others start from; None where none does."""
+        self.jobs, self.results, self._work = list(jobs), results, work
         self._running: set[str] = set()
         self._changed = threading.Condition()
         self._is_closed = False
@@ -170,9 +174,27 @@ class Queue:
             self._changed.notify_all()
 
     def remaining(self) -> list[Job]:
-        """The runs without a result."""
-        missing = [job for job in self.jobs if self.results.read(job.id) is None]
-        return [job for job in missing if not self.is_needless(job)]
+        """The runs without a result, and those that must be made again."""
+        return [
+            job
+            for job in self.jobs
+            if (self.results.read(job.id) is None or self._is_wanted_again(job))
+            and not self.is_needless(job)
+        ]
+
+    def _is_made(self, run: str) -> bool:
+        """Whether a run that others start from has a result and is on this machine."""
+        return self.results.read(run) is not None and self._is_here(run)
+
+    def _is_here(self, run: str) -> bool:
+        return self._work is None or (self._work / run / MEASURED).is_file()
+
+    def _is_wanted_again(self, job: Job) -> bool:
+        """Whether a run with a result is made again: others start from it, and it is not here."""
+        if not job.keeps_run or self._is_here(job.id):
+            return False
+        children = [other for other in self.jobs if job.id in other.parents]
+        return any(self.results.read(c.id) is None or self._is_wanted_again(c) for c in children)
 
     def is_needless(self, job: Job) -> bool:
         """Whether a job tries a higher learning rate although lower ones were better."""
@@ -189,7 +211,11 @@ class Queue:
         return losses[highest] == min(losses)
 
     def is_done(self, job: Job, settings: Mapping[str, Any]) -> bool:
-        """Whether a run has a result; `InputError` if that has other settings."""
+        """Whether a run has a result and need not be made again.
+
+        Raises:
+          InputError: the result was made with other settings.
+        """
         record = self.results.read(job.id)
         if record is None:
             return False
@@ -198,7 +224,7 @@ class Queue:
                 f"{self.results.directory / job.id}.json: was made with other settings than this "
                 "version of the study has; remove it to run it again"
             )
-        return True
+        return not self._is_wanted_again(job)
 
     def settings(self, job: Job) -> dict[str, Any] | None:
         """The settings of a run; None as long as its family is not tuned or a parent not made."""
@@ -222,7 +248,7 @@ class Queue:
         has_long = any(other.family == job.family and other.is_long for other in self.jobs)
         is_short = arm.steps <= TRIAL_STEPS and not arm.parents
         best = self.best(job.family, "long_trial" if has_long and not is_short else "trial")
-        if best is None or any(self.results.read(parent) is None for parent in job.parents):
+        if best is None or not all(self._is_made(parent) for parent in job.parents):
             return None
         own = {**best, **arm.settings}
         return own | {name: factor * own[name] for name, factor in arm.factors.items()}

@@ -16,7 +16,7 @@ from typing import Any
 from lory_jax.errors import InputError
 from lory_jax.evaluation.held_out import read_instances
 from lory_jax.run.directory import RunDirectory
-from tools.study.queue import Job
+from tools.study.queue import MEASURED, Job
 from tools.study.results import Results, training_digest
 
 DIVERGED = 3  # exit status of train
@@ -86,7 +86,7 @@ class Runner:
         self, job: Job, settings: Mapping[str, Any], core: int, workdir: Path, data: Path
     ) -> None:
         wanted = [f"--{name}" for name in job.measures if name == "routing"]
-        measured, evaluations = workdir / "measured.json", self._evaluations(job)
+        measured, evaluations = workdir / MEASURED, self._evaluations(job)
         todo = [("evaluate", workdir / f"{name}.json", f) for name, f in evaluations.items()]
         todo.append(("measure", measured, wanted))
         where = (f"--workdir={workdir}", f"--data={data}")

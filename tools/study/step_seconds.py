@@ -5,7 +5,8 @@
 The arms take turns on one core, so that a change of the machine's speed meets all of them. A step
 of ReMoE takes longer at the start of training, when a token has more than one expert: its turns are
 spread over a whole run. Where segments change their length over a run, every length is measured and
-counts by its share of the steps. The dense warm-up is left out. Run it on a quiet machine.
+counts by its share of the steps. The dense warm-up is left out. All steps train on one batch of
+random tokens. Run it on a quiet machine.
 
 With stage A, the study trains the arms of `SECONDS_ARMS` for as many steps as fit into the seconds
 of Lory's run; the numbers of steps are fixed by the file, not by a clock during training. With
@@ -59,25 +60,24 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(args.rounds):
         for name, by_share in steps.items():
-            if number and name in CHANGING:
-                for _ in range(STEPS // args.rounds - STEPS_A_ROUND):
+            if name in CHANGING:  # a turn in the middle of its part of a run
+                between = STEPS // args.rounds - STEPS_A_ROUND
+                for _ in range(between if number else between // 2):
                     by_share[0][1]()
             seconds[name].append(sum(share * timed(step) for share, step in by_share))
             print(f"round {number + 1}: {name} {seconds[name][-1]:.4f} s", flush=True)
-    ratios = {
-        name: statistics.mean(
-            own / of_base for own, of_base in zip(values, seconds[base], strict=True)
-        )
+    # Medians, which a disturbed turn does not move, where all steps take as long.
+    averages = {
+        name: (statistics.mean if name in CHANGING else statistics.median)(values)
         for name, values in seconds.items()
     }
     found = {
         "date": date.today().isoformat(),
         "machine": f"one core of {platform.machine()}, jax {jax.__version__}",
         "base": base,
-        "step_seconds": {
-            name: round(statistics.median(values), 5) for name, values in seconds.items()
-        },
-        "over_base": {name: round(ratio, 3) for name, ratio in ratios.items()},
+        "step_seconds": {name: round(value, 5) for name, value in averages.items()},
+        "over_base": {name: round(x / averages[base], 3) for name, x in averages.items()},
+        "turns": {name: [round(x, 5) for x in values] for name, values in seconds.items()},
     }
     out = args.out or STEP_SECONDS_FILES[args.stage]
     write_atomically(out, json.dumps(found, indent=1) + "\n")
@@ -90,7 +90,9 @@ def arms_of(stage: str) -> tuple[str, dict[str, Settings]]:
     if stage == "A":
         return "lory", {name: families[name] for name in ("lory", *SECONDS_ARMS)}
     arms = {
-        arm.name: {**families[arm.family], **arm.settings} for arm in ARMS if arm.stage == stage
+        arm.name: {**families[arm.family], **arm.settings}
+        for arm in ARMS
+        if arm.stage == stage and not arm.keeps_run
     }
     return BEYOND_BASE, {BEYOND_BASE: families[BEYOND_BASE], **arms}
 

@@ -1,8 +1,8 @@
 """Tokens through the experts whose gates are open, block by block, and nothing through the others.
 
 The tokens of an expert are visited in blocks of rows. How many blocks there are is known only when
-the gates are, so a loop runs as often as they say: the work is that of the open gates, and of one
-more block per expert that is not full. The gradient of such a loop is written here by hand.
+the gates are, so a loop runs as often as they say: the work is that of the open gates, rounded up
+to whole blocks for every expert. The gradient of such a loop is written here by hand.
 
 Letters: B batch, L sequence, M = B * L tokens, R rows of a block, D model, F FFN, E experts.
 """

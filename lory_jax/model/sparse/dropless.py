@@ -54,7 +54,7 @@ def chosen_ffn(
     experts = {name: experts[name] for name in MATRICES}
     if grouped_product == "blocks":
         is_chosen_BxLxkxE = jax.nn.one_hot(experts_BxLxk, len(experts["gate"]))
-        gates_BxLxE = jnp.einsum("blk,blke->ble", weights_BxLxk, is_chosen_BxLxkxE)
+        gates_BxLxE = jnp.sum(weights_BxLxk[..., None] * is_chosen_BxLxkxE, axis=2)
         return open_gates_ffn(x_BxLxD, gates_BxLxE, experts)
     specs_in = (BATCH_SPEC, BATCH_SPEC, BATCH_SPEC, EXPERT_SPECS)
     run = on_mesh(_sorted_ffn, specs_in, BATCH_SPEC)
