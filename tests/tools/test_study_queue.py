@@ -160,36 +160,39 @@ def test_arms_start_from_the_best_trial_of_their_family(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("lower", "higher", "chosen"),
+    ("usual", "ends", "tried", "chosen"),
     [
-        (0.5, 20.0, 0.1),  # half is better, so the higher rate is not tried
-        (1.0, 20.0, 0.2),  # no lower rate is better; the higher one diverges
+        ((1.0, 0.5), (20.0,), (1.0, 0.5), 0.1),  # half is better: no higher rate is tried
+        ((1.0, 0.5), (20.0, 0.25), (1.0, 0.5, 0.25), 0.05),  # but a lower one is
+        ((1.0,), (20.0,), (1.0, 20.0), 0.2),  # the only one is the best: the higher one diverges
     ],
 )
 def test_learning_rates_are_tuned_again_at_full_length(
-    lower, higher, chosen, tmp_path, monkeypatch
+    usual, ends, tried, chosen, tmp_path, monkeypatch
 ):
-    """The long trials vary the best short one, and arms use the best of those of their length."""
+    """The long trials vary the best short one, and arms use the best of those of their length.
+
+    A lower rate has a lower loss here.
+    """
     monkeypatch.setattr("tools.study.queue.STEPS", 8)
     monkeypatch.setattr("tools.study.queue.TRIAL_STEPS", 5)
     grid = {RATE: (0.5, 0.2, 2.0)}
-    families = [Family("plain", {}, grid, group=0, steps=5, long_factors=(1.0, lower, higher))]
+    family = Family("plain", {}, grid, group=0, steps=5, long_factors=usual, end_factors=ends)
     arms = [Arm("plain", "plain", seeds=1, steps=9), Arm("short", "plain", seeds=1, steps=5)]
     runner = runner_of(tmp_path)
-    queue = Queue(make_jobs(families, arms, "A"), runner.results)
-    tuning = [f"plain-t0{i}" for i in range(3)] + [f"plain-l{i}" for i in range(3)]
+    queue = Queue(make_jobs([family], arms, "A"), runner.results)
+    long_ids = [f"plain-l{i}" for i in range(len(usual + ends))]
+    tuning = [*(f"plain-t0{i}" for i in range(3)), *long_ids]
     assert [job.id for job in queue.jobs] == [*tuning, "short-s0", "plain-s0"]
     work_off(queue, runner, [core(), core()])
     assert not queue.remaining()
     records = {record["id"]: record for record in runner.results.records()}
-    long = [records[f"plain-l{i}"] for i in range(3) if f"plain-l{i}" in records]
+    long = [records[name] for name in long_ids if name in records]
     assert {record["kind"] for record in long} == {"long_trial"}
-    tried = [1.0, lower] if chosen == 0.1 else [1.0, lower, higher]
     assert [r["settings"][RATE] for r in long] == pytest.approx([0.2 * x for x in tried])
     assert {record["settings"]["train.steps"] for record in long} == {8}
-    if len(long) == 3:
-        assert long[2]["status"] == "diverged"
-    assert records["plain-s0"]["settings"][RATE] == chosen
+    assert [r["status"] == "diverged" for r in long] == [factor == 20.0 for factor in tried]
+    assert records["plain-s0"]["settings"][RATE] == pytest.approx(chosen)
     assert records["short-s0"]["settings"][RATE] == 0.2
 
 

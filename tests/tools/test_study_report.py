@@ -373,6 +373,7 @@ def test_every_family_has_the_same_number_of_trials():
         assert len(family.trials()) == arms.TRIALS
         assert len(family.grid[arms.RATE]) == 4
         assert family.long_factors == arms.LONG_FACTORS
+        assert family.end_factors == arms.END_FACTORS
     assert {arm.family for arm in arms.ARMS} <= set(names)
     assert set(fair_start.NEIGHBOURS) <= {arm.name for arm in arms.ARMS}
 

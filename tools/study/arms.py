@@ -12,8 +12,8 @@ from tools.study.sparse_arms import SPARSE_ARMS, SPARSE_ARMS_ON_DEBIAN
 
 FLOPS_OVER_DENSE = 1.064  # of a token in Lory with 8 experts, by lory_jax.model.flops
 TRIALS = 12  # of every family
-# Of the best short trial's learning rate, at full length; above 1 only where 1 was best so far.
-LONG_FACTORS = (1.0, 0.5, 0.25, 2.0)
+# Of the best short trial's learning rate, at full length; further out where the end was best.
+LONG_FACTORS, END_FACTORS = (1.0, 0.5, 0.25), (2.0, 0.125)
 COMMON = {
     "train.validate_every_steps": 500,
     "train.validation_batches": 16,
@@ -319,7 +319,9 @@ FAMILIES += [
     for D, rates in LADDER_RATES.items()
 ]
 
-FAMILIES = [replace(family, long_factors=LONG_FACTORS) for family in FAMILIES]
+FAMILIES = [
+    replace(family, long_factors=LONG_FACTORS, end_factors=END_FACTORS) for family in FAMILIES
+]
 
 
 def ladder_name(width: int, experts: int, steps: int) -> str:

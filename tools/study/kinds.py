@@ -29,8 +29,9 @@ class Family:
       group: the place in the order of runs; lower comes first.
       cost: a guess of a step's seconds, as a multiple of the dense model's.
       steps: of a short trial.
-      long_factors: what the best learning rate is multiplied by in the long ones. One above 1 is
-        tried only where 1 was the best of the others.
+      long_factors: what the best learning rate is multiplied by in the long ones.
+      end_factors: others, above or below all of those, each tried only where the nearest of them
+        was the best.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Family:
     cost: float = 1.0
     steps: int = TRIAL_STEPS
     long_factors: tuple[float, ...] = ()
+    end_factors: tuple[float, ...] = ()
 
     def trials(self) -> list[dict[str, Any]]:
         """The settings of every trial."""

@@ -1,5 +1,6 @@
 """The order of the runs: the cheapest information first, and no arm before its family is tuned."""
 
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ def make_jobs(families: Sequence[Family], arms: Sequence[Arm], stages: Sequence[
             Job(f"{family.name}-l{trial}", family, trial=trial, is_long=True)
             for family in families
             if family.name in needed
-            for trial in range(len(family.long_factors))
+            for trial in range(len(family.long_factors + family.end_factors))
         ]
         found += [
             Job(run_id(arm.name, seed, arm.corpus), arm, seed)
@@ -197,18 +198,24 @@ class Queue:
         return any(self.results.read(c.id) is None or self._is_wanted_again(c) for c in children)
 
     def is_needless(self, job: Job) -> bool:
-        """Whether a job tries a higher learning rate although lower ones were better."""
-        return _factor(job) > 1 and self._wants_more(job.family) is False
+        """Whether a job tries a learning rate beyond one that was not the best."""
+        return self._is_wanted(job) is False
 
-    def _wants_more(self, family: str) -> bool | None:
-        """Whether the highest rate was the best of the usual long trials; None before they end."""
-        usual = [job for job in self.jobs if job.family == family and 0 < _factor(job) <= 1]
-        records = [self.results.read(job.id) for job in usual]
+    def _is_wanted(self, job: Job) -> bool | None:
+        """Whether the rate next to an outermost one was the best; None before that is known.
+
+        True for all other jobs.
+        """
+        factor, family = _factor(job), job.source
+        if not isinstance(family, Family) or factor not in family.end_factors:
+            return True
+        usual = range(len(family.long_factors))
+        records = [self.results.read(f"{family.name}-l{trial}") for trial in usual]
         losses = [mean_loss(record) for record in records if record is not None]
         if len(losses) < len(usual):
             return None
-        highest = max(range(len(usual)), key=lambda i: _factor(usual[i]))
-        return losses[highest] == min(losses)
+        nearest = min(usual, key=lambda i: abs(math.log(family.long_factors[i] / factor)))
+        return losses[nearest] == min(losses)
 
     def is_done(self, job: Job, settings: Mapping[str, Any]) -> bool:
         """Whether a run has a result and need not be made again.
@@ -238,7 +245,7 @@ class Queue:
         assert isinstance(job.source, Family) and job.trial is not None
         if not job.is_long:
             return job.source.trials()[job.trial]
-        if _factor(job) > 1 and not self._wants_more(job.family):
+        if not self._is_wanted(job):
             return None
         best = self.best(job.family, "trial")
         return best and {**best, RATE: best[RATE] * _factor(job)}
@@ -275,4 +282,4 @@ def _factor(job: Job) -> float:
     """What a long trial multiplies the best learning rate by; 0 for other jobs."""
     if not job.is_long or job.trial is None or not isinstance(job.source, Family):
         return 0.0
-    return job.source.long_factors[job.trial]
+    return (job.source.long_factors + job.source.end_factors)[job.trial]
