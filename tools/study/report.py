@@ -58,9 +58,10 @@ SCALE = (
 TUNING = (
     "Every family of models is tuned on validation alone (the first 256 instances of a domain): "
     "12 trials of 400 steps, and then trials of full length at the best learning rate, half and a "
-    "quarter of it, and twice or an eighth of it where the end next to that is the best. The tuning "
-    "tables show which trials have finished. Arms that change the number of experts or of steps, the length of "
-    "segments, the order of documents or the mask, and prefix routing, keep the settings tuned "
+    "quarter of it, and twice or an eighth of it where the end next to that is the best. The "
+    "tuning tables show which trials have finished. Arms that change the number of experts or of "
+    "steps, the length of segments, the order of documents or the mask, and prefix routing, keep "
+    "the settings tuned "
     "for dense or Lory. All runs of arms train on one order of the documents "
     "(tools/study/order.py). Each batch is computed as two microbatches, and tokens compete for "
     "experts only with tokens of their own microbatch. Seconds a step come from shared machines "
