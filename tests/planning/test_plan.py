@@ -123,6 +123,10 @@ def test_memory_needed_is_read_off_the_compilers_message():
 
 TINY = (
     "--config=configs/local.py:experts=4",
+    "--config.model.vocab_size=1024",
+    "--config.model.remat=none",
+    "--config.train.microbatches=1",
+    "--config.train.global_batch_size=8",
     "--config.model.num_layers=2",
     "--config.model.embed_dim=128",
     "--config.model.num_heads=2",
