@@ -10,9 +10,11 @@ Letters: S segments, T tokens per segment, B batch, D model, F FFN, E experts.
 
 from collections.abc import Mapping
 
+import jax
 from jax import Array
+from jax.typing import DTypeLike
 
-from lory_jax.parallel import RULES, partition_spec
+from lory_jax.parallel import RULES, has_mesh, partition_spec
 
 # {"gate": [E, D, F], "up": [E, D, F], "down": [E, F, D]}; perhaps {"gate_bias": [E, F], ...}, too
 Experts = Mapping[str, Array]
@@ -38,3 +40,16 @@ REPLICAS = tuple(axis for axis in RULES["moe_batch"] if axis != FSDP)
 EXPERT_SPECS = {name: partition_spec(axes) for name, axes in AXES.items()}
 BATCH_SPEC = partition_spec(("moe_batch",))  # [B or S, ...]
 HIDDEN_SPEC = partition_spec(("moe_batch", "length", "mlp"))  # [S, T, F]
+
+
+def gather_matrices(experts: Experts, dtype: DTypeLike) -> list[Array]:
+    """The matrices in the order of `MATRICES` and in this type, with all of D on every device.
+
+    Called on each device of a mesh (`on_mesh`), which holds a slice of D; F stays sliced.
+    """
+    matrices = {name: experts[name].astype(dtype) for name in MATRICES}
+    if not has_mesh():
+        return list(matrices.values())
+    return [
+        jax.lax.all_gather(w, FSDP, axis=D_AXIS[name], tiled=True) for name, w in matrices.items()
+    ]

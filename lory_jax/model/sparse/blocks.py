@@ -15,12 +15,11 @@ from jax import Array
 
 from lory_jax.model.experts import (
     BATCH_SPEC,
-    D_AXIS,
     EXPERT_SPECS,
-    FSDP,
     MATRICES,
     TENSOR,
     Experts,
+    gather_matrices,
 )
 from lory_jax.model.merged_ffn import swiglu
 from lory_jax.parallel import has_mesh, on_mesh
@@ -45,18 +44,9 @@ def open_gates_ffn(x_BxLxD: Array, gates_BxLxE: Array, experts: Experts) -> Arra
 
 def _open_gates_ffn(x_BxLxD: Array, gates_BxLxE: Array, experts: Experts) -> Array:
     D, E = x_BxLxD.shape[-1], gates_BxLxE.shape[-1]
-    whole = {name: w.astype(x_BxLxD.dtype) for name, w in experts.items()}
-    if has_mesh():
-        whole = {
-            name: jax.lax.all_gather(w, FSDP, axis=D_AXIS[name], tiled=True)
-            for name, w in whole.items()
-        }
+    matrices = gather_matrices(experts, x_BxLxD.dtype)
     with jax.named_scope("expert_ffn"):
-        y_MxD = block_ffn(
-            x_BxLxD.reshape(-1, D),
-            gates_BxLxE.reshape(-1, E),
-            *(whole[name] for name in MATRICES),
-        )
+        y_MxD = block_ffn(x_BxLxD.reshape(-1, D), gates_BxLxE.reshape(-1, E), *matrices)
     if has_mesh():
         y_MxD = jax.lax.psum(y_MxD, TENSOR)
     return y_MxD.astype(x_BxLxD.dtype).reshape(x_BxLxD.shape)

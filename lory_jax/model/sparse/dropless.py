@@ -16,12 +16,11 @@ from jax import Array
 
 from lory_jax.model.experts import (
     BATCH_SPEC,
-    D_AXIS,
     EXPERT_SPECS,
-    FSDP,
     MATRICES,
     TENSOR,
     Experts,
+    gather_matrices,
 )
 from lory_jax.model.sparse.blocks import open_gates_ffn
 from lory_jax.parallel import has_mesh, on_mesh
@@ -66,19 +65,14 @@ def _sorted_ffn(
 ) -> Array:
     B, L, D = x_BxLxD.shape
     k = weights_BxLxk.shape[-1]
-    whole = {name: w.astype(x_BxLxD.dtype) for name, w in experts.items()}
-    if has_mesh():
-        whole = {
-            name: jax.lax.all_gather(w, FSDP, axis=D_AXIS[name], tiled=True)
-            for name, w in whole.items()
-        }
+    matrices = gather_matrices(experts, x_BxLxD.dtype)
     chosen_A = experts_BxLxk.reshape(-1)
     order_A = jnp.argsort(chosen_A)
-    sizes_E = jnp.bincount(chosen_A, length=len(whole["gate"]))
+    sizes_E = jnp.bincount(chosen_A, length=len(matrices[0]))
     tokens_A = order_A // k
     x_AxD = x_BxLxD.reshape(-1, D)[tokens_A]
     with jax.named_scope("expert_ffn"):
-        y_AxD = ragged_ffn(x_AxD, sizes_E, *(whole[name] for name in MATRICES))
+        y_AxD = ragged_ffn(x_AxD, sizes_E, *matrices)
     weighted_AxD = y_AxD.astype(jnp.float32) * weights_BxLxk.reshape(-1)[order_A, None]
     y_MxD = jnp.zeros((B * L, D), jnp.float32).at[tokens_A].add(weighted_AxD)
     if has_mesh():
