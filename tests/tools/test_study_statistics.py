@@ -2,8 +2,20 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from tools.study.statistics import Domain, Effect, holm, paired_effect, verdict
+from tools.study.statistics import (
+    Domain,
+    Effect,
+    holm,
+    over_seeds,
+    p_of,
+    p_outside,
+    p_within,
+    paired_effect,
+    student,
+    verdict,
+)
 
 TRUE = -0.05
 
@@ -97,9 +109,10 @@ def test_a_claim_that_waits_for_its_runs_counts_in_holms_family():
         (-0.008, 0.006, 0.9, -1, "equivalent"),
         (-0.008, -0.002, 0.01, -1, "equivalent"),
         (-0.08, 0.01, 0.2, -1, "inconclusive"),
-        (-0.008, 0.006, 0.9, 0, "supported"),
+        (-0.008, 0.006, 0.001, 0, "supported"),
         (0.03, 0.05, 0.001, 0, "contradicted"),
         (-0.02, 0.03, 0.9, 0, "inconclusive"),
+        (-0.02, 0.03, math.nan, 0, "inconclusive"),
     ],
 )
 def test_verdicts(low, high, p, sign, expected):
@@ -107,5 +120,37 @@ def test_verdicts(low, high, p, sign, expected):
     assert verdict(effect, p, sign, 0.01) == expected
 
 
-def test_a_claim_without_runs_is_not_testable():
-    assert verdict(None, math.nan, -1, 0.01) == "not testable here"
+@pytest.mark.parametrize("mean", [0.0, 0.004, -0.0099, 0.0115, -0.02, 0.05])
+@pytest.mark.parametrize("error", [0.001, 0.0053])
+def test_a_claim_of_equality_is_tested_against_the_margin(mean, error):
+    """Twice the one-sided tests of scipy at the ends of the margin."""
+    values = [mean + error * math.sqrt(4) * x for x in (-1.0, -0.5, 0.5, 1.0)]
+    effect = over_seeds(values)
+    below, above = (
+        stats.ttest_1samp(values, end, alternative=side).pvalue
+        for end, side in ((0.01, "less"), (-0.01, "greater"))
+    )
+    outside = min(
+        stats.ttest_1samp(values, end, alternative=side).pvalue
+        for end, side in ((0.01, "greater"), (-0.01, "less"))
+    )
+    assert p_within(effect, 0.01) == pytest.approx(min(1.0, 2 * max(below, above)))
+    assert p_outside(effect, 0.01) == pytest.approx(min(1.0, 2 * outside))
+    # The verdict of the claim alone is what its interval says.
+    said = verdict(effect, p_of(effect, 0, 0.01), 0, 0.01)
+    if max(abs(effect.low), abs(effect.high)) < 0.01:
+        assert said == "supported"
+    elif effect.low > 0.01 or effect.high < -0.01:
+        assert said == "contradicted"
+    else:
+        assert said == "inconclusive"
+
+
+def test_a_difference_that_is_not_zero_need_not_contradict_equality():
+    effect = student(0.0115, 0.0055, 60.0, 4, {})
+    assert effect.low > 0 and effect.p < 0.05
+    assert verdict(effect, p_of(effect, 0, 0.01), 0, 0.01) == "inconclusive"
+
+
+def test_one_seed_decides_nothing_about_equality():
+    assert math.isnan(p_of(over_seeds([0.3]), 0, 0.01))

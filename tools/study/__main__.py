@@ -7,7 +7,7 @@ Each run is trained and evaluated on one core. A finished run leaves one small J
 losses of its held-out instances in OUT/runs; its run directory is then removed, unless other runs
 start from it: those stay in WORK. Ctrl-C, SIGTERM and the end of the hours save the runs under way;
 run the same command again to resume. In the end it writes OUT.json, OUT.md and OUT.html
-(tools/study/report.py), and the tables of docs/baselines.md, docs/beyond.md and docs/evaluation.md.
+(tools/study/report.py), and the tables of other pages (tools/study/pages.py).
 """
 
 import argparse
@@ -82,13 +82,12 @@ def main(argv: list[str]) -> None:
     if signals:
         sys.exit(128 + signals[0])
     # Imported here: a study that is stopped draws nothing.
-    from tools.study import beyond, rivals, sparse
-    from tools.study.report import OUT, write_report
+    from tools.study import pages, report
 
-    write_report(args.out)
-    if args.out == OUT:  # the pages in docs/ show the committed results
-        for page in (rivals, beyond, sparse):
-            page.write_page(args.out)
+    if args.out == report.OUT:  # the pages in docs/ show the committed results
+        pages.main()
+    else:
+        report.write_report(args.out)
 
 
 def parse_flags(argv: list[str]) -> argparse.Namespace:

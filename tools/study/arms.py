@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lory_jax.model.routing_rules import EXPERT_LAYERS, SOURCES
+from tools.study.beyond_arms import BEYOND_ARMS
 from tools.study.kinds import RATE, STEPS, Arm, Family
 from tools.study.sparse_arms import SPARSE_ARMS, SPARSE_ARMS_ON_DEBIAN
 
@@ -24,10 +24,7 @@ COMMON = {
 START, EXPERT_START = "model.ffn_init_scale", "model.expert_init_scale"
 REWARM = "train.upcycle_rewarm_fraction"
 REDRAW, WARMUP = "train.upcycle_redraw", "train.dense_warmup_fraction"
-SOURCE, LAYERS, RANK = "model.routing_source", "model.expert_layers", "model.expert_rank"
-SCHEDULE, DELTAS = "train.segment_schedule", "model.token_deltas"
 ROUTING, EXPERTS = "model.routing", "model.num_experts"
-SHARED, WIDTH = "model.shared_expert", "model.mlp_dim"
 
 RATES = (8e-3, 1.6e-2, 2.4e-2, 3.2e-2)
 # Independent experts under uniform weights merge to 1/sqrt(8) of a dense FFN: 0.354 is that.
@@ -102,8 +99,19 @@ ARMS = [
     Arm("lory_scratch", "lory_scratch", cost=1.15, measures=("routing",)),
     Arm("dense_random", "dense", data="random"),
     Arm("lory_random", "lory", data="random", cost=1.15),
-    Arm("lory_half", "lory", steps=STEPS // 2, cost=1.15),
-    Arm("lory_three_quarters", "lory", steps=3 * STEPS // 4, cost=1.15),
+    # Fewer steps may want a higher learning rate: one seed with twice the rate tells.
+    *(
+        Arm(
+            f"lory_{word}{end}",
+            "lory",
+            factors=factors,
+            seeds=seeds,
+            steps=round(share * STEPS),
+            cost=1.15,
+        )
+        for word, share in (("half", 0.5), ("three_quarters", 0.75))
+        for end, factors, seeds in (("", {}, 4), ("_rate_doubled", {RATE: 2.0}, 1))
+    ),
     *(
         Arm(f"lory_e{E}", "lory", {EXPERTS: E}, group=2, cost=expert_cost(E))
         for E in (2, 4, 16, 32)
@@ -203,110 +211,6 @@ def ladder_shape(width: int) -> dict[str, Any]:
     return {f"model.{name}": value for name, value in shape.items()}
 
 
-# Beyond the paper: one change each to the recipe that partly redraws its experts.
-BEYOND_BASE = "lory_redrawn"
-ARMS += [
-    Arm(f"source_{source}", BEYOND_BASE, {SOURCE: source}, stage="beyond", group=5, cost=1.15)
-    for source in SOURCES
-    if source != "last"
-]
-
-ARMS += [
-    Arm(f"layers_{which}", BEYOND_BASE, {LAYERS: which}, stage="beyond", group=5, cost=1.1)
-    for which in EXPERT_LAYERS
-    if which != "all"
-]
-ARMS += [
-    Arm(f"rank_{rank}", BEYOND_BASE, {RANK: rank}, stage="beyond", group=5, cost=1.3)
-    for rank in (4, 8)
-]
-# As many parameters as 8 full experts, nearly: 6.5 FFNs.
-ARMS += [
-    Arm("rank_4_e32", BEYOND_BASE, {RANK: 4, EXPERTS: 32}, stage="beyond", group=5, cost=1.8),
-]
-ARMS += [
-    Arm(f"schedule_{name}", BEYOND_BASE, {SCHEDULE: text}, stage="beyond", group=5, cost=1.1)
-    for name, text in (("t64", "64:0.5"), ("t128_t64", "128:0.25,64:0.5"))
-]
-ARMS += [
-    Arm(f"deltas_{k}", BEYOND_BASE, {DELTAS: k}, stage="beyond", group=5, cost=1.5) for k in (4, 8)
-]
-# As many active parameters and FLOPs: half of each FFN is shared, and half is merged.
-ARMS += [
-    Arm("shared_half", BEYOND_BASE, {SHARED: True, WIDTH: 44}, stage="beyond", group=5, cost=1.15)
-]
-# Growth: half of the steps with four experts, then eight: those, and a partly redrawn copy of each.
-# The control has eight in both halves, because a run that starts again warms up and decays twice.
-ARMS += [
-    arm
-    for name, first in (("grown", 4), ("restarted", 8))
-    for arm in (
-        Arm(
-            f"{name}_start",
-            BEYOND_BASE,
-            {EXPERTS: first},
-            stage="beyond",
-            steps=STEPS // 2,
-            group=5,
-            cost=1.15,
-            keeps_run=True,
-        ),
-        Arm(
-            name,
-            BEYOND_BASE,
-            {EXPERTS: 8},
-            stage="beyond",
-            steps=STEPS // 2,
-            group=6,
-            cost=1.15,
-            parents=(f"{name}_start",),
-            reads_on=True,
-        ),
-    )
-]
-# Branches: a dense start, one dense branch for each domain, and all of them as the experts of one
-# model; as many steps in all as every other arm.
-DOMAINS = ("headers", "prose", "python", "stubs")
-BRANCH_STEPS = {"start": 500, "branch": 150, "merged": 400}
-ARMS += [
-    Arm(
-        "branches_start",
-        BEYOND_BASE,
-        {EXPERTS: 0},
-        stage="beyond",
-        steps=BRANCH_STEPS["start"],
-        group=5,
-        keeps_run=True,
-    ),
-    *(
-        Arm(
-            f"branches_{domain}",
-            BEYOND_BASE,
-            {EXPERTS: 0, "data.mixture": f"{domain}=1"},
-            stage="beyond",
-            steps=BRANCH_STEPS["branch"],
-            group=6,
-            parents=("branches_start",),
-            reads_on=True,
-            keeps_run=True,
-        )
-        for domain in DOMAINS
-    ),
-    Arm(
-        "branches",
-        BEYOND_BASE,
-        {EXPERTS: len(DOMAINS)},
-        stage="beyond",
-        steps=BRANCH_STEPS["merged"],
-        group=7,
-        cost=1.1,
-        parents=tuple(f"branches_{domain}" for domain in DOMAINS),
-        reads_on=True,
-    ),
-]
-# What tokens pick, without what segments merge.
-ARMS += [Arm("deltas_8_dense", "dense", {DELTAS: 8}, stage="beyond", group=5, cost=1.3)]
-
 FAMILIES += [
     Family(
         f"dense_d{D}",
@@ -347,4 +251,4 @@ ARMS += [
     _ladder_arm(*point) for point in itertools.product(LADDER_COST, LADDER_EXPERTS, LADDER_STEPS)
 ]
 
-ARMS += [*SPARSE_ARMS, *SPARSE_ARMS_ON_DEBIAN]
+ARMS += [*BEYOND_ARMS, *SPARSE_ARMS, *SPARSE_ARMS_ON_DEBIAN]

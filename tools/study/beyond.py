@@ -17,6 +17,7 @@ import numpy as np
 from lory_jax.report.plots import write_png
 from tools import tables
 from tools.study import arms, pictures
+from tools.study.beyond_arms import BEYOND_BASE
 from tools.study.claims import ByArm, contrast, finished_runs, mean_of
 from tools.study.kinds import Arm
 from tools.study.report import OUT, ROOT
@@ -83,12 +84,12 @@ def finished(
     """The arms of the stage by their effect on the loss, and the names of those without runs."""
     by_arm = finished_runs(results)
     found, missing = [], []
-    base = by_arm.get(arms.BEYOND_BASE, [])
+    base = by_arm.get(BEYOND_BASE, [])
     for arm in arms.ARMS:
         if arm.stage != "beyond" or arm.keeps_run:  # what others start from is no variant
             continue
         own = by_arm.get(arm.name, [])
-        weights = {arm.name: 1.0, arms.BEYOND_BASE: -1.0}
+        weights = {arm.name: 1.0, BEYOND_BASE: -1.0}
         domains = contrast(weights, by_arm, results, split) if own and base else {}
         if not domains:
             missing.append(arm.name)

@@ -1,4 +1,8 @@
-"""The claims of docs/claims.json, tested on finished runs."""
+"""The claims of docs/claims.json, tested on finished runs.
+
+A claim has a verdict once every arm that it names has all the seeds that the study plans. Until
+then it is pending, whatever the runs so far say, so that nobody can stop at a moment that suits.
+"""
 
 import json
 import math
@@ -8,12 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from tools.study import arms
 from tools.study.results import FIRST_CORPUS, Losses, Record, Results
-from tools.study.statistics import LEVEL, Domain, Effect, holm, paired_effect, verdict
+from tools.study.statistics import (
+    LEVEL,
+    Domain,
+    Effect,
+    holm,
+    is_within,
+    over_seeds,
+    p_of,
+    paired_effect,
+    verdict,
+)
 
+PENDING, NOT_TESTABLE = "pending", "not testable here"
 STATISTICS = ("mean", "every_domain", "specialisation", "none")
 ByArm = dict[str, list[Record]]
 Keep = Callable[[str, np.ndarray], np.ndarray]  # (domain, instances) -> which instances count
@@ -45,7 +59,10 @@ class Finding:
     """What the runs say about a claim.
 
     Attributes:
+      effect: None where no seed has all the runs.
       p: of the claim alone, as it enters Holm's adjustment.
+      verdict: one of `statistics.verdict`, "pending" or "not testable here".
+      planned: how many seeds the study plans, 0 for a claim that it does not test.
       reason: why it could not be tested, what is missing, or which domain decides.
       domains: of a claim about every domain, the effect in each.
     """
@@ -55,6 +72,7 @@ class Finding:
     p: float
     verdict: str
     adjusted_p: float = math.nan
+    planned: int = 0
     reason: str = ""
     domains: Mapping[str, Effect] = field(default_factory=dict)
 
@@ -89,24 +107,40 @@ def judge_claims(
     for record in results.records(corpus):
         if record["kind"] == "run":
             by_arm.setdefault(record["arm"], []).append(record)
-    found = [_test(claim, by_arm, results, split, keep, corpus) for claim in claims]
-    family = {f.claim.id: f.p for f in found if f.effect or is_planned(f.claim, corpus)}
+    found = [_test(claim, by_arm, results, split, keep, corpus, margin) for claim in claims]
+    planned = [planned_seeds(claim, corpus) for claim in claims]
+    found = [replace(f, planned=seeds) for f, seeds in zip(found, planned, strict=True)]
+    family = {f.claim.id: f.p for f in found if f.planned}
     adjusted = holm(family)
     judged = []
     for finding in found:
         adjusted_p = adjusted.get(finding.claim.id, math.nan)
-        if finding.domains:
-            said = verdict_on_domains(finding, adjusted_p, len(family), margin)
-        else:
-            said = verdict(finding.effect, adjusted_p, finding.claim.direction, margin)
+        said = _verdict(finding, adjusted_p, len(family), margin)
         judged.append(replace(finding, adjusted_p=adjusted_p, verdict=said))
     return judged
 
 
-def is_planned(claim: Claim, corpus: str) -> bool:
-    """Whether the study trains all arms of a claim on the corpus."""
-    planned = {arm.name for arm in arms.ARMS if arm.corpus == corpus}
-    return bool(claim.contrast) and {arm_of(name) for name in claim.contrast} <= planned
+def _verdict(finding: Finding, adjusted_p: float, claims: int, margin: float) -> str:
+    if not finding.planned or finding.verdict:
+        return NOT_TESTABLE
+    if finding.effect is None or finding.effect.seeds < finding.planned:
+        return PENDING
+    if finding.domains:
+        return verdict_on_domains(finding, adjusted_p, claims, margin)
+    return verdict(finding.effect, adjusted_p, finding.claim.direction, margin)
+
+
+def planned_seeds(claim: Claim, corpus: str) -> int:
+    """How many seeds of all its arms and their measurements are planned on the corpus."""
+    by_name = {arm.name: arm for arm in arms.ARMS if arm.corpus == corpus}
+    seeds = []
+    for term in claim.contrast:
+        name, _, routed = term.partition(":")
+        needed = {routed} if routed else set()
+        needed |= {"routing"} if claim.statistic == "specialisation" else set()
+        arm = by_name.get(name)
+        seeds.append(arm.seeds if arm is not None and needed <= {*arm.measures} else 0)
+    return min(seeds, default=0)
 
 
 def verdict_on_domains(finding: Finding, adjusted_p: float, claims: int, margin: float) -> str:
@@ -117,9 +151,7 @@ def verdict_on_domains(finding: Finding, adjusted_p: float, claims: int, margin:
     and "equivalent" where the interval of every domain lies within the margin.
     """
     sign, effects = finding.claim.direction, finding.domains.values()
-    if any(math.isnan(effect.p) for effect in effects):
-        return "inconclusive"
-    if all(max(abs(effect.low), abs(effect.high)) < margin for effect in effects):
+    if all(is_within(effect, margin) for effect in effects):
         return "equivalent"
     if adjusted_p < 1 - LEVEL:
         return "supported"
@@ -134,12 +166,14 @@ def _test(
     split: str,
     keep: Keep | None,
     corpus: str,
+    margin: float,
 ) -> Finding:
+    """A finding without verdict; NOT_TESTABLE where more runs would not help."""
     if claim.statistic == "none":
         return Finding(claim, None, math.nan, "", reason=claim.reason)
     missing = sorted({arm_of(name) for name in claim.contrast} - by_arm.keys())
     if missing:
-        return Finding(claim, None, math.nan, "", reason=f"no runs of {', '.join(missing)} yet")
+        return Finding(claim, None, math.nan, "", reason=f"no runs of {', '.join(missing)}")
     diverged = [
         record["id"]
         for name in claim.contrast
@@ -147,7 +181,8 @@ def _test(
         if record["status"] == "diverged"
     ]
     if diverged:
-        return Finding(claim, None, math.nan, "", reason=f"diverged: {', '.join(diverged)}")
+        said = f"diverged: {', '.join(diverged)}"
+        return Finding(claim, None, math.nan, NOT_TESTABLE, reason=said)
     if claim.statistic == "specialisation":
         return _specialisation(claim, by_arm)
     domains = contrast(claim.contrast, by_arm, results, split, keep, corpus)
@@ -157,7 +192,7 @@ def _test(
         )
     effect = paired_effect(domains)
     if claim.statistic != "every_domain":
-        return Finding(claim, effect, effect.p, "")
+        return Finding(claim, effect, p_of(effect, claim.direction, margin), "")
     effects = {name: paired_effect({name: domains[name]}) for name in domains}
     weakest = max(effects, key=lambda name: _evidence(effects[name], claim.direction))
     p = _evidence(effects[weakest], claim.direction)
@@ -234,19 +269,7 @@ def _specialisation(claim: Claim, by_arm: Mapping[str, list[Record]]) -> Finding
     if not values:
         return Finding(claim, None, math.nan, "", reason=f"routing of {arm} was not measured")
     effect = over_seeds(values)
-    return Finding(claim, effect, effect.p, "")
-
-
-def over_seeds(values: list[float]) -> Effect:
-    """The mean of one number per seed, with Student's interval."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return Effect(mean, math.nan, math.nan, math.nan, len(values), {})
-    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    degrees = len(values) - 1
-    reach = error * float(stats.t.ppf(0.5 + LEVEL / 2, degrees))
-    p = 2 * float(stats.t.sf(abs(mean) / error, degrees)) if error else float(mean == 0.0)
-    return Effect(mean, mean - reach, mean + reach, p, len(values), {})
+    return Finding(claim, effect, effect.p, "", reason="covers seeds alone")
 
 
 def without_domain(domain: str) -> Keep:
@@ -262,14 +285,26 @@ def numbers(finding: Finding, again: Finding) -> dict[str, Any]:
 
 
 def _numbers(finding: Finding) -> dict[str, Any]:
-    effect = finding.effect
+    numbers: dict[str, Any] = {"verdict": finding.verdict, **of_effect(finding.effect, finding.p)}
+    numbers |= {"adjusted_p": _rounded(finding.adjusted_p), "planned_seeds": finding.planned}
+    if finding.reason:
+        numbers["reason"] = finding.reason
+    if finding.domains:
+        domains = finding.domains.items()
+        numbers["domains"] = {name: of_effect(effect, effect.p) for name, effect in domains}
+    return numbers
+
+
+def of_effect(effect: Effect | None, p: float) -> dict[str, Any]:
+    """An effect's entry in docs/study.json."""
     return {
-        "verdict": finding.verdict,
         "effect": effect and _rounded(effect.mean),
         "interval": effect and [_rounded(effect.low), _rounded(effect.high)],
+        "p": _rounded(p),
         "seeds": effect.seeds if effect else 0,
     }
 
 
 def _rounded(value: float) -> float | None:
-    return None if math.isnan(value) else round(value, 5)
+    """With five significant digits, which keeps small p-values."""
+    return None if math.isnan(value) else float(f"{value:.5g}")

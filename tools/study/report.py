@@ -2,8 +2,9 @@
 
     python -m tools.study.report [--out=docs/study] [--final]
 
-It works with whatever runs exist. The table is made on the test set; --final makes it on the
-confirmation set, which nothing else reads.
+It works with whatever runs exist, on the test set. --final writes docs/study_final.* instead, once,
+when no claim is pending any more. It reads the confirmation set, which every run is measured on and
+nothing else compares.
 """
 
 import argparse
@@ -13,21 +14,25 @@ from typing import Any
 
 import numpy as np
 
+from lory_jax.errors import InputError
 from lory_jax.report import html, plots
 from lory_jax.storage import write_atomically
 from tools import tables as pages
 from tools.study import fair_start, ladder
 from tools.study.audit import AUDIT, read_audit
 from tools.study.claims import (
+    PENDING,
     Finding,
     Keep,
     judge_claims,
     numbers,
+    of_effect,
     read_claims,
     without_domain,
 )
+from tools.study.headline import headline
 from tools.study.results import Results
-from tools.study.statistics import Effect
+from tools.study.statistics import Effect, effective_origins
 from tools.study.tables import (
     HEADLINES,
     Report,
@@ -57,32 +62,34 @@ SCALE = (
 )
 TUNING = (
     "Every family of models is tuned on validation alone (the first 256 instances of a domain): "
-    "12 trials of 400 steps, and then trials of full length at the best learning rate, half and a "
-    "quarter of it, and twice or an eighth of it where the end next to that is the best. The "
-    "tuning tables show which trials have finished. Arms that change the number of experts or of "
-    "steps, the length of segments, the order of documents or the mask, and prefix routing, keep "
-    "the settings tuned "
-    "for dense or Lory. All runs of arms train on one order of the documents "
-    "(tools/study/order.py). Each batch is computed as two microbatches, and tokens compete for "
-    "experts only with tokens of their own microbatch. Seconds a step come from shared machines "
-    "and do not compare arms."
+    "12 trials of 400 steps, then trials of full length with 1, 1/2 and 1/4 of the best learning "
+    "rate; if the highest or the lowest of these wins, one further out (2 or 1/8) is tried. The "
+    "trials have one seed each. Arms that change the number of experts or of steps, the length of "
+    "segments, the order of documents or the mask, and prefix routing, keep the settings tuned for "
+    "dense or Lory. All runs of arms train on one order of the documents (tools/study/order.py). "
+    "Each batch is computed as two microbatches, and tokens compete for experts only with tokens "
+    "of their own microbatch."
 )
 NOTE = (
     "Effects are in nats per token over positions from T on, the mean of the domains; a negative "
     "effect favours what the claim names first. Intervals (95 %) cover the noise between seeds "
     "and the choice of held-out documents, that is, of other folders of the same packages. "
-    "P-values are adjusted by Holm's method over all claims that the corpus will have runs for, "
-    'with or without runs so far. For "in every domain", p is that of the domain with the weakest '
-    "evidence. Unless the whole interval lies within the margin of 0.01 nats, an adjusted p of "
-    '0.05 or more means "inconclusive".'
+    "P-values are two-sided and adjusted by Holm's method over all claims that the study plans to "
+    'test on the corpus. A claim is "supported" or "contradicted" if its adjusted p is below '
+    '0.05, "equivalent" if the whole interval lies within 0.01 nats of zero, and otherwise '
+    '"inconclusive"; it is "pending" until all its seeds are trained. The intervals themselves are '
+    "not adjusted, so one of them may exclude zero although the claim is inconclusive. A claim "
+    "about every domain shows the effect and interval of the mean, and the p of the domain with "
+    "the weakest evidence. A claim of equality is tested against differences of 0.01 nats, not "
+    'against zero. "Experts used" is the share of all pairs of layer and expert whose weight was '
+    "above 2 / E at least once in the last ten training steps."
 )
 LIMITS = (
-    "What this cannot show: the first corpus has few folders to hold out (13 of headers, of very "
-    "different sizes), so its intervals are wide however many seeds there are. Specialisation is "
-    "measured on validation, and its interval covers seeds alone. The prompt of prompt routing is "
-    "the first 32 tokens of an instance, often of another document, while the paper's are the "
-    "demonstrations of a task. With 4 seeds, the equivalence across documents can hardly be "
-    "shown."
+    "What this cannot show: {folders}, so the intervals of the first corpus are wide however many "
+    "seeds there are. Specialisation is measured on validation, and its interval covers seeds "
+    "alone. The prompt of prompt routing is the first 32 tokens of an instance, often of another "
+    "document, while the paper's are the demonstrations of a task. Four seeds are too few to show "
+    "that Lory's gain is the same with and without attention across documents to within 0.01 nats."
 )
 
 
@@ -91,68 +98,52 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--final", action="store_true", help="read the confirmation set")
     args = parser.parse_args()
-    write_report(args.out, "confirmation" if args.final else "test")
+    (write_final if args.final else write_report)(args.out)
 
 
-def write_report(out: Path, split: str = "test", claims_file: Path = CLAIMS) -> None:
-    """Writes OUT.json, OUT.md and OUT.html from the runs in OUT/runs."""
-    report = make_report(out, split, claims_file)
+def write_report(out: Path, claims_file: Path = CLAIMS) -> None:
+    """Writes OUT.json, OUT.md and OUT.html from the runs in OUT/runs, and README's headline."""
+    report = make_report(out, "test", claims_file)
+    _write(report, out)
+    if out == OUT:
+        pages.replace_marked(ROOT / "README.md", "tools/study/report.py", headline(report))
+
+
+def write_final(out: Path, claims_file: Path = CLAIMS) -> None:
+    """Writes OUT_final.json, .md and .html: all claims on the confirmation set.
+
+    Raises:
+      InputError: it is written already, or a claim is pending.
+    """
+    final = out.with_name(f"{out.name}_final")
+    if final.with_suffix(".json").exists():
+        raise InputError(f"{final}.json: exists; the confirmation set is compared once")
+    on_test = make_report(out, "test", claims_file)
+    waiting = [f.claim.id for f in on_test.findings if f.verdict == PENDING]
+    if waiting:
+        raise InputError(f"{out}: claims are pending, so nothing is final: {', '.join(waiting)}")
+    _write(make_report(out, "confirmation", claims_file), final)
+
+
+def _write(report: Report, out: Path) -> None:
     contents = {
+        "split": report.split,
         "claims": {
-            f.claim.id: numbers(f, again)
+            f.claim.id: numbers(f, again) | _parts_numbers(report, f.claim.id)
             for f, again in zip(report.findings, report.again, strict=True)
         },
         "tuning": tuning(report.records),
         "ladder": report.ladder,
     }
     write_atomically(out.with_suffix(".json"), json.dumps(contents, indent=1) + "\n")
-    write_atomically(out.with_suffix(".md"), markdown_page(report))
+    write_atomically(out.with_suffix(".md"), markdown_page(report, out.name))
     write_atomically(out.with_suffix(".html"), html_page(report))
     print(f"wrote {out}.json, .md and .html from {len(report.records)} runs")
-    if out == OUT:
-        pages.replace_marked(ROOT / "README.md", "tools/study/report.py", headline(report))
 
 
-def headline(report: Report) -> str:
-    """What the README says: the paper's Lory against dense, and the recipe that redraws."""
-    sentences = []
-    for findings, where in (
-        (report.findings, "In the study"),
-        (report.again, "On its other corpus"),
-    ):
-        by_id = {f.claim.id: f for f in findings if f.effect is not None}
-        if "gain" in by_id:
-            sentences.append(_gain(by_id["gain"], where, report))
-        if "gain_redrawn" in by_id:
-            sentences.append(
-                "With the recipe that partly redraws the experts at upcycling, the loss is "
-                f"{_size(by_id['gain_redrawn'])}."
-            )
-    return " ".join(sentences) or "The study has no finished runs yet."
-
-
-def _gain(finding: Finding, where: str, report: Report) -> str:
-    assert finding.effect is not None
-    flops = {r["arm"]: r.get("flops_per_token") for r in report.records if r["kind"] == "run"}
-    ours, dense = (flops.get(name) for name in ("lory", "dense"))
-    cost = f" Lory computes {ours / dense:.2f} times the FLOPs." if ours and dense else ""
-    ratio = float(np.exp(finding.effect.mean))
-    return (
-        f"{where}, Lory's {report.split} loss is {_size(finding)} than that of an equally tuned "
-        f"dense model: {ratio:.3f} times its perplexity.{cost} The claim that every domain gains "
-        f"is {finding.verdict}."
-    )
-
-
-def _size(finding: Finding) -> str:
-    effect = finding.effect
-    assert effect is not None
-    sign, word = (-1, "lower") if effect.mean < 0 else (1, "higher")
-    size = f"{abs(effect.mean):.3f} nats per token {word}"
-    if np.isnan(effect.low):
-        return f"{size} (one seed)"
-    low, high = sorted((sign * effect.low, sign * effect.high))
-    return f"{size} (95 % interval {low:.3f} to {high:.3f}; {effect.seeds} seeds)"
+def _parts_numbers(report: Report, claim: str) -> dict[str, Any]:
+    found = report.variants.get(claim)
+    return {"parts": {part: of_effect(f.effect, f.p) for part, f in found.items()}} if found else {}
 
 
 def make_report(out: Path, split: str, claims_file: Path) -> Report:
@@ -179,7 +170,22 @@ def make_report(out: Path, split: str, claims_file: Path) -> Report:
         ladder.summarize(ladder.read_points(results, split)),
         audit,
         margin,
+        _folders(results, split),
     )
+
+
+def _folders(results: Results, split: str) -> str:
+    """How few folders the held-out instances of every domain come from."""
+    try:
+        origins = results.held_out()["origins"][split]
+    except InputError:  # no run has been made
+        return "there are no held-out documents yet"
+    counts = [
+        f"{len({*names})} of {domain} (worth {effective_origins(np.array(names)):.1f} of one size)"
+        for domain, names in origins.items()
+        if names
+    ]
+    return f"the {split} set has few folders, of very different sizes: {', '.join(counts)}"
 
 
 def _parts(effect: Effect, audit: dict[str, Any] | None, split: str) -> dict[str, Keep]:
@@ -220,16 +226,16 @@ def _intro(report: Report) -> list[str]:
         f"{runs} finished runs of arms, judged on the {report.split} set, and "
         f"{len(report.records) - runs} trials for tuning. {SCALE}"
     )
-    return [made, TUNING, NOTE, LIMITS]
+    return [made, TUNING, NOTE, LIMITS.format(folders=report.folders)]
 
 
-def markdown_page(report: Report) -> str:
+def markdown_page(report: Report, name: str) -> str:
     parts = [
         "# The study",
         "This page tests Lory's claims at a scale that one machine can train, with several seeds "
         "and intervals. Claims are written down before the runs of their arms "
         "([claims.json](claims.json)); `bash launch/study.sh` makes the runs and this page. The "
-        "same tables with plots are in [study.html](study.html).",
+        f"same tables with plots are in [{name}.html]({name}.html).",
         *_intro(report),
     ]
     for title, (header, rows) in _sections(report):

@@ -37,7 +37,8 @@ from lory_jax.training.optimizer import make_optimizer
 from lory_jax.training.phases import count_dense_steps
 from lory_jax.training.state import init_state
 from lory_jax.training.step import make_train_step
-from tools.study.arms import ARMS, BEYOND_BASE, FAMILIES, SECONDS_ARMS, STEP_SECONDS_FILES
+from tools.study.arms import ARMS, FAMILIES, SECONDS_ARMS, STEP_SECONDS_FILES
+from tools.study.beyond_arms import BEYOND_BASE
 from tools.study.kinds import STEPS, Settings
 
 RECIPE = str(Path(__file__).with_name("recipe.py"))

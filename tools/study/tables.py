@@ -24,6 +24,7 @@ class Report:
       neighbours: validation loss of the dense baseline's neighbours minus its own, and the seeds.
       audit: what tools/study/audit.py found about these held-out sets, or None.
       variants: for the headline claims, the finding on parts of the instances, by name.
+      folders: how few folders the held-out instances come from, in words.
     """
 
     split: str
@@ -35,6 +36,7 @@ class Report:
     ladder: dict[str, Any] | None
     audit: dict[str, Any] | None
     margin: float
+    folders: str
 
 
 def tuning(records: Sequence[Record]) -> dict[str, list[dict[str, Any]]]:
@@ -97,7 +99,7 @@ def domains_table(report: Report) -> Table:
 
 
 def arms_table(report: Report) -> Table:
-    """One row per arm: seeds, mean loss, costs, and how its experts differ."""
+    """One row per arm: seeds, mean loss, FLOPs, and how its experts differ."""
     by_arm: dict[str, list[Record]] = {}
     for record in report.records:
         if record["kind"] == "run":
@@ -114,13 +116,12 @@ def arms_table(report: Report) -> Table:
                 f"{np.mean(losses):.4f}" if losses else "diverged",
                 f"{np.std(losses, ddof=1):.4f}" if len(losses) > 1 else "",
                 _mean(finished, "flops_per_token", "{:.3g}"),
-                _mean(finished, "step_seconds", "{:.3f}"),
                 _mean(finished, "experts_used", "{:.0%}"),
                 _mean(finished, "expert_cosine", "{:.3f}"),
             ]
         )
     header = ["arm", "seeds", f"{report.split} loss", "s.d. of seeds", "FLOPs a token"]
-    return [*header, "seconds a step", "experts used", "expert cosine"], rows
+    return [*header, "experts used", "expert cosine"], rows
 
 
 def tuning_table(report: Report) -> Table:
@@ -184,7 +185,11 @@ def _verdict(finding: Finding) -> str:
 
 def _figures(finding: Finding) -> list[str]:
     effect = finding.effect
-    return ["", "", "", ""] if effect is None else _effect(effect, finding.adjusted_p)
+    if effect is None:
+        return ["", "", "", f"0 of {finding.planned}" if finding.planned else ""]
+    *figures, seeds = _effect(effect, finding.adjusted_p)
+    is_short = effect.seeds < finding.planned
+    return [*figures, f"{seeds} of {finding.planned}" if is_short else seeds]
 
 
 def _effect(effect: Effect, p: float) -> list[str]:
@@ -208,7 +213,7 @@ def _mean(records: Sequence[Record], name: str, text: str) -> str:
 
 
 def audit_table(report: Report) -> Table:
-    """How much of the held-out instances was seen in training, by split and domain."""
+    """How much of the held-out instances was seen in training, on the splits that are compared."""
     found = report.audit or {"overlap": {}, "high": 1.0}
     rows = [
         [
@@ -218,6 +223,7 @@ def audit_table(report: Report) -> Table:
             f"{np.mean(np.array(shares) >= found['high']):.1%}",
         ]
         for split, domains in found["overlap"].items()
+        if split in ("validation", report.split)
         for domain, shares in domains.items()
     ]
     return ["held-out set", "domain", "13-grams seen in training", "instances with most seen"], rows
