@@ -245,6 +245,13 @@ SCHEMA: dict[str, dict[str, Field]] = {
             0.0,
             1.0,
         ),
+        "threshold_warmup_fraction": float_field(
+            0.2,
+            "expert_threshold: share of the steps in which experts take their share of the batch, "
+            "while their thresholds are found",
+            0.0,
+            1.0,
+        ),
         **TRAINING_VARIANTS,
         "top_k_anneal_start": float_field(
             0.0,

@@ -27,7 +27,7 @@ from lory_jax.model.parameters import Initializer
 from lory_jax.model.routing import Routed, Routing
 from lory_jax.model.routing_rules import DROPLESS, GATED, MERGED, SPARSE, TOKEN_CHOICE
 from lory_jax.model.sparse import capacity, dropless, gated
-from lory_jax.model.sparse.adaptation import UNSET, declare_adapted
+from lory_jax.model.sparse.adaptation import declare_adapted
 from lory_jax.parallel import constrain
 
 
@@ -212,6 +212,7 @@ class SparseFFN(MergedFFN):
 
     choice_bias: nnx.Param
     threshold: nnx.Param
+    threshold_updates: nnx.Param
 
     def __init__(self, init: Initializer, config: ModelConfig, output_scale: float):
         super().__init__(init, config, output_scale)
@@ -223,7 +224,7 @@ class SparseFFN(MergedFFN):
         x_BxLxD = constrain(x_BxLxD, "moe_batch", "length", "activation_embed")
         config = self.config
         if config.routing in GATED:
-            return self.gate_and_sum(x_BxLxD, routing.kind in SPARSE)
+            return self.gate_and_sum(x_BxLxD, routing)
         p_BxUxE = self.probabilities(x_BxLxD, routing)
         T = config.segment_length
         routed = Routed(route.segment_means(p_BxUxE, T) if config.routes_tokens else p_BxUxE)
@@ -253,27 +254,24 @@ class SparseFFN(MergedFFN):
         is_auxiliary = config.balancing == "auxiliary"
         return y_BxLxD, routed._replace(balance=balance if is_auxiliary else None)
 
-    def gate_and_sum(self, x_BxLxD: Array, is_training: bool) -> tuple[Array, Routed]:
+    def gate_and_sum(self, x_BxLxD: Array, routing: Routing) -> tuple[Array, Routed]:
         """Where tokens have gates (gated.py): `[B, L, D]` and how it was routed."""
         config, k = self.config, self.config.experts_per_token
+        is_training = routing.kind in SPARSE
         with jax.named_scope("router"):
+            scores_BxLxE, balance, cutoff_E = gated.scores(x_BxLxD, self.router[...]), None, None
             if config.routing == "remoe":
-                gates_BxLxE = gated.relu_gates(x_BxLxD, self.router[...])
-                means_BxNxE = route.segment_means(gates_BxLxE, config.segment_length)
-                total_BxNx1 = jnp.sum(means_BxNxE, axis=-1, keepdims=True)
-                routed = Routed(means_BxNxE / jnp.where(total_BxNx1 > 0, total_BxNx1, 1.0))
-                if is_training:
-                    routed = routed._replace(balance=gated.l1_loss(gates_BxLxE, k))
+                gates_BxLxE = jax.nn.relu(scores_BxLxE)
+                balance = gated.l1_loss(gates_BxLxE, k) if is_training else None
             else:
-                p_BxLxE = route.route(x_BxLxD, self.router[...])
-                routed = Routed(route.segment_means(p_BxLxE, config.segment_length))
                 threshold_E = self.threshold[...]
                 if is_training:
-                    cutoff_E = gated.cutoffs(p_BxLxE, k, config.routing_group)
-                    threshold_E = jnp.where(threshold_E == UNSET, cutoff_E, threshold_E)
-                    routed = routed._replace(cutoff_E=cutoff_E)
-                gates_BxLxE = gated.threshold_gates(p_BxLxE, threshold_E)
+                    cutoff_E = gated.cutoffs(scores_BxLxE, k, config.routing_group)
+                    threshold_E = jnp.where(routing.by_cutoff, cutoff_E, threshold_E)
+                gates_BxLxE = gated.threshold_gates(scores_BxLxE, threshold_E)
+            routed = Routed(gated.shares(gates_BxLxE, config.segment_length), balance)
             if is_training:
+                routed = routed._replace(cutoff_E=cutoff_E)
                 is_open_BxLxE = gates_BxLxE > 0
                 dropped = jnp.mean(~jnp.any(is_open_BxLxE, axis=-1), dtype=jnp.float32)
                 load_E = jnp.mean(is_open_BxLxE, axis=(0, 1), dtype=jnp.float32)

@@ -64,7 +64,8 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     if config.num_experts and config.expert_rank:
         experts = ffn + config.num_experts * D + _factors(config)
     if config.adapted_parameter:
-        experts += 1 if config.adapted_parameter == "l1_weight" else config.num_experts
+        E = config.num_experts
+        experts += {"l1_weight": 1, "choice_bias": E, "threshold": E + 1}[config.adapted_parameter]
     Y_e = len(config.layer_numbers)
     dense = (Y - Y_e) * ffn
     active = outside + dense + Y_e * ffn * _chosen(config) + picked

@@ -23,13 +23,15 @@ class Routing:
     `kind` is "causal", "prefix" or a sparse baseline's (training), "prompt" or "segment"
     (inference, which need `prompt_lengths_B`: tokens of each row that are its prompt). `kept` is
     how many experts a merge keeps (`keep_about`); None keeps `config.model.top_k_experts`.
-    `is_straight_through` lets the routers learn as if all were kept.
+    `is_straight_through` lets the routers learn as if all were kept. `by_cutoff` lets experts with
+    thresholds take their share of the batch instead, in training.
     """
 
     kind: str
     prompt_lengths_B: Array | None = None
     kept: Array | None = None
     is_straight_through: bool = False
+    by_cutoff: Array | bool = False
 
 
 class Routed(NamedTuple):

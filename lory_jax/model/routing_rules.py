@@ -20,4 +20,4 @@ GATED = ("remoe", "expert_threshold")  # every token has a gate per expert (spar
 SPARSE = (*EXPERT_CHOICE, *TOKEN_CHOICE, *GATED)
 
 # Parameters of a router that are adjusted without a gradient (see sparse/adaptation.py).
-ADAPTED = ("choice_bias", "l1_weight", "threshold")
+ADAPTED = ("choice_bias", "l1_weight", "threshold", "threshold_updates")

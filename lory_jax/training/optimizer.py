@@ -25,6 +25,7 @@ IS_DECAYED = {
     "choice_bias": False,
     "l1_weight": False,
     "threshold": False,
+    "threshold_updates": False,
     "attention_norm": False,
     "ffn_norm": False,
     "final_norm": False,

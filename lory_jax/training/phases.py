@@ -108,6 +108,7 @@ class Phases:
             train.microbatches,
             top_k_schedule(model_config, train),
             train.top_k_gradient == "straight_through",
+            round(train.threshold_warmup_fraction * train.steps),
         )
 
     def after(self, phase: Phase) -> Phase | None:

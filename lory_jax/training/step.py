@@ -87,20 +87,20 @@ def with_adapted(
 def make_gradients(
     model_config: ModelConfig, microbatches: int, is_straight_through: bool = False
 ) -> Callable[..., Any]:
-    """Returns `(params, tokens_BxL+1, kept) -> ((loss, how it was routed or None), gradients)`.
+    """Returns `(params, tokens_BxL+1, kept, by_cutoff) -> ((loss, how it was routed), gradients)`.
 
     With `microbatches` > 1 the gradient is accumulated over that many parts of the batch, one
     after another: the same gradient in less memory. Where tokens choose experts, the gradients
-    include the load-balancing loss of every layer; the returned loss does not. `kept` and
-    `is_straight_through` are those of `Routing`.
+    include the load-balancing loss of every layer; the returned loss does not. `kept`, `by_cutoff`
+    and `is_straight_through` are those of `Routing`. A dense model is not routed: None.
     """
     graph, _ = build(model_config)
 
     def loss_fn(
-        params: Params, tokens_BxL1: Array, kept: Array | None
+        params: Params, tokens_BxL1: Array, kept: Array | None, by_cutoff: Array | bool
     ) -> tuple[Array, tuple[Array, Routed | None]]:
         model = assemble(graph, params)
-        routing = Routing(model_config.routing, None, kept, is_straight_through)
+        routing = Routing(model_config.routing, None, kept, is_straight_through, by_cutoff)
         x_BxLxD, routed = model.hidden(tokens_BxL1[:, :-1], routing)
         loss = mean_loss(x_BxLxD, model.output_head(), tokens_BxL1[:, 1:])
         if routed is None or routed.balance is None:
@@ -108,19 +108,26 @@ def make_gradients(
         return loss + auxiliary_loss(model_config, params, routed.balance), (loss, routed)
 
     def loss_and_gradients(
-        params: Params, tokens_BxL1: Array, kept: Array | None = None
+        params: Params,
+        tokens_BxL1: Array,
+        kept: Array | None = None,
+        by_cutoff: Array | bool = False,
     ) -> tuple[tuple[Array, Any], Params]:
-        (_, aux), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params, tokens_BxL1, kept)
+        differentiate = jax.value_and_grad(loss_fn, has_aux=True)
+        (_, aux), gradients = differentiate(params, tokens_BxL1, kept, by_cutoff)
         return aux, gradients
 
     def accumulate(
-        params: Params, tokens_BxL1: Array, kept: Array | None = None
+        params: Params,
+        tokens_BxL1: Array,
+        kept: Array | None = None,
+        by_cutoff: Array | bool = False,
     ) -> tuple[tuple[Array, Any], Params]:
         # Row b goes to microbatch b mod M: every device keeps its rows.
         tokens_MxBxL1 = tokens_BxL1.reshape(-1, microbatches, tokens_BxL1.shape[1]).swapaxes(0, 1)
 
         def add(sums: Any, tokens_BxL1: Array) -> tuple[Any, Any]:
-            (loss, routed), gradients = loss_and_gradients(params, tokens_BxL1, kept)
+            (loss, routed), gradients = loss_and_gradients(params, tokens_BxL1, kept, by_cutoff)
             return jax.tree.map(jnp.add, sums, (loss, gradients)), routed
 
         zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
@@ -142,11 +149,13 @@ def make_train_step(
     microbatches: int = 1,
     top_k: Schedule | None = None,
     is_straight_through: bool = False,
+    threshold_warmup_end: int = 0,
 ) -> Callable[[State, Array], tuple[State, Metrics]]:
     """Returns `(state, tokens_BxL+1) -> (state, metrics)`; the state given is donated.
 
     `top_k` says how many experts each step's merges keep (top_k.py); None keeps
-    `config.model.top_k_experts`. `is_straight_through` is that of `Routing`.
+    `config.model.top_k_experts`. `is_straight_through` is that of `Routing`. Experts with
+    thresholds take their share of the batch in the first `threshold_warmup_end` steps.
 
     If the loss or the gradient norm is NaN or infinite, only `step` advances: the rest of the state
     stays as it is, bit for bit, and `metrics["skipped"]` is 1.
@@ -155,7 +164,8 @@ def make_train_step(
 
     def train_step(state: State, tokens_BxL1: Array) -> tuple[State, Metrics]:
         kept = None if top_k is None else top_k(state["step"])
-        (loss, routed), gradients = compute(state["params"], tokens_BxL1, kept)
+        by_cutoff = state["step"] < threshold_warmup_end
+        (loss, routed), gradients = compute(state["params"], tokens_BxL1, kept, by_cutoff)
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(gradients)
             updates, opt_state = optimizer.update(

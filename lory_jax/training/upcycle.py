@@ -19,6 +19,7 @@ units change a little. Adam's moments of redrawn entries start at zero.
 """
 
 import math
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -123,14 +124,19 @@ def gradient_divisor(model_config: ModelConfig) -> float:
     """The dense FFN's gradient divided by an expert's, if all experts have equal weight.
 
     Merged experts and those of top2 share each token's weight of 1. With top1, an expert sees 1/E
-    of the tokens, each weighted with 1/E; expert choice has its capacity factor times as many, and
-    expert thresholds aim at `experts_per_token` times as many. ReMoE weights with the mean gate.
+    of the tokens, each weighted with 1/E; expert choice has its capacity factor times as many. With
+    thresholds, an expert sees k/E of them, each weighted with the sigmoid of a score above the
+    threshold. ReMoE weights with the mean gate. Scores are normal variables at first.
     """
     E = model_config.num_experts
     if model_config.routing in EXPERT_CHOICE:
         return E * E / model_config.capacity_factor
     if model_config.routing == "expert_threshold":
-        return E * E / model_config.experts_per_token
+        share = min(model_config.experts_per_token / E, 1.0)
+        normal = statistics.NormalDist()
+        density = normal.pdf(normal.inv_cdf(1 - share)) if share < 1 else 0.0
+        score = model_config.router_init_scale * density / share  # the mean above the threshold
+        return (1 + math.exp(-score)) / share
     if model_config.routing == "remoe":
         # The mean of relu of a normal variable of this standard deviation, at unit hidden states.
         return math.sqrt(2 * math.pi) / model_config.router_init_scale

@@ -15,7 +15,7 @@ from lory_jax.model.routing import Routing
 from lory_jax.model.routing_rules import DROPLESS, GATED, SPARSE, TOKEN_CHOICE
 from lory_jax.model.sparse.blocks import BLOCK, block_ffn
 from lory_jax.model.sparse.capacity import load_balancing_loss
-from lory_jax.model.sparse.gated import cutoffs, gated_ffn
+from lory_jax.model.sparse.gated import BELOW_ALL, cutoffs, gated_ffn
 from lory_jax.model.transformer import Block, build
 from lory_jax.training.upcycle import gradient_divisor
 from tests.support import sparse_reference
@@ -56,7 +56,7 @@ CHOICES = sparse_reference.CHOICES
 
 
 @functools.cache
-def layer(config):
+def layer(config, by_cutoff=False):
     """The jitted `(ffn parameters, h, prompt lengths or None) -> (y, routed)` of one layer."""
     graph, _ = nnx.split(nnx.merge(build(config)[0], params_of(config)).layers)
 
@@ -65,7 +65,7 @@ def layer(config):
         params = jax.tree.map(lambda w: w[0], params_of(config)["layers"]) | {"ffn": ffn_params}
         block: Block = nnx.merge(graph, params)
         kind = config.routing if lengths_B is None else "segment"
-        return block.ffn(h_BxLxD, Routing(kind, lengths_B))
+        return block.ffn(h_BxLxD, Routing(kind, lengths_B, by_cutoff=by_cutoff))
 
     return run
 
@@ -272,28 +272,33 @@ def test_upcycled_experts_get_the_stated_part_of_the_dense_gradient(routing, fie
 
 @pytest.mark.parametrize(("group", "k"), [(0, 1), (2, 1), (1, 3), (0, E)])
 def test_cutoffs_leave_every_expert_its_share(group, k):
-    p = np.asarray(jax.nn.softmax(jax.random.normal(jax.random.key(0), (4, L, E))))
+    p = np.asarray(jax.random.normal(jax.random.key(0), (4, L, E)))
     expected = np.zeros(E)
     groups = p.reshape(-1, (group or 4) * L, E)
     for of_group in groups:
         slots = -(-k * len(of_group) // E)
         for e in range(E):
             left_out = sorted(of_group[:, e])[::-1][slots:]
-            expected[e] += (left_out[0] if left_out else 0.0) / len(groups)
+            expected[e] += (left_out[0] if left_out else BELOW_ALL) / len(groups)
     np.testing.assert_allclose(cutoffs(p, k, group), expected, rtol=1e-6)
 
 
-def test_before_the_first_step_thresholds_are_the_cutoffs_of_the_batch():
-    """And every expert takes its share, as in expert choice."""
+def test_by_cutoff_experts_take_their_share_of_the_batch():
+    """As in expert choice, but weighted with a sigmoid: against a loop."""
     config = tiny_config(routing="expert_threshold", experts_per_token=2)
     ffn, h = ffn_inputs(config)
-    y, routed = layer(config)(ffn | {"threshold": np.full(E, -1.0, np.float32)}, h)
+    y, routed = layer(config, by_cutoff=True)(ffn, h)
     np.testing.assert_allclose(routed.load_E, 0.5)
-    choice = tiny_config(routing="expert_choice_token", capacity_factor=2.0)
-    router_alone = {name: w for name, w in ffn.items() if name != "threshold"}
-    expected, _ = layer(choice)(router_alone, h)
-    assert_close(y, expected, 1e-5)
-    # Later, the batch has no say.
+    params = float64(ffn)
+    scores = float64(h) @ params["router"]
+    chosen = [np.argsort(-scores[..., e], axis=None)[: 4 * L // 2] for e in range(E)]
+    expected = np.zeros(h.shape)
+    for e in range(E):
+        for b, i in zip(*np.unravel_index(chosen[e], (4, L)), strict=True):
+            output = sparse_reference.expert_output(float64(h[b, i]), params, e)
+            expected[b, i] += output / (1 + np.exp(-scores[b, i, e]))
+    assert_close(y, expected, VALUES)
+    # By thresholds, the batch has no say.
     other, _ = layer(config)(ffn, np.concatenate([h[:1], 3 * h[1:]]))
     same, _ = layer(config)(ffn, h)
     np.testing.assert_array_equal(other[0], same[0])

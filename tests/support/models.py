@@ -57,6 +57,8 @@ def params_of(config: ModelConfig, seed: int = 0):
             return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
         if name == "choice_bias":
             return rng.normal(scale=0.2, size=leaf.shape).astype(np.float32)
+        if name == "threshold_updates":
+            return np.full(leaf.shape, 7.0, np.float32)
         if name in ("threshold", "l1_weight"):
             return rng.uniform(0.1, 0.4, size=leaf.shape).astype(np.float32)
         scale = 2.0 if name == "router" else 1.0  # far from uniform routing

@@ -99,8 +99,9 @@ def gates(h_D, params, routing):
     """The gates of a token: of ReMoE, or by thresholds."""
     if routing == "remoe":
         return np.maximum(h_D @ params["router"], 0.0)
-    p = softmax(h_D @ params["router"])
-    return np.array([v if v > t else 0.0 for v, t in zip(p, params["threshold"], strict=True)])
+    scores = h_D @ params["router"]
+    pairs = zip(scores, params["threshold"], strict=True)
+    return np.array([1 / (1 + np.exp(-score)) if score > t else 0.0 for score, t in pairs])
 
 
 def gated(h_BxLxD, params, routing, experts_per_token):

@@ -140,13 +140,37 @@ def test_thresholds_follow_the_cutoffs():
     params, tokens = params_of(config), random_tokens(6, 15)
     cutoff_YxE = np.asarray(how_routed(config)(params, tokens).cutoff_E)
     new, _ = stepped(config, params, tokens)
-    expected = 0.99 * ffn(params)["threshold"] + 0.01 * cutoff_YxE
+    # The mean that is divided by 1 - decay^updates, as Adam's moments are: 7 updates before this.
+    raw = ffn(params)["threshold"] * (1 - 0.99**7)
+    expected = (0.99 * raw + 0.01 * cutoff_YxE) / (1 - 0.99**8)
     np.testing.assert_allclose(ffn(new)["threshold"], expected, rtol=1e-5)
-    unset = {"threshold": np.full((2, E), -1.0, np.float32)}
-    layers = {**params["layers"], "ffn": {**ffn(params), **unset}}
-    new, _ = stepped(config, {**params, "layers": layers}, tokens)
-    first = ffn(new)["threshold"][0]  # the second layer reads what the first one put out
-    np.testing.assert_allclose(first, cutoff_YxE[0], rtol=1e-5)
+    np.testing.assert_array_equal(ffn(new)["threshold_updates"], 8.0)
+
+
+def test_thresholds_of_the_first_steps_are_the_mean_of_their_cutoffs():
+    """At a learning rate of 0, all steps of one batch have the same cut-offs."""
+    config, frozen = tiny_config(routing="expert_threshold"), constant_rate(0.0)
+    zeros = {
+        "threshold": np.zeros((2, E), np.float32),
+        "threshold_updates": np.zeros(2, np.float32),
+    }
+    params = params_of(config)
+    params = {**params, "layers": {**params["layers"], "ffn": {**ffn(params), **zeros}}}
+    step = make_train_step(config, frozen, make_mesh(1, 1, 1), threshold_warmup_end=3)
+    state, tokens = new_state(config, frozen, params), random_tokens(6, 15)
+    shares = []
+    for updates in range(1, 6):
+        state, metrics = step(state, tokens)
+        shares.append(float(metrics["experts_per_token"]))
+        np.testing.assert_array_equal(ffn(state)["threshold_updates"], updates)
+        if updates == 1:
+            first = np.asarray(ffn(state)["threshold"])
+        elif updates <= 3:  # the second layer reads what thresholds let through, later
+            np.testing.assert_allclose(ffn(state)["threshold"], first, rtol=1e-5)
+    # Every expert takes its share of the batch in the warm-up; then the thresholds say the same.
+    slots = -(-6 * 14 // E)
+    np.testing.assert_allclose(shares, E * slots / (6 * 14), rtol=0.05)
+    np.testing.assert_allclose(shares[:3], E * slots / (6 * 14), rtol=1e-6)
 
 
 def test_a_skipped_step_moves_nothing():

@@ -30,6 +30,8 @@ RATES = (8e-3, 1.6e-2, 2.4e-2, 3.2e-2)
 # Independent experts under uniform weights merge to 1/sqrt(8) of a dense FFN: 0.354 is that.
 STARTS = (1.0, 0.354, 0.1)
 EXPERT_STARTS = (2.828, 1.0, 0.354)
+# Gates that are no probabilities are larger, and want a smaller start.
+GATED_STARTS = (1.0, 0.354, 0.1)
 
 
 def expert_cost(experts: int) -> float:
@@ -39,6 +41,10 @@ def expert_cost(experts: int) -> float:
 
 SCRATCH = {WARMUP: 0.0}
 FROM_SCRATCH = {RATE: RATES, EXPERT_START: EXPERT_STARTS}
+GATED_FROM_SCRATCH = {RATE: RATES, EXPERT_START: GATED_STARTS}
+# As in the paper of Expert Threshold: half of the active width is shared, and experts are half as
+# wide. As many parameters as 8 experts, and nearly as many active ones.
+THRESHOLD_SHAPE = {EXPERTS: 15, "model.mlp_dim": 44, "model.shared_expert": True, START: 0.1}
 FAMILIES = [
     Family("dense", {EXPERTS: 0}, {RATE: RATES, START: STARTS}, group=0),
     Family("lory", {EXPERTS: 8}, {RATE: RATES, START: STARTS}, group=0, cost=1.15),
@@ -59,15 +65,15 @@ FAMILIES += [
     Family(
         name,
         {EXPERTS: 8, **SCRATCH, ROUTING: name, **more},
-        FROM_SCRATCH,
+        grid,
         group=group,
         cost=cost,
     )
-    for name, more, group, cost in (
-        ("dropless_top1", {"model.balancing": "loss_free"}, 3, 1.2),
-        ("dropless_top2", {"model.balancing": "loss_free"}, 3, 1.4),
-        ("remoe", {}, 5, 1.3),
-        ("expert_threshold", {}, 5, 1.3),
+    for name, more, grid, group, cost in (
+        ("dropless_top1", {"model.balancing": "loss_free"}, FROM_SCRATCH, 3, 1.2),
+        ("dropless_top2", {"model.balancing": "loss_free"}, FROM_SCRATCH, 3, 1.4),
+        ("remoe", {}, GATED_FROM_SCRATCH, 5, 1.3),
+        ("expert_threshold", THRESHOLD_SHAPE, GATED_FROM_SCRATCH, 5, 1.5),
     )
 ]
 FAMILIES += [
@@ -121,6 +127,14 @@ ARMS = [
     Arm("expert_choice_token", "expert_choice_token", group=2, cost=1.2),
     Arm("dropless_top1", "dropless_top1", group=3, cost=1.3),
     Arm("dropless_top2", "dropless_top2", group=3, cost=1.5),
+    # Twice as many experts of half the width: top-2 at the FLOPs and parameters of top-1.
+    Arm(
+        "dropless_top2_fine",
+        "dropless_top2",
+        {EXPERTS: 16, "model.mlp_dim": 44},
+        group=4,
+        cost=1.5,
+    ),
     Arm("dropless_top1_upcycled", "dropless_top1", {WARMUP: 0.05, START: 0.354}, group=4, cost=1.5),
     Arm("dropless_top2_upcycled", "dropless_top2", {WARMUP: 0.05, START: 0.354}, group=4, cost=1.5),
     Arm("remoe", "remoe", group=5, cost=1.3),

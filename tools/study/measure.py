@@ -4,8 +4,10 @@ python -m tools.study.measure --workdir=RUN_DIR --data=DIR --out=FILE.json [--ro
 """
 
 import argparse
+import dataclasses
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,15 @@ import numpy as np
 
 from lory_jax.analysis.routing import instance_weights, routing_distances, segment_weights
 from lory_jax.api import load
+from lory_jax.model.config import ModelConfig
 from lory_jax.model.experts import MATRICES
-from lory_jax.model.flops import parameter_counts, trained_flops_per_token
+from lory_jax.model.flops import flops_per_token, parameter_counts, trained_flops_per_token
+from lory_jax.model.routing_rules import GATED
 from lory_jax.run.directory import RunDirectory
 from lory_jax.storage import write_atomically
+
+# Metrics of sparse models (lory_jax/training/step.py).
+LOAD = ("experts_per_token", "load_violation", "dropped_tokens")
 
 
 def main() -> None:
@@ -51,10 +58,27 @@ def measure(run: RunDirectory) -> dict[str, Any]:
     }
     if model.config.num_experts:
         pairs = len(model.config.layer_numbers) * model.config.num_experts
-        if lines[-1]["experts_active"] is not None:
+        # Where tokens are routed, the weights of a segment say nothing about an expert's load.
+        if lines[-1]["experts_active"] is not None and not model.config.routes_tokens:
             found["experts_used"] = lines[-1]["experts_active"] / pairs
         found["expert_cosine"] = expert_cosine(model.params["layers"]["ffn"])
-    return found
+    loads = {name: of_load(lines, name) for name in LOAD if name in lines[-1]}
+    if model.config.num_experts and model.config.routing in GATED:
+        found["flops_per_token"] = gated_flops(model.config, loads["experts_per_token"]["mean"])
+    return found | loads
+
+
+def gated_flops(config: ModelConfig, experts_per_token: float) -> float:
+    """FLOPs per token where gates open as many experts on average, which need not be the aim."""
+    one, two = (flops_per_token(dataclasses.replace(config, experts_per_token=k)) for k in (1, 2))
+    return one + (two - one) * (experts_per_token - 1)
+
+
+def of_load(lines: Sequence[Mapping[str, Any]], name: str) -> dict[str, float]:
+    """The mean of a metric over the steps with experts, and over the last tenth of those."""
+    values = [line[name] for line in lines if line.get(name) is not None]
+    last = values[-max(1, len(values) // 10) :]
+    return {"mean": round(float(np.mean(values)), 4), "last": round(float(np.mean(last)), 4)}
 
 
 def expert_cosine(ffn: Any) -> float:

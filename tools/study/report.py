@@ -82,7 +82,9 @@ NOTE = (
     "about every domain shows the effect and interval of the mean, and the p of the domain with "
     "the weakest evidence. A claim of equality is tested against differences of 0.01 nats, not "
     'against zero. "Experts used" is the share of all pairs of layer and expert whose weight was '
-    "above 2 / E at least once in the last ten training steps."
+    'above 2 / E at least once in the last ten training steps. For sparse models, "experts a '
+    'token" is the mean over the run, and "MaxVio" says by what part of the mean load the largest '
+    "exceeds it in the last tenth of the steps; runs before 2026-11-30 did not record them."
 )
 LIMITS = (
     "What this cannot show: {folders}, so the intervals of the first corpus are wide however many "

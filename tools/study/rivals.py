@@ -25,6 +25,7 @@ HEADER = ["arm", "against dense", "against Lory", "seeds", "FLOPs", "parameters"
 SHOWN = (
     *(LORY, "lory_redrawn", "lory_scratch", "prefix", "uniform"),
     *("expert_choice_segment", "expert_choice_token", "dropless_top1", "dropless_top2"),
+    "dropless_top2_fine",
     *("dropless_top1_upcycled", "dropless_top2_upcycled", "remoe", "expert_threshold"),
     "dense_total",
 )

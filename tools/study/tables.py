@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from lory_jax.model.routing_rules import MERGED
 from tools.study import arms
 from tools.study.claims import Finding
 from tools.study.results import Record, mean_loss
@@ -99,7 +100,7 @@ def domains_table(report: Report) -> Table:
 
 
 def arms_table(report: Report) -> Table:
-    """One row per arm: seeds, mean loss, FLOPs, and how its experts differ."""
+    """One row per arm: seeds, mean loss, FLOPs, how its experts differ, and their load."""
     by_arm: dict[str, list[Record]] = {}
     for record in report.records:
         if record["kind"] == "run":
@@ -116,12 +117,20 @@ def arms_table(report: Report) -> Table:
                 f"{np.mean(losses):.4f}" if losses else "diverged",
                 f"{np.std(losses, ddof=1):.4f}" if len(losses) > 1 else "",
                 _mean(finished, "flops_per_token", "{:.3g}"),
-                _mean(finished, "experts_used", "{:.0%}"),
+                _mean([r for r in finished if _routes_segments(r)], "experts_used", "{:.0%}"),
                 _mean(finished, "expert_cosine", "{:.3f}"),
+                _mean([r.get("experts_per_token", {}) for r in finished], "mean", "{:.2f}"),
+                _mean([r.get("load_violation", {}) for r in finished], "last", "{:.2f}"),
             ]
         )
     header = ["arm", "seeds", f"{report.split} loss", "s.d. of seeds", "FLOPs a token"]
-    return [*header, "experts used", "expert cosine"], rows
+    return [*header, "experts used", "expert cosine", "experts a token", "MaxVio"], rows
+
+
+def _routes_segments(record: Record) -> bool:
+    """Whether a segment's weights say what its tokens go through."""
+    routing = record["settings"].get("model.routing", "causal")
+    return routing in (*MERGED, "expert_choice_segment")
 
 
 def tuning_table(report: Report) -> Table:

@@ -5,8 +5,9 @@
                      expert that got fewer tokens than the mean, lowered for one that got more
     l1_weight []     ReMoE: the weight of its L1 loss, multiplied by 1.2 after a step in which more
                      gates were open than aimed at, else divided
-    threshold [E]    expert threshold: the running mean of the cut-offs (gated.py); -1 before the
-                     first step, which uses its own cut-offs
+    threshold [E]    expert threshold: the running mean of the cut-offs (gated.py), corrected for
+                     its start at 0 as Adam's moments are
+    threshold_updates []  of how many steps that is the mean
 
 They are parameters of the FFN, so that checkpoints hold them and evaluation and decoding find them.
 Their gradient is 0 and weight decay leaves them out; `adapted` sets their new values.
@@ -27,17 +28,19 @@ from lory_jax.model.routing import Routed
 L1_START, L1_GROWTH = 1e-8, 1.2  # of the paper
 L1_LEAST = 1e-12  # so that repeated division never ends at 0, from which nothing grows
 THRESHOLD_DECAY = 0.99
-UNSET = -1.0
 
 
 def declare_adapted(init: Initializer, config: ModelConfig) -> dict[str, nnx.Param]:
-    """The adapted parameter of a layer's router, by name; empty for most rules."""
+    """The adapted parameters of a layer's router, by name; empty for most rules."""
     if config.adapted_parameter == "choice_bias":
         return {"choice_bias": init.constant((config.num_experts,), ("router_experts",), 0.0)}
     if config.adapted_parameter == "l1_weight":
         return {"l1_weight": init.constant((), (), L1_START)}
     if config.adapted_parameter == "threshold":
-        return {"threshold": init.constant((config.num_experts,), ("router_experts",), UNSET)}
+        return {
+            "threshold": init.constant((config.num_experts,), ("router_experts",), 0.0),
+            "threshold_updates": init.constant((), (), 0.0),
+        }
     return {}
 
 
@@ -62,6 +65,9 @@ def adapted(config: ModelConfig, ffn: dict[str, Any], routed: Routed) -> dict[st
     if config.adapted_parameter == "threshold":
         old_YxE, cutoff_YxE = ffn["threshold"], routed.cutoff_E
         assert cutoff_YxE is not None
-        mean_YxE = THRESHOLD_DECAY * old_YxE + (1 - THRESHOLD_DECAY) * cutoff_YxE
-        return {"threshold": jnp.where(old_YxE == UNSET, cutoff_YxE, mean_YxE)}
+        updates_Y = ffn["threshold_updates"] + 1
+        # The recursion of a mean that is divided by 1 - decay^updates: the first step counts whole.
+        share_Yx1 = ((1 - THRESHOLD_DECAY) / (1 - THRESHOLD_DECAY**updates_Y))[:, None]
+        moved_YxE = old_YxE + share_Yx1 * (cutoff_YxE - old_YxE)
+        return {"threshold": moved_YxE, "threshold_updates": updates_Y}
     return {}

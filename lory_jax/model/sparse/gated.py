@@ -2,14 +2,17 @@
 
     remoe             the gates are relu(x R), and an L1 loss makes them sparse (ReMoE: Wang et al.
                       2024, arXiv 2412.14711)
-    expert_threshold  an expert takes the tokens whose probability exceeds its threshold, a running
-                      mean of the cut-off by which it would choose its share of a batch (Expert
-                      Threshold: Sun et al. 2026, arXiv 2603.11535)
+    expert_threshold  an expert takes the tokens whose score x R exceeds its threshold, a running
+                      mean of the cut-off by which it would choose its share of a batch; a gate is
+                      the sigmoid of the score (Expert Threshold: Sun et al. 2026, arXiv 2603.11535)
 
 No token depends on another: in training, only the values that are adjusted after a step do
-(adaptation.py). How many experts a token has varies. `config.model.grouped_product="blocks"`
-computes those whose gates are open (blocks.py). Otherwise all experts are computed for all tokens,
-and most of their outputs are multiplied by 0, which costs as much as E dense FFNs.
+(adaptation.py). The exception is the beginning of a run with thresholds, when experts take their
+share of every batch (`config.train.threshold_warmup_fraction`). How many experts a token has
+varies.
+`config.model.grouped_product="blocks"` computes those whose gates are open (blocks.py). Otherwise
+all experts are computed for all tokens, and most of their outputs are multiplied by 0, which costs
+as much as E dense FFNs.
 
 Letters: B batch, L sequence, n tokens of a group, C slots per expert, D model, E experts.
 """
@@ -20,18 +23,20 @@ from jax import Array
 
 from lory_jax.model.experts import MATRICES, Experts
 from lory_jax.model.merged_ffn import swiglu
+from lory_jax.model.routing import segment_means
 from lory_jax.model.sparse.blocks import open_gates_ffn
 from lory_jax.model.sparse.capacity import capacity
 
+BELOW_ALL = -1e30  # finite, so that running means of it are
 
-def relu_gates(h_BxLxD: Array, router_DxE: Array) -> Array:
-    """ReMoE's gates, float32 `[B, L, E]`."""
-    logits_BxLxE = jnp.matmul(
+
+def scores(h_BxLxD: Array, router_DxE: Array) -> Array:
+    """What the router says of every token and expert, float32 `[B, L, E]`."""
+    return jnp.matmul(
         h_BxLxD.astype(jnp.float32),
         router_DxE.astype(jnp.float32),
         precision=jax.lax.Precision.HIGHEST,
     )
-    return jax.nn.relu(logits_BxLxE)
 
 
 def l1_loss(gates_BxLxE: Array, experts_per_token: int) -> Array:
@@ -45,26 +50,33 @@ def l1_loss(gates_BxLxE: Array, experts_per_token: int) -> Array:
     return jnp.mean(jnp.sum(use_1x1xE * gates_BxLxE, axis=-1))
 
 
-def cutoffs(p_BxLxE: Array, experts_per_token: int, group: int) -> Array:
+def cutoffs(scores_BxLxE: Array, experts_per_token: int, group: int) -> Array:
     """Where expert choice would cut every expert off: float32 `[E]`, the mean over the groups.
 
-    It is the largest probability of an expert among the tokens that it does not choose, 0 where it
-    chooses all of them.
+    It is the largest score of an expert among the tokens that it does not choose, `BELOW_ALL` where
+    it chooses all of them.
     """
-    B, L, E = p_BxLxE.shape
+    B, L, E = scores_BxLxE.shape
     n = (group or B) * L
     C = capacity(experts_per_token, 1, n, E)
     if n == C:
-        return jnp.zeros(E, jnp.float32)
-    p_GxExn = p_BxLxE.reshape(-1, n, E).swapaxes(1, 2)
-    largest_GxExC1, _ = jax.lax.top_k(jax.lax.stop_gradient(p_GxExn), C + 1)
+        return jnp.full(E, BELOW_ALL, jnp.float32)
+    scores_GxExn = scores_BxLxE.reshape(-1, n, E).swapaxes(1, 2)
+    largest_GxExC1, _ = jax.lax.top_k(jax.lax.stop_gradient(scores_GxExn), C + 1)
     return jnp.mean(largest_GxExC1[..., -1], axis=0)
 
 
-def threshold_gates(p_BxLxE: Array, threshold_E: Array) -> Array:
-    """The probabilities above the thresholds, 0 in place of the others."""
-    is_taken_BxLxE = p_BxLxE > jnp.broadcast_to(threshold_E, p_BxLxE.shape)
-    return jnp.where(is_taken_BxLxE, p_BxLxE, 0.0)
+def threshold_gates(scores_BxLxE: Array, threshold_E: Array) -> Array:
+    """The sigmoid of the scores above the thresholds, 0 in place of the others."""
+    is_taken_BxLxE = scores_BxLxE > jnp.broadcast_to(threshold_E, scores_BxLxE.shape)
+    return jnp.where(is_taken_BxLxE, jax.nn.sigmoid(scores_BxLxE), 0.0)
+
+
+def shares(gates_BxLxE: Array, segment_length: int) -> Array:
+    """The mean gates of every segment, divided by their sum: float32 `[B, N, E]`."""
+    means_BxNxE = segment_means(gates_BxLxE, segment_length)
+    total_BxNx1 = jnp.sum(means_BxNxE, axis=-1, keepdims=True)
+    return means_BxNxE / jnp.where(total_BxNx1 > 0, total_BxNx1, 1.0)
 
 
 def gated_ffn(x_BxLxD: Array, gates_BxLxE: Array, experts: Experts, grouped_product: str) -> Array:
