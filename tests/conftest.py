@@ -11,7 +11,18 @@ import os
 
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
+import gc
+
 import jax
+import pytest
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs():
+    """Linux gives a process 65,530 memory maps; thousands of programs would take them all."""
+    yield
+    jax.clear_caches()
+    gc.collect()
