@@ -16,9 +16,9 @@ from lory_jax.model.config import ModelConfig
 from lory_jax.model.flops import flops_per_token
 from tools.study import arms, beyond, fair_start, ladder, rivals, sparse, sparse_arms
 from tools.study.__main__ import RECIPE, unavailable
-from tools.study.claims import Finding, judge_claims, planned_seeds, read_claims
-from tools.study.headline import size
-from tools.study.report import CLAIMS, OUT, ROOT, write_final, write_report
+from tools.study.claims import judge_claims, planned_seeds, read_claims
+from tools.study.headline import UNADJUSTED, headline, size
+from tools.study.report import CLAIMS, OUT, ROOT, make_report, write_final, write_report
 from tools.study.results import Results, run_id
 from tools.study.statistics import Effect
 
@@ -267,9 +267,19 @@ def test_arms_with_other_segments_are_scored_on_the_same_positions():
 
 @pytest.mark.parametrize(("effect", "word"), [(-0.05, "lower"), (0.05, "higher")])
 def test_the_headline_says_which_way_it_goes(effect, word):
-    (claim,) = (c for c in read_claims(CLAIMS)[0] if c.id == "gain")
-    found = Finding(claim, Effect(effect, effect - 0.02, effect + 0.02, 0.01, 4, {}), 0.01, "")
-    assert f"0.050 nats per token {word} (95 % interval 0.030 to 0.070; 4 seeds)" == size(found)
+    found = Effect(effect, effect - 0.02, effect + 0.02, 0.01, 4, {})
+    assert size(found) == f"0.050 {word} (0.030 to 0.070; 4 seeds)"
+
+
+def test_the_headline_has_a_line_for_every_comparison(out):
+    report = make_report(out, "test", CLAIMS)
+    lines = headline(report).split("\n")
+    assert lines[0].startswith(
+        "- **Python packages, against the dense model**: Lory's test loss is"
+    )
+    assert "0.080 lower" in lines[0] and "in 2 of 2 domains, with an interval" in lines[0]
+    assert lines[1].startswith("- **Debian packages, against the dense model**")
+    assert lines[2:] == ["", UNADJUSTED]
 
 
 def test_the_baseline_is_checked_against_its_neighbours(tmp_path, capsys, monkeypatch):

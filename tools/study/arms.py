@@ -187,10 +187,19 @@ ARMS += _seconds_arms()
 # Stage D: the main contrasts again, on a corpus that is not Python, with the settings tuned before.
 ON_DEBIAN = (
     *("dense", "lory", "lory_redrawn", "dense_random", "lory_random", "lory_scratch", "prefix"),
-    *("uniform", "dropless_top1", "dropless_top2", "remoe", "expert_threshold"),
+    *("uniform", "dropless_top1", "dropless_top2", "remoe", "expert_threshold", "dense_flops"),
+    # Dense's settings were tuned on the first corpus: are they good ones here?
+    *("dense_rate_halved", "dense_rate_doubled", "dense_start_halved", "dense_start_doubled"),
 )
 ARMS += [
-    replace(arm, stage="D", corpus="debian", seeds=3, measures=())
+    replace(
+        arm,
+        stage="D",
+        corpus="debian",
+        seeds=1 if arm.factors else 3,
+        measures=(),
+        group=0 if arm.name.startswith("dense_") and arm.factors else arm.group,
+    )
     for arm in ARMS
     if arm.name in ON_DEBIAN
 ]
