@@ -274,10 +274,9 @@ def test_the_headline_says_which_way_it_goes(effect, word):
 def test_the_headline_has_a_line_for_every_comparison(out):
     report = make_report(out, "test", CLAIMS)
     lines = headline(report).split("\n")
-    assert lines[0].startswith(
-        "- **Python packages, against the dense model**: Lory's test loss is"
-    )
-    assert "0.080 lower" in lines[0] and "in 2 of 2 domains, with an interval" in lines[0]
+    assert lines[0].startswith("- **Python packages, against the dense model**: Lory's test loss")
+    assert "10 seeds), its perplexity 0.92" in lines[0]
+    assert "It is lower in 2 of 2 domains, with an interval that excludes zero in 2." in lines[0]
     assert lines[1].startswith("- **Debian packages, against the dense model**")
     assert lines[2:] == ["", UNADJUSTED]
 
