@@ -34,14 +34,14 @@ def main() -> None:
         sys.exit(f"the dense baseline is not shown to be within {MARGIN} nats of its neighbours")
 
 
-def differences(results: Results) -> dict[str, tuple[float, int]]:
+def differences(results: Results, corpus: str = FIRST_CORPUS) -> dict[str, tuple[float, int]]:
     """Validation loss of every neighbour minus that of the baseline, and over how many seeds.
 
     Infinite for a neighbour that diverged.
     """
     losses: dict[str, dict[int, float]] = {}
-    for record in results.records():
-        if record["kind"] == "run" and record["corpus"] == FIRST_CORPUS:
+    for record in results.records(corpus):
+        if record["kind"] == "run":
             losses.setdefault(record["arm"], {})[record["seed"]] = mean_loss(record)
     found = {}
     for name in NEIGHBOURS:

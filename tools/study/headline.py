@@ -25,11 +25,11 @@ UNADJUSTED = (
 def headline(report: Report) -> str:
     """A list: by corpus, the paper's Lory, the recipe that redraws, and the rivals."""
     lines = []
-    for findings, where in ((report.findings, "Python"), (report.again, "Debian")):
-        by_id = {f.claim.id: f for f in findings if f.effect is not None}
+    for corpus, where in zip(report.corpora, ("Python", "Debian"), strict=True):
+        by_id = {f.claim.id: f for f in corpus.findings if f.effect is not None}
         if "gain" in by_id:
-            lines.append(_gain(by_id, where, report))
-        rivals = [_rival(by_id[name], name, report.records) for name in RIVALS if name in by_id]
+            lines.append(_gain(by_id, where, report.split, corpus.records))
+        rivals = [_rival(by_id[name], name, corpus.records) for name in RIVALS if name in by_id]
         if rivals:
             lines.append(
                 f"- **{where} packages, against sparse mixtures that were tuned alike**: Lory's "
@@ -38,19 +38,24 @@ def headline(report: Report) -> str:
     return "\n".join([*lines, "", UNADJUSTED]) if lines else "The study has no runs yet."
 
 
-def _gain(by_id: Mapping[str, Finding], where: str, report: Report) -> str:
-    effect = by_id["gain"].effect
-    assert effect is not None
+def _gain(by_id: Mapping[str, Finding], where: str, split: str, records: Sequence[Record]) -> str:
+    effects = {name: finding.effect for name, finding in by_id.items() if finding.effect}
     said = (
-        f"- **{where} packages, against the dense model**: Lory's {report.split} loss is "
-        f"{size(effect)}, its perplexity {np.exp(effect.mean):.3f} times the dense model's"
-        f"{_cost('lory', 'dense', report.records)}.{_domains(by_id['gain'])}"
+        f"- **{where} packages, against the dense model**: Lory's {split} loss is "
+        f"{size(effects['gain'])}, its perplexity {np.exp(effects['gain'].mean):.3f} times the "
+        f"dense model's{_cost('lory', 'dense', records)}.{_domains(by_id['gain'])}"
     )
-    if "gain_redrawn" not in by_id:
-        return said
-    redrawn = by_id["gain_redrawn"].effect
-    assert redrawn is not None
-    return f"{said} With experts that are partly redrawn at upcycling, it is {size(redrawn)}."
+    if "gain_flops" in effects:
+        said += (
+            " Against a dense model that is trained for as many FLOPs in all, it is "
+            f"{size(effects['gain_flops'])}."
+        )
+    if "gain_redrawn" in effects:
+        said += (
+            " With experts that are partly redrawn at upcycling, it is "
+            f"{size(effects['gain_redrawn'])}."
+        )
+    return said
 
 
 def _domains(finding: Finding) -> str:

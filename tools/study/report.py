@@ -31,10 +31,11 @@ from tools.study.claims import (
     without_domain,
 )
 from tools.study.headline import headline
-from tools.study.results import Results
+from tools.study.results import FIRST_CORPUS, SECOND_CORPUS, Results
 from tools.study.statistics import Effect, effective_origins
 from tools.study.tables import (
     HEADLINES,
+    Corpus,
     Report,
     Table,
     again_table,
@@ -121,7 +122,7 @@ def write_final(out: Path, claims_file: Path = CLAIMS) -> None:
     if final.with_suffix(".json").exists():
         raise InputError(f"{final}.json: exists; the confirmation set is compared once")
     on_test = make_report(out, "test", claims_file)
-    waiting = [f.claim.id for f in on_test.findings if f.verdict == PENDING]
+    waiting = [f.claim.id for f in on_test.first.findings if f.verdict == PENDING]
     if waiting:
         raise InputError(f"{out}: claims are pending, so nothing is final: {', '.join(waiting)}")
     _write(make_report(out, "confirmation", claims_file), final)
@@ -132,19 +133,20 @@ def _write(report: Report, out: Path) -> None:
         "split": report.split,
         "claims": {
             f.claim.id: numbers(f, again) | _parts_numbers(report, f.claim.id)
-            for f, again in zip(report.findings, report.again, strict=True)
+            for f, again in zip(report.first.findings, report.second.findings, strict=True)
         },
-        "tuning": tuning(report.records),
+        "tuning": tuning(report.first.records),
         "ladder": report.ladder,
     }
     write_atomically(out.with_suffix(".json"), json.dumps(contents, indent=1) + "\n")
     write_atomically(out.with_suffix(".md"), markdown_page(report, out.name))
     write_atomically(out.with_suffix(".html"), html_page(report))
-    print(f"wrote {out}.json, .md and .html from {len(report.records)} runs")
+    runs = sum(len(corpus.records) for corpus in report.corpora)
+    print(f"wrote {out}.json, .md and .html from {runs} runs")
 
 
 def _parts_numbers(report: Report, claim: str) -> dict[str, Any]:
-    found = report.variants.get(claim)
+    found = report.first.variants.get(claim)
     return {"parts": {part: of_effect(f.effect, f.p) for part, f in found.items()}} if found else {}
 
 
@@ -152,23 +154,24 @@ def make_report(out: Path, split: str, claims_file: Path) -> Report:
     """Tests all claims, and the headline also on parts of the held-out instances."""
     results = Results(out / "runs")
     claims, margin = read_claims(claims_file)
-    findings = judge_claims(claims, margin, results, split)
-    again = judge_claims(claims, margin, results, split, corpus="debian")
     audit = read_audit(out / AUDIT, results)
-    variants: dict[str, dict[str, Finding]] = {}
-    for finding in findings:
-        if finding.claim.id in HEADLINES and finding.effect is not None:
-            variants[finding.claim.id] = {
-                name: judge_claims([finding.claim], margin, results, split, keep)[0]
-                for name, keep in _parts(finding.effect, audit, split).items()
-            }
+
+    def judge(name: str, audit: dict[str, Any] | None) -> Corpus:
+        findings = judge_claims(claims, margin, results, split, corpus=name)
+        variants: dict[str, dict[str, Finding]] = {}
+        for finding in findings:
+            if finding.claim.id in HEADLINES and finding.effect is not None:
+                variants[finding.claim.id] = {
+                    part: judge_claims([finding.claim], margin, results, split, keep, name)[0]
+                    for part, keep in _parts(finding.effect, audit, split).items()
+                }
+        neighbours = fair_start.differences(results, name)
+        return Corpus(name, findings, variants, results.records(name), neighbours)
+
     return Report(
         split,
-        findings,
-        again,
-        variants,
-        results.records(),
-        fair_start.differences(results),
+        judge(FIRST_CORPUS, audit),
+        judge(SECOND_CORPUS, None),
         ladder.summarize(ladder.read_points(results, split)),
         audit,
         margin,
@@ -207,12 +210,13 @@ def _parts(effect: Effect, audit: dict[str, Any] | None, split: str) -> dict[str
 
 def _sections(report: Report) -> list[tuple[str, Table]]:
     found = [
-        ("Claims", claims_table(report.findings)),
+        ("Claims", claims_table(report.first.findings)),
         ("The second corpus, which is not Python", again_table(report)),
         ("The headline by domain", domains_table(report)),
         ("The headline on parts of the instances", variants_table(report)),
         ("Near-duplicates", audit_table(report)),
-        ("Arms", arms_table(report)),
+        ("Arms", arms_table(report.first, report.split)),
+        ("Arms on the second corpus", arms_table(report.second, report.split)),
         ("Tuning, on validation", tuning_table(report)),
         ("Learning rates at full length, on validation", long_tuning_table(report)),
         ("The dense baseline's start", fair_start_table(report)),
@@ -223,10 +227,11 @@ def _sections(report: Report) -> list[tuple[str, Table]]:
 
 def _intro(report: Report) -> list[str]:
     """Paragraphs on the scale, the tuning and the statistics."""
-    runs = sum(record["kind"] == "run" for record in report.records)
+    kinds = [record["kind"] for corpus in report.corpora for record in corpus.records]
+    runs = kinds.count("run")
     made = (
         f"{runs} finished runs of arms, judged on the {report.split} set, and "
-        f"{len(report.records) - runs} trials for tuning. {SCALE}"
+        f"{len(kinds) - runs} trials for tuning. {SCALE}"
     )
     return [made, TUNING, NOTE, LIMITS.format(folders=report.folders)]
 
@@ -263,7 +268,7 @@ def _pictures(title: str, report: Report) -> list[str]:
     if title == "Claims":
         effects = [
             (f.claim.id, f.effect.mean, f.effect.low, f.effect.high)
-            for f in report.findings
+            for f in report.first.findings
             if f.effect is not None and not np.isnan(f.effect.low)
         ]
         if effects:
@@ -271,7 +276,7 @@ def _pictures(title: str, report: Report) -> list[str]:
             return [html.figure(svg, "The effect of every claim that was tested.")]
     if title == "Arms":
         shown = {
-            name: [r["curve"] for r in report.records if r["arm"] == name and r.get("curve")]
+            name: [r["curve"] for r in report.first.records if r["arm"] == name and r.get("curve")]
             for name in ("dense", "lory", "lory_redrawn", "lory_scratch")
         }
         shown = {name: curves for name, curves in shown.items() if curves}

@@ -18,7 +18,7 @@ from lory_jax.data.prepared import PreparedData
 from lory_jax.errors import InputError
 from lory_jax.storage import write_atomically
 
-FIRST_CORPUS = "packages"  # on which everything is tuned
+FIRST_CORPUS, SECOND_CORPUS = "packages", "debian"  # everything is tuned on the first
 SPLITS = ("validation", "test", "confirmation")
 
 Record = dict[str, Any]

@@ -17,27 +17,43 @@ Table = tuple[list[str], list[list[str]]]
 
 
 @dataclass(frozen=True)
+class Corpus:
+    """What the runs on one corpus say.
+
+    Attributes:
+      findings: on every claim.
+      variants: for the headline claims, the finding on parts of the instances, by name.
+      neighbours: validation loss of the dense baseline's neighbours minus its own, and the seeds.
+    """
+
+    name: str
+    findings: list[Finding]
+    variants: dict[str, dict[str, Finding]]
+    records: list[Record]
+    neighbours: dict[str, tuple[float, int]]
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything that the pages show.
 
     Attributes:
-      again: the same claims on the second corpus.
-      neighbours: validation loss of the dense baseline's neighbours minus its own, and the seeds.
-      audit: what tools/study/audit.py found about these held-out sets, or None.
-      variants: for the headline claims, the finding on parts of the instances, by name.
-      folders: how few folders the held-out instances come from, in words.
+      first: the corpus on which everything is tuned; `second` repeats the main contrasts.
+      audit: what tools/study/audit.py found about the first corpus, or None.
+      folders: how few folders the held-out instances of the first corpus come from, in words.
     """
 
     split: str
-    findings: list[Finding]
-    again: list[Finding]
-    variants: dict[str, dict[str, Finding]]
-    records: list[Record]
-    neighbours: dict[str, tuple[float, int]]
+    first: Corpus
+    second: Corpus
     ladder: dict[str, Any] | None
     audit: dict[str, Any] | None
     margin: float
     folders: str
+
+    @property
+    def corpora(self) -> tuple[Corpus, Corpus]:
+        return self.first, self.second
 
 
 def tuning(records: Sequence[Record]) -> dict[str, list[dict[str, Any]]]:
@@ -71,45 +87,48 @@ def claims_table(findings: Sequence[Finding]) -> Table:
 def again_table(report: Report) -> Table:
     """The claims that have runs on the second corpus."""
     header = ["claim", "verdict", "effect", "95 % interval", "adjusted p", "seeds"]
-    tested = [finding for finding in report.again if finding.effect is not None]
+    tested = [finding for finding in report.second.findings if finding.effect is not None]
     return header, [[f.claim.claim, _verdict(f), *_figures(f)] for f in tested]
 
 
 def variants_table(report: Report) -> Table:
     """The headline claims on parts of the instances; p of each alone, and of the mean."""
-    header = ["headline", "on", "effect", "95 % interval", "p of the mean", "seeds"]
+    header = ["corpus", "headline", "on", "effect", "95 % interval", "p of the mean", "seeds"]
     rows = []
-    by_id = {finding.claim.id: finding for finding in report.findings}
-    for name, variants in report.variants.items():
-        for part, finding in {"all instances": by_id[name], **variants}.items():
-            if finding.effect is not None:
-                rows.append([name, part, *_effect(finding.effect, finding.effect.p)])
+    for corpus in report.corpora:
+        by_id = {finding.claim.id: finding for finding in corpus.findings}
+        for name, variants in corpus.variants.items():
+            for part, finding in {"all instances": by_id[name], **variants}.items():
+                if finding.effect is not None:
+                    figures = _effect(finding.effect, finding.effect.p)
+                    rows.append([corpus.name, name, part, *figures])
     return header, rows
 
 
 def domains_table(report: Report) -> Table:
     """The effect of the headline claims domain by domain; p of each alone."""
-    header = ["headline", "domain", "effect", "95 % interval", "p", "seeds"]
+    header = ["corpus", "headline", "domain", "effect", "95 % interval", "p", "seeds"]
     rows = [
-        [finding.claim.id, domain, *_effect(effect, effect.p)]
-        for finding in report.findings
+        [corpus.name, finding.claim.id, domain, *_effect(effect, effect.p)]
+        for corpus in report.corpora
+        for finding in corpus.findings
         if finding.claim.id in HEADLINES
         for domain, effect in finding.domains.items()
     ]
     return header, rows
 
 
-def arms_table(report: Report) -> Table:
+def arms_table(corpus: Corpus, split: str) -> Table:
     """One row per arm: seeds, mean loss, FLOPs, how its experts differ, and their load."""
     by_arm: dict[str, list[Record]] = {}
-    for record in report.records:
+    for record in corpus.records:
         if record["kind"] == "run":
             by_arm.setdefault(record["arm"], []).append(record)
     rows = []
     # An arm of several corpora is in the list once for each.
     for arm in dict.fromkeys(arm.name for arm in arms.ARMS if arm.name in by_arm):
         finished = [r for r in by_arm[arm] if r["status"] == "finished"]
-        losses = [mean_loss(r, report.split) for r in finished if report.split in r["losses"]]
+        losses = [mean_loss(r, split) for r in finished if split in r["losses"]]
         rows.append(
             [
                 arm,
@@ -123,7 +142,7 @@ def arms_table(report: Report) -> Table:
                 _mean([r.get("load_violation", {}) for r in finished], "last", "{:.2f}"),
             ]
         )
-    header = ["arm", "seeds", f"{report.split} loss", "s.d. of seeds", "FLOPs a token"]
+    header = ["arm", "seeds", f"{split} loss", "s.d. of seeds", "FLOPs a token"]
     return [*header, "experts used", "expert cosine", "experts a token", "MaxVio"], rows
 
 
@@ -137,7 +156,7 @@ def tuning_table(report: Report) -> Table:
     """The best short trial of every family, and which of its values are ends of what was tried."""
     grids = {family.name: family.grid for family in arms.FAMILIES}
     rows = []
-    for name, trials in tuning(report.records).items():
+    for name, trials in tuning(report.first.records).items():
         steps = min(trial["steps"] for trial in trials)
         short = [trial for trial in trials if trial["steps"] == steps]
         done = [trial for trial in short if trial["validation_loss"] is not None]
@@ -157,7 +176,7 @@ def tuning_table(report: Report) -> Table:
 def long_tuning_table(report: Report) -> Table:
     """The learning rates that were tried at full length, with their validation losses."""
     rows = []
-    for name, trials in tuning(report.records).items():
+    for name, trials in tuning(report.first.records).items():
         long = [trial for trial in trials if trial["steps"] == arms.STEPS]
         losses = [trial["validation_loss"] for trial in long]
         best = min((loss for loss in losses if loss is not None), default=None)
@@ -170,9 +189,12 @@ def long_tuning_table(report: Report) -> Table:
 
 def fair_start_table(report: Report) -> Table:
     """The neighbours of the dense baseline at full length."""
-    found = report.neighbours
-    rows = [[name, _signed(value), str(seeds)] for name, (value, seeds) in found.items()]
-    return ["dense, changed", "validation loss minus dense's", "seeds"], rows
+    rows = [
+        [corpus.name, name, _signed(value), str(seeds)]
+        for corpus in report.corpora
+        for name, (value, seeds) in corpus.neighbours.items()
+    ]
+    return ["corpus", "dense, changed", "validation loss minus dense's", "seeds"], rows
 
 
 def ladder_table(report: Report) -> Table:
