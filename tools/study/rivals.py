@@ -14,7 +14,7 @@ from tools import tables
 from tools.study import arms
 from tools.study.claims import ByArm, contrast, finished_runs, mean_of
 from tools.study.report import OUT, ROOT
-from tools.study.results import Results
+from tools.study.results import FIRST_CORPUS, SECOND_CORPUS, Results
 from tools.study.statistics import paired_effect
 
 PAGE = ROOT / "docs" / "baselines.md"
@@ -44,32 +44,40 @@ def write_page(out: Path, page: Path = PAGE) -> None:
     tables.replace_marked(page, MARK, text(Results(out / "runs"), seconds))
 
 
-def text(results: Results, seconds: Mapping[str, float], split: str = "test") -> str:
-    """The table of the arms with runs, and the names of the others."""
-    by_arm = finished_runs(results)
+def text(results: Results, seconds: Mapping[str, float]) -> str:
+    """A table of the arms with runs for each corpus, and the names of the others."""
+    parts, missing = table(results, seconds, FIRST_CORPUS)
+    again, _ = table(results, seconds, SECOND_CORPUS)
+    if missing:
+        parts.append(f"Without runs so far: {', '.join(missing)}.")
+    return "\n\n".join([*parts, *(["On the second corpus:", *again] if again else [])])
+
+
+def table(
+    results: Results, seconds: Mapping[str, float], corpus: str
+) -> tuple[list[str], list[str]]:
+    """The table of a corpus, nothing if there are no rows, and the arms without runs."""
+    by_arm = finished_runs(results, corpus)
     rows, missing = [], []
     for name in SHOWN:
         if name not in by_arm or DENSE not in by_arm or LORY not in by_arm:
             missing.append(name)
             continue
-        effects = [_effect(name, base, by_arm, results, split) for base in (DENSE, LORY)]
+        effects = [_effect(name, base, by_arm, results, corpus) for base in (DENSE, LORY)]
         costs = [
             f"{mean_of(by_arm[name], cost) / mean_of(by_arm[LORY], cost):.2f}"
             for cost in ("flops_per_token", "parameters")
         ]
         costs.append(f"{seconds[name]:.2f}" if name in seconds else "")
         rows.append([name, *effects, str(len(by_arm[name])), *costs])
-    parts = [tables.markdown(HEADER, rows)] if rows else []
-    if missing:
-        parts.append(f"Without runs so far: {', '.join(missing)}.")
-    return "\n\n".join(parts)
+    return [tables.markdown(HEADER, rows)] if rows else [], missing
 
 
-def _effect(name: str, base: str, by_arm: ByArm, results: Results, split: str) -> str:
-    """The difference of the losses with its interval, over the seeds that both have."""
+def _effect(name: str, base: str, by_arm: ByArm, results: Results, corpus: str) -> str:
+    """The difference of the test losses with its interval, over the seeds that both have."""
     if name == base:
         return ""
-    domains = contrast({name: 1.0, base: -1.0}, by_arm, results, split)
+    domains = contrast({name: 1.0, base: -1.0}, by_arm, results, "test", corpus=corpus)
     if not domains:
         return ""
     effect = paired_effect(domains)
