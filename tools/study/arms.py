@@ -105,7 +105,7 @@ ARMS = [
     Arm("lory_scratch", "lory_scratch", cost=1.15, measures=("routing",)),
     Arm("dense_random", "dense", data="random"),
     Arm("lory_random", "lory", data="random", cost=1.15),
-    # Fewer steps may want a higher learning rate: one seed with twice the rate tells.
+    # Fewer steps want a higher learning rate: validation prefers twice the rate for both (seed 0).
     *(
         Arm(
             f"lory_{word}{end}",
@@ -116,7 +116,11 @@ ARMS = [
             cost=1.15,
         )
         for word, share in (("half", 0.5), ("three_quarters", 0.75))
-        for end, factors, seeds in (("", {}, 4), ("_rate_doubled", {RATE: 2.0}, 1))
+        for end, factors, seeds in (
+            ("", {}, 4),
+            ("_rate_doubled", {RATE: 2.0}, 4),
+            ("_rate_quadrupled", {RATE: 4.0}, 1),
+        )
     ),
     *(
         Arm(f"lory_e{E}", "lory", {EXPERTS: E}, group=2, cost=expert_cost(E))
