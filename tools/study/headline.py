@@ -12,7 +12,10 @@ from tools.study.tables import Report
 RIVALS = {
     "over_dropless_top1": ("dropless_top1", "dropless top-1"),
     "over_dropless_top2": ("dropless_top2", "dropless top-2"),
-    "over_dropless_top2_fine": ("dropless_top2_fine", "dropless top-2 with narrower experts"),
+    "over_dropless_top2_fine": (
+        "dropless_top2_fine",
+        "dropless top-2 with narrower experts, at the same settings",
+    ),
     "over_remoe": ("remoe", "ReMoE"),
     "over_expert_threshold": ("expert_threshold", "Expert Threshold"),
 }
