@@ -17,7 +17,7 @@ from lory_jax.model.flops import flops_per_token
 from tools.study import arms, beyond, fair_start, ladder, rivals, sparse, sparse_arms
 from tools.study.__main__ import RECIPE, unavailable
 from tools.study.claims import judge_claims, planned_seeds, read_claims
-from tools.study.headline import UNADJUSTED, headline, size
+from tools.study.headline import UNADJUSTED, _cost, headline, size
 from tools.study.report import CLAIMS, OUT, ROOT, make_report, write_final, write_report
 from tools.study.results import Results, run_id
 from tools.study.statistics import Effect
@@ -269,6 +269,13 @@ def test_arms_with_other_segments_are_scored_on_the_same_positions():
 def test_the_headline_says_which_way_it_goes(effect, word):
     found = Effect(effect, effect - 0.02, effect + 0.02, 0.01, 4, {})
     assert size(found) == f"0.050 {word} (0.030 to 0.070; 4 seeds)"
+
+
+def test_the_headline_states_flops_as_the_mean_of_the_seeds():
+    """With gates, seeds differ in the experts that a token has."""
+    flops = (("remoe", 1.0), ("remoe", 3.0), ("lory", 1.0), ("lory", 1.0))
+    records = [{"arm": arm, "kind": "run", "flops_per_token": value} for arm, value in flops]
+    assert _cost("remoe", "lory", records) == " (2.00 times the FLOPs)"
 
 
 def test_the_headline_has_a_line_for_every_comparison(out):

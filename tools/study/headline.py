@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tools.study.claims import Finding
+from tools.study.claims import Finding, mean_of
 from tools.study.results import Record
 from tools.study.statistics import Effect
 from tools.study.tables import Report
@@ -80,9 +80,13 @@ def _rival(finding: Finding, claim: str, records: Sequence[Record]) -> str:
 
 
 def _cost(arm: str, base: str, records: Sequence[Record]) -> str:
-    flops = {r["arm"]: r.get("flops_per_token") for r in records if r["kind"] == "run"}
-    ours, other = flops.get(arm), flops.get(base)
-    return f" ({ours / other:.2f} times the FLOPs)" if ours and other else ""
+    ours, other = (
+        mean_of(
+            [r for r in records if r["arm"] == name and "flops_per_token" in r], "flops_per_token"
+        )
+        for name in (arm, base)
+    )
+    return f" ({ours / other:.2f} times the FLOPs)"
 
 
 def size(effect: Effect) -> str:
