@@ -16,6 +16,7 @@ from lory_jax.parallel import make_mesh
 from lory_jax.run.phases import EXPERTS
 from lory_jax.training.initialization_from import state_from
 from lory_jax.training.loss import token_losses
+from lory_jax.training.phases import Phases
 from lory_jax.training.state import new_state
 from lory_jax.training.step import make_train_step
 from lory_jax.training.upcycle import make_upcycle
@@ -171,6 +172,23 @@ def test_thresholds_of_the_first_steps_are_the_mean_of_their_cutoffs():
     slots = -(-6 * 14 // E)
     np.testing.assert_allclose(shares, E * slots / (6 * 14), rtol=0.05)
     np.testing.assert_allclose(shares[:3], E * slots / (6 * 14), rtol=1e-6)
+
+
+def test_a_run_takes_its_warm_up_of_thresholds_from_the_config():
+    """In the first 2 of 10 steps experts take their share of the batch, and not in the third."""
+    model_config = tiny_config(routing="expert_threshold")
+    config = base_config()
+    config.model.update(dataclasses.asdict(model_config))
+    config.train.update(steps=10, dense_warmup_fraction=0.0, threshold_warmup_fraction=0.2)
+    config.train.update(microbatches=1, global_batch_size=6)
+    step = Phases(config, model_config, OPTIMIZER, make_mesh(1, 1, 1)).first().train_step(0)
+    tokens, shares = random_tokens(6, 15), []
+    for number in (1, 2):
+        state = new_state(model_config, OPTIMIZER, params_of(model_config))
+        state = {**state, "step": jax.numpy.asarray(number, state["step"].dtype)}
+        shares.append(float(step(state, tokens)[1]["experts_per_token"]))
+    share = E * -(-6 * 14 // E) / (6 * 14)
+    assert shares[0] == pytest.approx(share) and abs(shares[1] - share) > 0.05
 
 
 def test_a_skipped_step_moves_nothing():
