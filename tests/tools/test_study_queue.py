@@ -253,7 +253,7 @@ def test_a_killed_queue_leaves_no_trainer_behind(tmp_path):
     queue.send_signal(signal.SIGKILL)
     queue.wait()
     saved = tmp_path / "work" / "plain-t00" / "step"
-    wait_for(saved.exists)
+    wait_for(lambda: saved.exists() and saved.read_text())  # created empty, then written
     assert 20 <= int(saved.read_text()) < 4000
 
 
