@@ -158,6 +158,11 @@ def check_routing_source(model: ConfigDict) -> None:
             f"config.model.routing_source: got {model.routing_source!r}; must be last with "
             f"config.model.routing={model.routing}"
         )
+    if model.num_experts and model.routing_source == "attention" and model.segment_length < 2:
+        raise ConfigError(
+            f"config.model.segment_length: got {model.segment_length}; must be at least 2 with "
+            "config.model.routing_source=attention: the first token attends to the others"
+        )
 
 
 def check_sparse(model: ConfigDict, train: ConfigDict) -> None:

@@ -220,7 +220,11 @@ def make_decoder(
                 inputs.append(h_Bx1xD[:, 0])
         segments = cache.segments
         if segments is not None:
-            segments = tuple(map(add_token, segments, inputs))
+            is_first_B = positions_B % T == 0
+            segments = tuple(
+                add_token(segment, h_BxD, is_first_B)
+                for segment, h_BxD in zip(segments, inputs, strict=True)
+            )
         logits_BxV = model.unembed(model.normalize(x_Bx1xD))[:, 0]
         cache = cache._replace(keys=tuple(keys), values=tuple(values), segments=segments)
         return logits_BxV, cache._replace(positions_B=positions_B + 1, starts_B=starts_B)

@@ -2,8 +2,8 @@
 
 The paper takes the mean of the last segment (section 3.1). The other sources are this project's:
 the mean of all earlier segments, an average in which a segment counts half as much with every
-segment that follows it, and the last segment as its first token attends to it. All are strictly
-causal, because entry k summarises segments up to k and routes segment k+1.
+segment that follows it, and the rest of the last segment as its first token attends to it. All are
+strictly causal, because entry k summarises segments up to k and routes segment k+1.
 
 While decoding, `Running` holds what the next border needs, so that no hidden state is kept.
 
@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+
+NO_SCORE = -1e30  # below every score
 
 
 def num_segments(length: int, segment_length: int) -> int:
@@ -36,13 +38,15 @@ def segment_means(
 def attention_pools(
     h_BxLxD: Array, segment_length: int, valid_lengths_B: Array | None = None
 ) -> Array:
-    """Every segment as its first token attends to it: float32 `[B, N, D]`.
+    """The other tokens of every segment as its first one attends to them: float32 `[B, N, D]`.
 
     Hidden states are queries, keys and values, so there are no parameters; scores are divided by
-    sqrt(D). Tokens are valid as in `segment_means`.
+    sqrt(D). The first token does not attend to itself: hidden states are normalised, so its own
+    score is about sqrt(D), and at large D it would take all the weight. Tokens are valid as in
+    `segment_means`; a segment with one alone has summary 0.
     """
     h_BxNxTxD, is_valid_BxNxT = _split(h_BxLxD, segment_length, valid_lengths_B)
-    weight_BxNxT = _attention_weights(h_BxNxTxD, h_BxNxTxD[:, :, :1], is_valid_BxNxT)
+    weight_BxNxT, _ = _attention_weights(h_BxNxTxD, is_valid_BxNxT)
     mass_BxNx1 = jnp.sum(weight_BxNxT, axis=2)[..., None]
     total_BxNxD = jnp.einsum("bnt,bntd->bnd", weight_BxNxT, h_BxNxTxD)
     return total_BxNxD / jnp.where(mass_BxNx1 > 0, mass_BxNx1, 1.0)
@@ -87,10 +91,13 @@ def _split(
     )
 
 
-def _attention_weights(h_xTxD: Array, query_x1xD: Array, is_valid_xT: Array) -> Array:
-    """Unnormalised weights exp((q.h - q.q) / sqrt(D)): the query's own is 1."""
-    score_xT = jnp.sum(query_x1xD * (h_xTxD - query_x1xD), axis=-1) / h_xTxD.shape[-1] ** 0.5
-    return jnp.where(is_valid_xT, jnp.exp(score_xT), 0.0)
+def _attention_weights(h_xTxD: Array, is_valid_xT: Array) -> tuple[Array, Array]:
+    """exp(score - largest score) of every token but the first, which is 0; the largest score."""
+    query_x1xD = h_xTxD[..., :1, :]
+    score_xT = jnp.sum(query_x1xD * h_xTxD, axis=-1) / h_xTxD.shape[-1] ** 0.5
+    is_valid_xT = is_valid_xT.at[..., 0].set(False)
+    top_x = jnp.max(jnp.where(is_valid_xT, score_xT, NO_SCORE), axis=-1)
+    return jnp.where(is_valid_xT, jnp.exp(score_xT - top_x[..., None]), 0.0), top_x
 
 
 # ---------------------------------------------------------------- while decoding
@@ -100,13 +107,15 @@ class Running(NamedTuple):
     """The segment under way in one layer, and those before it; all float32.
 
     total_BxD, mass_B: the weighted sum of its hidden states so far, and of their weights.
-    query_BxD: its first token; None unless the source is attention.
+    query_BxD, top_B: its first token and the largest score so far, by which weights are divided;
+      None unless the source is attention.
     history_BxD: the summary of the segments before it; None where the source reads one alone.
     """
 
     total_BxD: Array
     mass_B: Array
     query_BxD: Array | None
+    top_B: Array | None
     history_BxD: Array | None
 
 
@@ -115,27 +124,35 @@ def after_prompt(h_BxPxD: Array, lengths_B: Array, segment_length: int, source: 
     h_BxNxTxD, is_valid_BxNxT = _split(h_BxPxD, segment_length, lengths_B)
     rows, last_B = jnp.arange(len(lengths_B)), (lengths_B - 1) // segment_length
     h_BxTxD, weight_BxT = h_BxNxTxD[rows, last_B], is_valid_BxNxT[rows, last_B] * 1.0
-    query_BxD = history_BxD = None
+    query_BxD = top_B = history_BxD = None
     if source == "attention":
         query_BxD = h_BxTxD[:, 0]
-        weight_BxT = _attention_weights(h_BxTxD, h_BxTxD[:, :1], weight_BxT > 0)
+        weight_BxT, top_B = _attention_weights(h_BxTxD, weight_BxT > 0)
     if source in ("cumulative", "average"):
         # A segment before the last is full, so what the last one holds does not matter.
         history_BxD = summaries(h_BxPxD, segment_length, source)[rows, jnp.maximum(last_B - 1, 0)]
     total_BxD = jnp.einsum("bt,btd->bd", weight_BxT, h_BxTxD)
-    return Running(total_BxD, jnp.sum(weight_BxT, axis=1), query_BxD, history_BxD)
+    return Running(total_BxD, jnp.sum(weight_BxT, axis=1), query_BxD, top_B, history_BxD)
 
 
-def add_token(running: Running, h_BxD: Array) -> Running:
-    """The state after one more token of every row."""
+def add_token(running: Running, h_BxD: Array, is_first_B: Array) -> Running:
+    """The state after one more token of every row, which may be the first of its segment."""
     h_BxD = h_BxD.astype(jnp.float32)
-    weight_B, query_BxD = jnp.ones(len(h_BxD)), running.query_BxD
-    if query_BxD is not None:
-        query_BxD = jnp.where(running.mass_B[:, None] == 0, h_BxD, query_BxD)
-        is_valid_Bx1 = jnp.ones((len(h_BxD), 1), bool)
-        weight_B = _attention_weights(h_BxD[:, None], query_BxD[:, None], is_valid_Bx1)[:, 0]
-    total_BxD = running.total_BxD + weight_B[:, None] * h_BxD
-    return Running(total_BxD, running.mass_B + weight_B, query_BxD, running.history_BxD)
+    if running.query_BxD is None or running.top_B is None:
+        return running._replace(total_BxD=running.total_BxD + h_BxD, mass_B=running.mass_B + 1.0)
+    query_BxD = jnp.where(is_first_B[:, None], h_BxD, running.query_BxD)
+    score_B = jnp.sum(query_BxD * h_BxD, axis=-1) / h_BxD.shape[-1] ** 0.5
+    score_B = jnp.where(is_first_B, NO_SCORE, score_B)
+    top_B = jnp.where(is_first_B, NO_SCORE, jnp.maximum(running.top_B, score_B))
+    kept_B, weight_B = jnp.exp(running.top_B - top_B), jnp.exp(score_B - top_B)
+    weight_B = jnp.where(is_first_B, 0.0, weight_B)
+    kept_B = jnp.where(is_first_B, 0.0, kept_B)
+    return running._replace(
+        total_BxD=kept_B[:, None] * running.total_BxD + weight_B[:, None] * h_BxD,
+        mass_B=kept_B * running.mass_B + weight_B,
+        query_BxD=query_BxD,
+        top_B=top_B,
+    )
 
 
 def at_border(
@@ -155,10 +172,9 @@ def at_border(
     history_BxD = running.history_BxD
     if history_BxD is not None:
         history_BxD = jnp.where(is_border_B[:, None], summary_BxD, history_BxD)
-    begun = Running(
-        jnp.where(is_border_B[:, None], 0.0, running.total_BxD),
-        jnp.where(is_border_B, 0.0, running.mass_B),
-        running.query_BxD,
-        history_BxD,
+    begun = running._replace(
+        total_BxD=jnp.where(is_border_B[:, None], 0.0, running.total_BxD),
+        mass_B=jnp.where(is_border_B, 0.0, running.mass_B),
+        history_BxD=history_BxD,
     )
     return summary_BxD, begun

@@ -198,7 +198,7 @@ def test_running_summaries_equal_those_of_whole_sequences(source):
         for row, position in enumerate(positions.tolist()):
             if position % T == 0:
                 assert_close(summary[row], np.asarray(expected)[row, position // T - 1], VALUES)
-        running = add_token(running, h[jnp.arange(4), positions])
+        running = add_token(running, h[jnp.arange(4), positions], positions % T == 0)
 
 
 def test_means_and_weights_are_float32_for_half_precision_input():

@@ -49,7 +49,10 @@ def routing_weights(
     def pool(tokens):
         if source != "attention":
             return mean(tokens)
-        return softmax(np.array([tokens[0] @ h for h in tokens]) / len(tokens[0]) ** 0.5) @ tokens
+        query, others = tokens[0], tokens[1:]
+        if not len(others):
+            return np.zeros(len(query))
+        return softmax(np.array([query @ h for h in others]) / len(query) ** 0.5) @ others
 
     def route(tokens):
         return softmax(mean(tokens) @ router)

@@ -104,18 +104,33 @@ def test_a_parent_whose_directory_is_gone_is_made_again_for_children_without_res
 def test_a_child_of_several_parents_reads_other_batches_than_they_did(tmp_path):
     family = Family("f", {}, {RATE: (0.1,)}, group=0, steps=2)
     parents = [Arm(name, "f", seeds=2, steps=3, keeps_run=True) for name in ("left", "right")]
-    child = Arm("child", "f", seeds=2, steps=4, parents=("left", "right"), reads_on=True)
+    both = ("left", "right")
+    child = Arm("child", "f", seeds=2, steps=4, parents=both, reads_on=1, keeps_run=True)
+    last = Arm("last", "f", seeds=2, steps=5, parents=("child",), reads_on=2)
     runner = runner_of(tmp_path)
-    queue = Queue(make_jobs([family], [child, *parents], "A"), runner.results)
+    queue = Queue(make_jobs([family], [last, child, *parents], "A"), runner.results)
     work_off(queue, runner, [core()])
     assert not queue.remaining()
     log = (runner.work / "steps.txt").read_text()
     for seed in range(2):
         begins = log.index(f"child-s{seed} 1")
         assert all(log.index(f"{p.name}-s{seed} 3") < begins for p in parents)
-        settings = runner.results.read(f"child-s{seed}")["settings"]
-        assert settings["train.seed"] not in (0, 1)
-        assert runner.results.read(f"left-s{seed}")["settings"]["train.seed"] == seed
+        names = ("left", "right", "child", "last")
+        seeds = [runner.results.read(f"{n}-s{seed}")["settings"]["train.seed"] for n in names]
+        assert seeds[:2] == [seed, seed] and len({0, 1, *seeds}) == 4
+
+
+def test_children_of_a_diverged_run_are_left_out(tmp_path):
+    family = Family("f", {}, {RATE: (0.1,)}, group=0, steps=2)
+    first = Arm("first", "f", {RATE: 2.0}, seeds=1, steps=3, keeps_run=True)
+    second = Arm("second", "f", seeds=1, steps=4, parents=("first",), keeps_run=True)
+    third = Arm("third", "f", seeds=1, steps=5, parents=("second",))
+    runner = runner_of(tmp_path)
+    queue = Queue(make_jobs([family], [third, second, first], "A"), runner.results, runner.work)
+    work_off(queue, runner, [core()])
+    assert not queue.remaining() and queue.next() is None
+    assert runner.results.read("first-s0")["status"] == "diverged"
+    assert runner.results.read("second-s0") is None and runner.results.read("third-s0") is None
 
 
 def test_a_stage_alone_tunes_what_it_needs():

@@ -13,7 +13,7 @@ import pytest
 from lory_jax.config import load_config
 from lory_jax.errors import InputError
 from lory_jax.model.config import ModelConfig
-from lory_jax.model.flops import flops_per_token
+from lory_jax.model.flops import flops_per_token, parameter_counts, trained_flops_per_token
 from tools.study import arms, beyond, fair_start, ladder, rivals, sparse, sparse_arms
 from tools.study.__main__ import RECIPE, unavailable
 from tools.study.claims import judge_claims, planned_seeds, read_claims
@@ -334,9 +334,21 @@ def test_the_page_of_what_is_beyond_the_paper_compares_with_the_recipe(tmp_path)
     beyond.write_page(tmp_path / "study", page)
     text = page.read_text()
     assert "| source_average | model.routing_source=average | -0.0" in text and "old" not in text
+    assert "| 3 of 4 |" in text
     missing = text.split("Without runs so far: ")[1].split(".\n")[0].split(", ")
     of_stage = {a.name for a in arms.ARMS if a.stage == "beyond" and not a.keeps_run}
     assert {*missing} == of_stage - {"source_average"} and "source_attention" in missing
+    for arm, effect in (("grown", -0.02), ("restarted", 0.01)):
+        for name, seed in itertools.product((arm, f"{arm}_start"), range(3)):
+            losses = {d: np.full(n, 3.0 + effect + seed / 1e3) for d, n in DOMAINS.items()}
+            write(results, name, seed, {"test": losses})
+    lost = {"id": "rank_4-s0", "kind": "run", "arm": "rank_4", "status": "diverged", "seed": 0}
+    results.write(lost | {"corpus": "packages"}, {})
+    write(results, "rank_4", 1, {"test": {d: np.full(n, 3.0) for d, n in DOMAINS.items()}})
+    beyond.write_page(tmp_path / "study", page)
+    assert "| grown | restarted | -0.0" in page.read_text()
+    assert "Diverged: rank_4-s0." in page.read_text()
+    assert "| rank_4 | model" not in page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n")
 
 
@@ -449,6 +461,43 @@ def test_the_longer_dense_run_has_as_many_flops_as_lorys():
         for E in (0, 8)
     )
     assert pytest.approx(lory / dense, abs=1e-4) == arms.FLOPS_OVER_DENSE
+
+
+def cost_of(arm):
+    """FLOPs per token, averaged over segment lengths, and parameters."""
+    (family,) = (family for family in arms.FAMILIES if family.name == arm.family)
+    fields = {**family.settings, **arm.settings}
+    config = load_config(RECIPE, [(name, str(value)) for name, value in fields.items()])
+    model = ModelConfig.for_platform(config.model, "cpu")
+    flops = trained_flops_per_token(model, config.train.segment_schedule)
+    return np.array([flops, parameter_counts(model)["total"]])
+
+
+def test_arms_beyond_the_paper_cost_what_their_page_says():
+    by_name = {arm.name: arm for arm in arms.ARMS if arm.corpus == "packages"}
+    base = cost_of(by_name[beyond.BEYOND_BASE])
+    over_base = {name: cost_of(arm) / base for name, arm in by_name.items()}
+    for name in ("source_average", "layers_upper_half", "layers_every_second", "shared_half"):
+        np.testing.assert_allclose(over_base[name], 1.0, atol=0.005, err_msg=name)
+    assert over_base["schedule_t128_t64"][0] == pytest.approx(0.98, abs=0.005)
+    assert over_base["rank_1"][0] == pytest.approx(1.02, abs=0.005)
+    longer = by_name["longer"].steps / arms.STEPS
+    assert longer == pytest.approx(over_base["deltas_8"][0], abs=1e-3)
+
+
+def test_arms_beyond_the_paper_train_for_as_many_steps_as_the_recipe():
+    by_name = {arm.name: arm for arm in arms.ARMS if arm.stage == "beyond"}
+
+    def chain(name):
+        parents = {p for parent in by_name[name].parents for p in chain(parent)}
+        return {name} | parents
+
+    for name in ("grown", "restarted", "branches", "unbranched"):
+        assert sum(by_name[each].steps for each in chain(name)) == arms.STEPS, name
+        depths = {by_name[p].reads_on for p in by_name[name].parents}
+        assert depths == {by_name[name].reads_on - 1}
+    shown = {arm.name for arm in beyond.shown()}
+    assert {name for pair in beyond.CONTROLS for name in pair} <= shown
 
 
 def test_every_family_has_the_same_number_of_trials():

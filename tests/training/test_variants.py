@@ -60,6 +60,9 @@ def test_upcycling_keeps_the_function_and_the_moments_of_what_it_does_not_copy(f
     after = make_upcycle(lory, optimizer, mesh, seed=0)(state)
     expected_structure = jax.tree.structure(new_state(lory, optimizer, params_of(lory)))
     assert jax.tree.structure(after) == expected_structure
+    assert_only_full_experts_are_redrawn(
+        lory, after, make_upcycle(lory, optimizer, mesh, 0, 0.5)(state)
+    )
     tokens = random_tokens(2, 14)
     expected, _ = forward(dense)(before["params"], tokens)
     logits, _ = forward(lory)(after["params"], tokens)
@@ -81,6 +84,24 @@ def test_upcycling_keeps_the_function_and_the_moments_of_what_it_does_not_copy(f
                 assert_trees_close(got, {k: kept[k] for k in got}, 0.0)
                 if stack == "dense_layers" or "gate_a" in ffn:
                     assert_trees_close({k: ffn[k] for k in kept["ffn"]}, kept["ffn"], 0.0)
+
+
+def assert_only_full_experts_are_redrawn(config, copied, redrawn):
+    """Neither dense layers, shared experts and deltas, nor experts that add to one FFN."""
+    adam = redrawn["opt_state"][0]
+    for found, kept in (
+        (redrawn["params"], copied["params"]),
+        (adam.mu, copied["opt_state"][0].mu),
+        (adam.nu, copied["opt_state"][0].nu),
+    ):
+        pairs = zip(jax.tree.leaves_with_path(found), jax.tree.leaves(kept), strict=True)
+        changed = {
+            jax.tree_util.keystr(path, simple=True, separator="/")
+            for (path, new), old in pairs
+            if np.any(np.asarray(new) != np.asarray(old))
+        }
+        matrices = {f"layers/ffn/{name}" for name in ("gate", "up", "down")}
+        assert changed == (set() if config.expert_rank else matrices)
 
 
 def test_growing_low_rank_experts_keeps_the_function_and_redraws_a_share():

@@ -2,7 +2,9 @@
 
     python -m tools.study.beyond [--out=docs/study]
 
-Makes the table of the page and, beside it, beyond.png. Seconds come from step_seconds_beyond.json
+Makes the tables of the page and, beside it, beyond.png. Arms are shown with the seeds that they
+have; an arm with a diverged run has no effect, because the seeds that are left are not typical.
+Seconds come from step_seconds_beyond.json
 (tools/study/step_seconds.py), because those of the runs depend on what else the machine did.
 """
 
@@ -17,15 +19,16 @@ import numpy as np
 from lory_jax.report.plots import write_png
 from tools import tables
 from tools.study import arms, pictures
-from tools.study.beyond_arms import BEYOND_BASE
+from tools.study.beyond_arms import BEYOND_BASE, CONTROLS
 from tools.study.claims import ByArm, contrast, finished_runs, mean_of
-from tools.study.kinds import Arm
+from tools.study.kinds import STEPS, Arm
 from tools.study.report import OUT, ROOT
 from tools.study.results import Results
 from tools.study.statistics import Effect, paired_effect
 
 PAGE = ROOT / "docs" / "beyond.md"
 MARK = "tools/study/beyond.py"
+REFERENCES = ("lory", "dense")  # tuned arms of stage A, for orientation
 HEADER = [
     "arm",
     "changed",
@@ -36,6 +39,7 @@ HEADER = [
     "parameters",
     "seconds",
 ]
+CONTROLS_HEADER = ["arm", "its control", *HEADER[2:5]]
 
 
 def main() -> None:
@@ -61,15 +65,24 @@ class Variant:
 
 def write_page(out: Path, page: Path = PAGE) -> None:
     """Writes the finished arms, best first, between the marks of the page, and their picture."""
-    variants, missing = finished(Results(out / "runs"), step_seconds(out))
-    text = tables.markdown(HEADER, [row(variant) for variant in variants]) if variants else ""
+    results = Results(out / "runs")
+    variants, missing = finished(results, step_seconds(out))
+    parts = []
     if variants:
+        parts.append(tables.markdown(HEADER, [row(variant) for variant in variants]))
         picture = page.with_suffix(".png")
-        write_png(pictures.costs([point(variant) for variant in variants]), picture)
-        text += f"\n\n![What each change gains, and what it costs]({picture.name})"
+        drawn = [point(v) for v in variants if v.arm.stage == "beyond"]
+        if drawn:
+            write_png(pictures.costs(drawn), picture)
+            parts.append(f"![What each change gains, and what it costs]({picture.name})")
+    if controls := against_controls(results):
+        parts.append("Beside its control, which shares all but its idea, an arm has this effect:")
+        parts.append(tables.markdown(CONTROLS_HEADER, controls))
+    if diverged := diverged_runs(results):
+        parts.append(f"Diverged: {', '.join(diverged)}.")
     if missing:
-        text += f"\n\nWithout runs so far: {', '.join(missing)}."
-    tables.replace_marked(page, MARK, text.strip())
+        parts.append(f"Without runs so far: {', '.join(missing)}.")
+    tables.replace_marked(page, MARK, "\n\n".join(parts))
 
 
 def step_seconds(out: Path) -> dict[str, float]:
@@ -81,24 +94,57 @@ def step_seconds(out: Path) -> dict[str, float]:
 def finished(
     results: Results, seconds: Mapping[str, float], split: str = "test"
 ) -> tuple[list[Variant], list[str]]:
-    """The arms of the stage by their effect on the loss, and the names of those without runs."""
+    """The arms of the stage by their effect on the loss, and the names of those without runs.
+
+    The references are among the first, where they have runs.
+    """
     by_arm = finished_runs(results)
+    lost = {run.rpartition("-s")[0] for run in diverged_runs(results)}
     found, missing = [], []
     base = by_arm.get(BEYOND_BASE, [])
-    for arm in arms.ARMS:
-        if arm.stage != "beyond" or arm.keeps_run:  # what others start from is no variant
-            continue
+    for arm in shown():
         own = by_arm.get(arm.name, [])
-        weights = {arm.name: 1.0, BEYOND_BASE: -1.0}
-        domains = contrast(weights, by_arm, results, split) if own and base else {}
-        if not domains:
-            missing.append(arm.name)
+        effect = effect_of(arm.name, BEYOND_BASE, by_arm, results, split)
+        if arm.name in lost:
+            continue
+        if effect is None:
+            missing += [arm.name] if arm.stage == "beyond" else []
             continue
         parameters = mean_of(own, "parameters") / mean_of(base, "parameters")
         flops = mean_flops(arm, by_arm) / mean_of(base, "flops_per_token")
-        effect = paired_effect(domains)
         found.append(Variant(arm, effect, flops, parameters, seconds.get(arm.name)))
     return sorted(found, key=lambda variant: variant.effect.mean), missing
+
+
+def shown() -> list[Arm]:
+    """The arms of the table: not those that others merely start from."""
+    of_stage = [arm for arm in arms.ARMS if arm.stage == "beyond" and not arm.keeps_run]
+    references = [arm for arm in arms.ARMS if arm.stage == "A" and arm.name in REFERENCES]
+    return [*references, *of_stage]
+
+
+def effect_of(
+    first: str, second: str, by_arm: ByArm, results: Results, split: str = "test"
+) -> Effect | None:
+    """The loss of an arm minus another's; None where they have no seed in common."""
+    if not (by_arm.get(first) and by_arm.get(second)):
+        return None
+    domains = contrast({first: 1.0, second: -1.0}, by_arm, results, split)
+    return paired_effect(domains) if domains else None
+
+
+def against_controls(results: Results) -> list[list[str]]:
+    """Lines of the second table: what remains of an effect beside the arm's control."""
+    by_arm = finished_runs(results)
+    found = [(arm, control, effect_of(arm, control, by_arm, results)) for arm, control in CONTROLS]
+    return [[arm, control, *figures(effect)] for arm, control, effect in found if effect]
+
+
+def diverged_runs(results: Results) -> list[str]:
+    """The runs of the stage that diverged."""
+    of_stage = {arm.name for arm in arms.ARMS if arm.stage == "beyond"}
+    records = [record for record in results.records() if record["status"] == "diverged"]
+    return [record["id"] for record in records if record.get("arm") in of_stage]
 
 
 def mean_flops(arm: Arm, by_arm: ByArm) -> float:
@@ -113,15 +159,25 @@ def mean_flops(arm: Arm, by_arm: ByArm) -> float:
 
 def row(variant: Variant) -> list[str]:
     """A line of the table."""
-    effect = variant.effect
     arm = variant.arm
-    changes = ", ".join(f"{name}={value}" for name, value in arm.settings.items())
+    parts = [f"{name}={value}" for name, value in arm.settings.items()]
+    parts += [f"{name} times {factor:g}" for name, factor in arm.factors.items()]
     if arm.parents:
-        changes += f", {arm.steps} steps from {' + '.join(arm.parents)}"
-    interval = "" if np.isnan(effect.low) else f"{effect.low:+.4f} to {effect.high:+.4f}"
+        parts.append(f"{arm.steps} steps from {' + '.join(arm.parents)}")
+    elif arm.steps != STEPS:
+        parts.append(f"{arm.steps:,} steps")
+    if arm.family != BEYOND_BASE:
+        parts.append(f"tuned as {arm.family}")
     costs = [f"{cost:.2f}" for cost in (variant.flops, variant.parameters)]
     costs.append("" if variant.seconds is None else f"{variant.seconds:.2f}")
-    return [arm.name, changes, f"{effect.mean:+.4f}", interval, str(effect.seeds), *costs]
+    return [arm.name, ", ".join(parts), *figures(variant.effect, arm.seeds), *costs]
+
+
+def figures(effect: Effect, planned: int = 0) -> list[str]:
+    """Mean, interval and number of seeds, of those planned if they are fewer."""
+    interval = "" if np.isnan(effect.low) else f"{effect.low:+.4f} to {effect.high:+.4f}"
+    seeds = f"{effect.seeds} of {planned}" if effect.seeds < planned else str(effect.seeds)
+    return [f"{effect.mean:+.4f}", interval, seeds]
 
 
 def point(variant: Variant) -> pictures.Cost:

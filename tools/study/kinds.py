@@ -67,7 +67,8 @@ class Arm:
       first_position: the first position that is scored, where arms have segments of several
         lengths; 0 for T.
       parents: the arms whose finished runs of the same seed and corpus it starts from.
-      reads_on: whether it reads other batches than its parents, which have its seed, did.
+      reads_on: how many runs before it, each a parent of the next, read batches that it must not
+        read in the same order; 0 for a run with the batches of its seed.
       keeps_run: whether its run directories stay, for the arms that start from them.
     """
 
@@ -85,5 +86,5 @@ class Arm:
     measures: tuple[str, ...] = ()
     first_position: int = 0
     parents: tuple[str, ...] = ()
-    reads_on: bool = False
+    reads_on: int = 0
     keeps_run: bool = False

@@ -78,8 +78,8 @@ class Job:
     @property
     def training_seed(self) -> int:
         """Sets the order of the batches, and what is drawn at the start of a run."""
-        reads_on = isinstance(self.source, Arm) and self.source.reads_on
-        return self.seed + (READS_ON if reads_on else 0)
+        reads_on = self.source.reads_on if isinstance(self.source, Arm) else 0
+        return self.seed + READS_ON * reads_on
 
     @property
     def keeps_run(self) -> bool:
@@ -187,19 +187,29 @@ class Queue:
         """Whether a run that others start from has a result and is on this machine."""
         return self.results.read(run) is not None and self._is_here(run)
 
+    def _has_diverged(self, run: str) -> bool:
+        record = self.results.read(run)
+        return record is not None and record["status"] == "diverged"
+
     def _is_here(self, run: str) -> bool:
         return self._work is None or (self._work / run / MEASURED).is_file()
 
     def _is_wanted_again(self, job: Job) -> bool:
         """Whether a run with a result is made again: others start from it, and it is not here."""
-        if not job.keeps_run or self._is_here(job.id):
+        if not job.keeps_run or self._is_here(job.id) or self._has_diverged(job.id):
             return False
         children = [other for other in self.jobs if job.id in other.parents]
         return any(self.results.read(c.id) is None or self._is_wanted_again(c) for c in children)
 
     def is_needless(self, job: Job) -> bool:
-        """Whether a job tries a learning rate beyond one that was not the best."""
-        return self._is_wanted(job) is False
+        """Whether a job tries a learning rate beyond one that was not the best, or starts from a
+        run that diverged."""
+        return self._is_wanted(job) is False or any(map(self._is_lost, job.parents))
+
+    def _is_lost(self, run: str) -> bool:
+        """Whether a run diverged, or one that it starts from."""
+        parents = next((job.parents for job in self.jobs if job.id == run), ())
+        return self._has_diverged(run) or any(map(self._is_lost, parents))
 
     def _is_wanted(self, job: Job) -> bool | None:
         """Whether the rate next to an outermost one was the best; None before that is known.
