@@ -74,24 +74,25 @@ def out(tmp_path_factory):
     return out
 
 
-def write_held_out(results, origins, corpus):
+def write_held_out(results, origins, corpus, splits=("test",)):
     path = results.directory / "held_out" / f"{corpus}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"digest": "d", "origins": {"test": origins}}))
+    origins = dict.fromkeys(splits, origins)
+    path.write_text(json.dumps({"digest": "d", "origins": origins}))
 
 
-def write(results, arm, seed, instances, corpus="packages"):
+def write(results, arm, seed, instances, corpus="packages", **more):
     losses = {s: {d: float(x.mean()) for d, x in found.items()} for s, found in instances.items()}
     losses |= {s.replace("test", "validation"): found for s, found in losses.items()}
     record = {"id": run_id(arm, seed, corpus), "kind": "run", "arm": arm, "family": arm}
     record |= {"corpus": corpus, "seed": seed}
     record |= {"status": "finished", "losses": losses, "settings": {}, "step_seconds": 0.3}
     record |= {"curve": [[250, 4.0], [500, 3.5]], "flops_per_token": 1e6}
-    record |= {"parameters": {"total": 1000, "active": 500}}
+    record |= {"parameters": {"total": 90_000, "active": 80_000}, "tokens": 6e6}
     if arm == "lory" and corpus == "packages":
         distance = [{"between": 0.3 + 0.01 * seed, "within": 0.05}]
         record |= {"routing_distance": distance, "expert_cosine": 0.7, "experts_used": 0.9}
-    results.write(record, instances)
+    results.write(record | more, instances)
 
 
 def test_verdicts_are_those_of_the_made_up_effects(out):
@@ -123,23 +124,38 @@ def test_verdicts_are_those_of_the_made_up_effects(out):
 
 
 def test_nothing_is_final_while_claims_are_pending(out):
-    with pytest.raises(InputError, match=r"claims are pending.*over_remoe"):
+    with pytest.raises(InputError, match=r"runs are missing.*over_remoe on packages.*c_d16_e0_750"):
         write_final(out)
     assert not list(out.parent.glob("*_final*"))
 
 
-def test_the_final_table_is_written_once_and_apart(tmp_path):
+def test_the_final_table_is_written_once_and_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(ladder, "DRAWS", 20)
     results = Results(tmp_path / "study" / "runs")
-    path = results.directory / "held_out" / "packages.json"
-    path.parent.mkdir(parents=True)
     origins = {d: [i // 3 for i in range(n)] for d, n in DOMAINS.items()}
-    splits = {split: origins for split in ("test", "confirmation")}
-    path.write_text(json.dumps({"digest": "d", "origins": splits}))
-    for arm, level in (("dense", 3.5), ("lory", 3.4)):
-        for seed in range(SEEDS):
-            losses = {d: np.full(n, level + seed / 1000) for d, n in DOMAINS.items()}
+    for corpus in ("packages", "debian"):
+        write_held_out(results, origins, corpus, ("test", "confirmation"))
+    of_instance = {d: np.random.default_rng(3).normal(0, 0.5, n) for d, n in DOMAINS.items()}
+
+    def write_all(arm, seeds, level, corpus="packages", **more):
+        for seed in range(seeds):
+            losses = {d: x + level + seed / 1000 for d, x in of_instance.items()}
             sunk = {d: loss + (0.05 if arm == "lory" else 0.0) for d, loss in losses.items()}
-            write(results, arm, seed, {"test": losses, "confirmation": sunk})
+            splits = {"test": losses, "confirmation": sunk}
+            write(results, arm, seed, splits, corpus, **more)
+
+    for arm, level in (("dense", 3.5), ("lory", 3.4)):
+        write_all(arm, 3, level, "debian")
+    for arm in (arm for arm in arms.ARMS if arm.stage == "B"):
+        rate, warmup = (arm.settings[name] for name in (arms.RATE, arms.WARMUP))
+        write_all(arm.name, 3, 3.4 + 5 * rate + 100 * rate * warmup)
+    by_name = {arm.name: arm for arm in arms.ARMS if arm.corpus == "packages"}
+    for width, experts, steps in arms.LADDER_POINTS:
+        name = arms.ladder_name(width, experts, steps)
+        of_size = 4.2 - 0.2 * np.log(width) - 0.02 * experts**0.5
+        level = {"dense": 3.5, "lory": 3.4}.get(name, of_size)
+        counts = {"total": 1, "active": active_parameters(width)[0]}
+        write_all(name, by_name[name].seeds, level, parameters=counts, tokens=4096 * steps)
     claims = json.loads(CLAIMS.read_text())
     claims["claims"] = {"gain": claims["claims"]["gain"]}
     few = tmp_path / "claims.json"
@@ -149,7 +165,17 @@ def test_the_final_table_is_written_once_and_apart(tmp_path):
     write_final(tmp_path / "study", few)
     found = [json.loads((tmp_path / f"{n}.json").read_text()) for n in ("study", "study_final")]
     effects = [contents["claims"]["gain"]["effect"] for contents in found]
-    np.testing.assert_allclose(effects, (-0.1, -0.05), atol=1e-3)
+    np.testing.assert_allclose(effects, (-0.1, -0.05), atol=2e-3)
+    assert found[0]["ladder"]["points"][0]["seeds"] == 1 and len(found[0]["ladder"]["points"]) == 32
+    rows = [line.split(" | ") for line in (tmp_path / "study.md").read_text().splitlines()]
+    by_change = {row[0].removeprefix("| "): row[1:] for row in rows if len(row) == 5}
+    for change, effect in (
+        ("learning rate of 0.024 instead of 0.006", 0.018 * (5 + 100 * 0.03)),
+        ("interaction of warm-up and learning rate", 100 * 0.04 * 0.018),
+        ("interaction of warm-up and router", 0.0),
+    ):
+        found_effect = float(by_change[change][0].replace("−", "-"))
+        assert found_effect == pytest.approx(effect, abs=3e-3), change
     assert (tmp_path / "study.json").read_text() == before
     with pytest.raises(InputError, match="compared once"):
         write_final(tmp_path / "study", few)
@@ -186,7 +212,7 @@ def test_tuning_lists_every_trial_with_what_was_varied(out):
     text = out.with_suffix(".md").read_text()
     assert "| dense | 2 | train.learning_rate=0.01, model.ffn_init_scale=0.1 | 3.0000 |" in text
     assert "| dense | 0.005 | 2.0000 | yes |" in text
-    assert contents["ladder"] is None
+    assert "c_d96_e32_1500" in contents["ladder"]["missing"] and "laws" not in contents["ladder"]
 
 
 def test_pages_show_claims_parts_and_pictures(out):
@@ -206,7 +232,7 @@ def test_without_runs_nothing_is_testable(tmp_path):
     found = {name: claim["verdict"] for name, claim in contents["claims"].items()}
     assert found.pop("downstream") == "not testable here"
     assert {*found.values()} == {"pending"}
-    assert contents["tuning"] == {} and contents["ladder"] is None
+    assert contents["tuning"] == {} and len(contents["ladder"]["missing"]) == 32
 
 
 @pytest.mark.parametrize(
@@ -519,31 +545,51 @@ def test_every_arm_of_this_version_can_be_trained():
 # ---------------------------------------------------------------- the ladder
 
 
-def made_up(law, noise):
+def active_parameters(width):
+    """Of the ladder's models, with and without embedding and head."""
+    inner = 49 * width**2  # four layers, F = 2.75 D
+    return inner + 2 * 512 * width, inner
+
+
+def made_up(law, noise=0.0, counted="active", of_documents=0.0):
+    """Points on a law; documents of 12 folders differ in what experts are worth on them."""
     rng = np.random.default_rng(0)
+    of_folder = of_documents * rng.normal(size=12)
     points = []
     for width, experts in itertools.product((16, 32, 64, 96), (0, 2, 8, 32)):
-        active = 12.0 * width**2 * 4
-        for horizon, tokens in enumerate((3.0, 9.0)):
-            loss = float(ladder.predict(law, np.array([active]), np.array([experts]), horizon)[0])
-            points.append(ladder.Point(width, experts, active, tokens, loss + rng.normal(0, noise)))
+        active, inner = active_parameters(width)
+        N = np.array([active if counted == "active" else inner])
+        for horizon, tokens in enumerate((3.0, 6.0)):
+            loss = float(ladder.predict(law, N, np.array([experts]), horizon)[0])
+            loss += rng.normal(0, noise)
+            losses = {"a": loss + np.log(max(experts, 1)) * np.repeat(of_folder, 5)}
+            of_point = width, experts, active, inner, tokens, float(losses["a"].mean())
+            points.append(ladder.Point(*of_point, 2, noise**2, losses))
     return points
 
 
-LAW = np.array([0.9, 0.25, 0.03, 0.06, 1.7, 1.5])
+ORIGINS = {"a": np.repeat(np.arange(12), 5).tolist()}
+LAW = np.array([-0.3, 0.35, 0.03, 0.06, 1.7, 1.5])
 
 
-def test_the_ladder_finds_the_law_again():
-    np.testing.assert_allclose(ladder.fit(made_up(LAW, noise=0.0)), LAW, rtol=1e-3)
+def test_the_ladder_finds_the_law_again(monkeypatch):
+    monkeypatch.setattr(ladder, "DRAWS", 5)
+    for counted in ladder.COUNTS:
+        found = ladder.summarize(made_up(LAW, counted=counted), ORIGINS)["laws"][counted]
+        values = [found["parameters"][name]["value"] for name in ladder.NAMES]
+        np.testing.assert_allclose(values, LAW[:4], rtol=1e-2)
+        assert found["lack_of_fit"] < 1e-4
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.03])
-def test_the_ladder_finds_the_multiplier_of_the_law_again(gamma):
+def test_the_ladder_finds_the_multiplier_of_the_law_again(gamma, monkeypatch):
+    monkeypatch.setattr(ladder, "DRAWS", 100)
     law = LAW.copy()
     law[2] = gamma
-    found = ladder.summarize(made_up(law, noise=0.002))
+    found = ladder.summarize(made_up(law, noise=0.01), ORIGINS)["laws"]["active"]
+    covered = []
     for row in found["multipliers"]:
-        active = 12.0 * row["width"] ** 2 * 4
+        active, _ = active_parameters(row["width"])
         true = ladder.multiplier(law, active, row["experts"])
         # The definition: the dense model of so many times the parameters has the same loss.
         dense, lory = (
@@ -551,10 +597,46 @@ def test_the_ladder_finds_the_multiplier_of_the_law_again(gamma):
             for N, E in ((active * true, 0), (active, row["experts"]))
         )
         assert dense == pytest.approx(lory, abs=1e-9)
-        assert row["multiplier"] == pytest.approx(true, rel=0.15)
+        assert row["multiplier"] == pytest.approx(true, rel=0.3)
         low, high = row["interval"]
-        assert low - 0.02 <= row["multiplier"] <= high + 0.02
+        covered.append(low <= true <= high)
+    assert sum(covered) >= len(covered) - 2
 
 
-def test_an_unfinished_ladder_says_nothing():
-    assert ladder.summarize(made_up(LAW, 0.0)[:-1]) is None
+def test_the_ladders_intervals_cover_the_choice_of_documents(monkeypatch):
+    monkeypatch.setattr(ladder, "DRAWS", 100)
+    widths = []
+    for of_documents in (0.0, 0.02):
+        points = made_up(LAW, noise=0.001, of_documents=of_documents)
+        rows = ladder.summarize(points, ORIGINS)["laws"]["active"]["multipliers"]
+        widths.append([row["interval"][1] - row["interval"][0] for row in rows])
+    assert np.all(np.array(widths[1]) > 2 * np.array(widths[0]))
+
+
+def test_a_point_without_all_its_seeds_is_missing(tmp_path):
+    results = Results(tmp_path)
+    write_held_out(results, {"a": [0, 1]}, "packages")
+    splits = {"test": {"a": np.array([3.0, 4.0])}}
+    seeds = next(arm.seeds for arm in arms.ARMS if arm.name == "c_d16_e32_1500")
+    for name, number in (("c_d16_e32_1500", seeds - 1), ("c_d16_e2_1500", 1)):
+        for seed in range(number):
+            write(results, name, seed, splits, tokens=6e6)
+    points, missing = ladder.read_points(results, "test")
+    assert [(p.width, p.experts, p.loss) for p in points] == [(16, 2, 3.5)]
+    assert len(missing) == 31 and "c_d16_e32_1500" in missing
+
+
+def test_the_ladders_known_runs_have_the_settings_of_its_other_points():
+    """Dense and Lory were tuned apart; at D = 32 their best settings are the same."""
+    results = Results(OUT / "runs")
+    rates = {750: 2.0, 1500: 1.0}
+    for (_, experts, steps), name in arms.LADDER_KNOWN.items():
+        found, dense = (results.read(f"{arm}-s0")["settings"] for arm in (name, "dense"))
+        expected = {**dense, arms.EXPERTS: experts, "train.steps": steps}
+        assert found == expected | {arms.RATE: rates[steps] * dense[arms.RATE]}
+
+
+def test_arms_that_are_contrasted_are_scored_on_the_same_positions():
+    first = {arm.name: arm.first_position for arm in arms.ARMS if arm.corpus == "packages"}
+    for claim in read_claims(CLAIMS)[0]:
+        assert len({first[name.partition(":")[0]] for name in claim.contrast}) <= 1, claim.id

@@ -176,14 +176,17 @@ STEP_SECONDS_FILES = {
 
 
 def _seconds_arms() -> list[Arm]:
+    """With the tuned learning rate, and with twice that rate where many steps are lost."""
     over_lory = json.loads(STEP_SECONDS_FILES["A"].read_text("utf-8"))["over_base"]
     by_name = {arm.name: arm for arm in ARMS}
-    return [
-        replace(
-            by_name[name], name=f"{name}_seconds", steps=round(STEPS / over_lory[name]), group=6
-        )
-        for name in SECONDS_ARMS
-    ]
+    found = []
+    for name in SECONDS_ARMS:
+        steps = round(STEPS / over_lory[name])
+        arm = replace(by_name[name], name=f"{name}_seconds", steps=steps, group=6)
+        found.append(arm)
+        if steps < 0.9 * STEPS:
+            found.append(replace(arm, name=f"{arm.name}_rate_doubled", factors={RATE: 2.0}))
+    return found
 
 
 ARMS += _seconds_arms()
@@ -208,20 +211,37 @@ ARMS += [
     if arm.name in ON_DEBIAN
 ]
 
-# Stage B: dense warm-up, router and learning rate, two values each.
+# Stage B: dense warm-up, router and learning rate, two values each (tools/study/factors.py). The
+# rates are half and twice the one that was tuned.
+FACTORS = {WARMUP: (0.01, 0.05), "model.router_init_scale": (0.23, 1.0), RATE: (6e-3, 2.4e-2)}
+
+
+def factors_name(warmup: float, router: float, rate: float) -> str:
+    return f"b_warmup{warmup:g}_router{router:g}_rate{rate:g}"
+
+
 ARMS += [
     Arm(
-        f"b_warmup{warmup:g}_router{router:g}_rate{rate:g}",
+        factors_name(*values),
         "lory",
-        {WARMUP: warmup, "model.router_init_scale": router, RATE: rate},
+        dict(zip(FACTORS, values, strict=True)),
         stage="B",
         seeds=3,
         cost=1.15,
     )
-    for warmup, router, rate in itertools.product((0.05, 0.01), (1.0, 0.23), (1.6e-2, 8e-3))
+    for values in itertools.product(*FACTORS.values())
 ]
 
-# Stage C: the ladder. Learning rate and start are tuned per width on the dense model.
+# Stage C: the ladder. Learning rate and start are tuned per width on the dense model at 1,500
+# steps; at half of the steps every model has twice the rate, which validation preferred for Lory at
+# D = 32 (lory_half_rate_doubled). Runs that other stages make already are not made again.
+LADDER_KNOWN = {
+    (32, 0, 1500): "dense",
+    (32, 2, 1500): "lory_e2",
+    (32, 8, 1500): "lory",
+    (32, 32, 1500): "lory_e32",
+    (32, 8, 750): "lory_half_rate_doubled",
+}
 LADDER_EXPERTS = (0, 2, 8, 32)
 LADDER_STEPS = (750, 1500)
 LADDER_COST = {16: 0.7, 32: 1.0, 64: 1.7, 96: 2.8}
@@ -256,16 +276,17 @@ FAMILIES = [
 
 
 def ladder_name(width: int, experts: int, steps: int) -> str:
-    return f"c_d{width}_e{experts}_{steps}"
+    return LADDER_KNOWN.get((width, experts, steps), f"c_d{width}_e{experts}_{steps}")
 
 
 def _ladder_arm(width: int, experts: int, steps: int) -> Arm:
     # The ends of the ladder carry the claim about size: they have seeds enough for an interval.
-    is_end = width in (16, 96) and experts in (0, 8) and steps == LADDER_STEPS[0]
+    is_end = width in (16, 96) and experts in (0, 32) and steps == LADDER_STEPS[1]
     return Arm(
         ladder_name(width, experts, steps),
         "dense" if width == 32 else f"dense_d{width}",
         {EXPERTS: experts, **ladder_shape(width)},
+        factors={RATE: 2.0} if steps == LADDER_STEPS[0] else {},
         stage="C",
         seeds=3 if is_end else 1,
         steps=steps,
@@ -274,8 +295,25 @@ def _ladder_arm(width: int, experts: int, steps: int) -> Arm:
     )
 
 
-ARMS += [
-    _ladder_arm(*point) for point in itertools.product(LADDER_COST, LADDER_EXPERTS, LADDER_STEPS)
-]
+LADDER_POINTS = tuple(itertools.product(LADDER_COST, LADDER_EXPERTS, LADDER_STEPS))
+ARMS += [_ladder_arm(*point) for point in LADDER_POINTS if point not in LADDER_KNOWN]
+
+
+def _beside(point: tuple[int, int, int], word: str, factor: float) -> Arm:
+    arm = _ladder_arm(*point)
+    rate = factor * arm.factors.get(RATE, 1.0)
+    return replace(arm, name=f"{arm.name}_rate_{word}", factors={RATE: rate}, seeds=1)
+
+
+# The rates were tuned on dense models at one horizon: are they good ones at the far ends?
+LADDER_CHECKS = {
+    ladder_name(*point): [_beside(point, word, factor) for word, factor in factors]
+    for point, factors in {
+        (16, 32, 1500): (("halved", 0.5), ("doubled", 2.0)),
+        (96, 32, 1500): (("halved", 0.5), ("doubled", 2.0)),
+        (32, 0, 750): (("halved", 0.5),),
+    }.items()
+}
+ARMS += [arm for checks in LADDER_CHECKS.values() for arm in checks]
 
 ARMS += [*BEYOND_ARMS, *SPARSE_ARMS, *SPARSE_ARMS_ON_DEBIAN]

@@ -11,6 +11,7 @@ import argparse
 import math
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tools.study.results import FIRST_CORPUS, Results, mean_loss
@@ -34,8 +35,13 @@ def main() -> None:
         sys.exit(f"the dense baseline is not shown to be within {MARGIN} nats of its neighbours")
 
 
-def differences(results: Results, corpus: str = FIRST_CORPUS) -> dict[str, tuple[float, int]]:
-    """Validation loss of every neighbour minus that of the baseline, and over how many seeds.
+def differences(
+    results: Results,
+    corpus: str = FIRST_CORPUS,
+    base: str = BASE,
+    neighbours: Sequence[str] = NEIGHBOURS,
+) -> dict[str, tuple[float, int]]:
+    """Validation loss of every neighbour minus that of the base, and over how many seeds.
 
     Infinite for a neighbour that diverged.
     """
@@ -44,11 +50,11 @@ def differences(results: Results, corpus: str = FIRST_CORPUS) -> dict[str, tuple
         if record["kind"] == "run":
             losses.setdefault(record["arm"], {})[record["seed"]] = mean_loss(record)
     found = {}
-    for name in NEIGHBOURS:
+    for name in neighbours:
         pairs = [
-            loss - losses[BASE][seed]
+            loss - losses[base][seed]
             for seed, loss in losses.get(name, {}).items()
-            if seed in losses.get(BASE, {})
+            if seed in losses.get(base, {})
         ]
         if pairs:
             found[name] = statistics.mean(pairs), len(pairs)

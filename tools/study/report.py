@@ -3,7 +3,7 @@
     python -m tools.study.report [--out=docs/study] [--final]
 
 It works with whatever runs exist, on the test set. --final writes docs/study_final.* instead, once,
-when no claim is pending any more. It reads the confirmation set, which every run is measured on and
+when all runs are there. It reads the confirmation set, which every run is measured on and
 nothing else compares.
 """
 
@@ -18,7 +18,7 @@ from lory_jax.errors import InputError
 from lory_jax.report import html, plots
 from lory_jax.storage import write_atomically
 from tools import tables as pages
-from tools.study import fair_start, ladder
+from tools.study import arms, factors, fair_start, ladder
 from tools.study.audit import AUDIT, read_audit
 from tools.study.claims import (
     PENDING,
@@ -43,8 +43,10 @@ from tools.study.tables import (
     audit_table,
     claims_table,
     domains_table,
+    factors_table,
     fair_start_table,
     ladder_table,
+    law_table,
     long_tuning_table,
     tuning,
     tuning_table,
@@ -72,14 +74,15 @@ TUNING = (
     "of their own microbatch."
 )
 NOTE = (
-    "Effects are in nats per token over positions from T on, the mean of the domains; a negative "
+    "Effects are in nats per token over positions from T on (from 128 on in all arms whose names "
+    "end with the length of their segments), the mean of the domains; a negative "
     "effect favours what the claim names first. Intervals (95 %) cover the noise between seeds "
     "and the choice of held-out documents, that is, of other folders of the same packages. "
     "P-values are two-sided and adjusted by Holm's method over all claims that the study plans to "
     'test on the corpus. A claim is "supported" or "contradicted" if its adjusted p is below '
-    '0.05, "equivalent" if the whole interval lies within 0.01 nats of zero, and otherwise '
-    '"inconclusive"; it is "pending" until all its seeds are trained. The intervals themselves are '
-    "not adjusted, so one of them may exclude zero although the claim is inconclusive. A claim "
+    '0.05, "equivalent" if its whole unadjusted interval lies within 0.01 nats of zero, and '
+    'otherwise "inconclusive"; it is "pending" until all its seeds are trained. The intervals '
+    "are not adjusted, so one may exclude zero although the claim is inconclusive. A claim "
     "about every domain shows the effect and interval of the mean, and the p of the domain with "
     "the weakest evidence. A claim of equality is tested against differences of 0.01 nats, not "
     'against zero. "Experts used" is the share of all pairs of layer and expert whose weight was '
@@ -93,6 +96,16 @@ LIMITS = (
     "alone. The prompt of prompt routing is the first 32 tokens of an instance, often of another "
     "document, while the paper's are the demonstrations of a task. Four seeds are too few to show "
     "that Lory's gain is the same with and without attention across documents to within 0.01 nats."
+)
+
+LADDER = (
+    "The ladder's models have widths of 16 to 96 and 0 to 32 experts, and see 3.1M or 6.1M tokens. "
+    "Their losses are fitted by c(tokens) + a N^-(alpha - gamma ln E) E^-delta, where N are the "
+    "active parameters in units of 100,000 and E the experts. Learning rate and start were tuned "
+    "on the dense model of every width at 6.1M tokens; at 3.1M tokens, all models have twice that "
+    "rate. Most points have one seed, those of the far ends three, and those that other stages "
+    "made up to ten. A multiplier above 1 that does not change with the width still means a gain "
+    "in nats that shrinks as models grow, because their losses come closer together."
 )
 
 
@@ -116,15 +129,21 @@ def write_final(out: Path, claims_file: Path = CLAIMS) -> None:
     """Writes OUT_final.json, .md and .html: all claims on the confirmation set.
 
     Raises:
-      InputError: it is written already, or a claim is pending.
+      InputError: it is written already, or runs are missing.
     """
     final = out.with_name(f"{out.name}_final")
     if final.with_suffix(".json").exists():
         raise InputError(f"{final}.json: exists; the confirmation set is compared once")
     on_test = make_report(out, "test", claims_file)
-    waiting = [f.claim.id for f in on_test.first.findings if f.verdict == PENDING]
+    waiting = [
+        f"{f.claim.id} on {corpus.name}"
+        for corpus in on_test.corpora
+        for f in corpus.findings
+        if f.verdict == PENDING
+    ]
+    waiting += on_test.ladder.get("missing", []) + ([] if on_test.factors else ["stage B"])
     if waiting:
-        raise InputError(f"{out}: claims are pending, so nothing is final: {', '.join(waiting)}")
+        raise InputError(f"{out}: runs are missing, so nothing is final: {', '.join(waiting)}")
     _write(make_report(out, "confirmation", claims_file), final)
 
 
@@ -166,16 +185,23 @@ def make_report(out: Path, split: str, claims_file: Path) -> Report:
                     for part, keep in _parts(finding.effect, audit, split).items()
                 }
         neighbours = fair_start.differences(results, name)
+        for base, checks in arms.LADDER_CHECKS.items():
+            names = [arm.name for arm in checks]
+            neighbours |= fair_start.differences(results, name, base, names)
         return Corpus(name, findings, variants, results.records(name), neighbours)
 
+    points, missing = ladder.read_points(results, split)
     return Report(
         split,
         judge(FIRST_CORPUS, audit),
         judge(SECOND_CORPUS, None),
-        ladder.summarize(ladder.read_points(results, split)),
+        {"missing": missing}
+        if missing
+        else ladder.summarize(points, results.held_out()["origins"][split]),
         audit,
         margin,
         _folders(results, split),
+        factors.effects(results, split),
     )
 
 
@@ -219,8 +245,10 @@ def _sections(report: Report) -> list[tuple[str, Table]]:
         ("Arms on the second corpus", arms_table(report.second, report.split)),
         ("Tuning, on validation", tuning_table(report)),
         ("Learning rates at full length, on validation", long_tuning_table(report)),
-        ("The dense baseline's start", fair_start_table(report)),
+        ("Settings beside those that were tuned", fair_start_table(report)),
+        ("Dense warm-up, router and learning rate together", factors_table(report)),
         ("The ladder: Lory's dense-equivalent parameter multiplier", ladder_table(report)),
+        ("The ladder's law", law_table(report)),
     ]
     return [(title, table) for title, table in found if table[1]]
 
@@ -233,7 +261,8 @@ def _intro(report: Report) -> list[str]:
         f"{runs} finished runs of arms, judged on the {report.split} set, and "
         f"{len(kinds) - runs} trials for tuning. {SCALE}"
     )
-    return [made, TUNING, NOTE, LIMITS.format(folders=report.folders)]
+    limits = LIMITS.format(folders=report.folders)
+    return [made, TUNING, NOTE, limits, *([LADDER] if "laws" in report.ladder else [])]
 
 
 def markdown_page(report: Report, name: str) -> str:
@@ -283,8 +312,8 @@ def _pictures(title: str, report: Report) -> list[str]:
         if shown:
             svg = plots.to_svg(pictures.curves(shown))
             return [html.figure(svg, "Validation loss of the main arms, one line per seed.")]
-    if title.startswith("The ladder") and report.ladder:
-        svg = plots.to_svg(pictures.multipliers(report.ladder["multipliers"]))
+    if title.startswith("The ladder:"):
+        svg = plots.to_svg(pictures.multipliers(report.ladder["laws"]["active"]["multipliers"]))
         return [html.figure(svg, "How many times as large an equally good dense model is.")]
     return []
 

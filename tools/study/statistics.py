@@ -124,16 +124,20 @@ def effective_origins(origin_I: np.ndarray) -> float:
 
 
 def _resampled_means(domain: Domain, rng: np.random.Generator) -> np.ndarray:
-    """`[DRAWS]`: the mean difference over all seeds, for resampled origins and instances.
+    """`[DRAWS]`: the mean difference over all seeds, for resampled origins and instances."""
+    weight_DRAWSxI = resampled_weights(domain.origin_I, rng, DRAWS)
+    difference_I = domain.difference_SxI.mean(axis=0, dtype=np.float64)
+    return weight_DRAWSxI @ difference_I / np.maximum(weight_DRAWSxI.sum(axis=1), 1.0)
+
+
+def resampled_weights(origin_I: np.ndarray, rng: np.random.Generator, draws: int) -> np.ndarray:
+    """`[draws, I]`: how often every instance is drawn.
 
     Poisson bootstrap: an origin is drawn Poisson(1) times, and each of its instances as often as a
     Poisson variable with that mean says. For many origins this is resampling with replacement.
     """
-    num_origins = int(domain.origin_I.max()) + 1
-    times_DRAWSxO = rng.poisson(1.0, (DRAWS, num_origins))
-    weight_DRAWSxI = rng.poisson(times_DRAWSxO[:, domain.origin_I]).astype(np.float64)
-    difference_I = domain.difference_SxI.mean(axis=0, dtype=np.float64)
-    return weight_DRAWSxI @ difference_I / np.maximum(weight_DRAWSxI.sum(axis=1), 1.0)
+    times_DRAWSxO = rng.poisson(1.0, (draws, int(origin_I.max()) + 1))
+    return rng.poisson(times_DRAWSxO[:, origin_I]).astype(np.float64)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

@@ -1,12 +1,14 @@
 """Measures how long a step of some arms takes beside that of the one they are compared with.
 
-    python -m tools.study.step_seconds [--stage=A|beyond] [--out=FILE.json] [--rounds=15]
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m tools.study.step_seconds [--stage=A|beyond]
+        [--out=FILE.json] [--rounds=15]
 
-The arms take turns on one core, so that a change of the machine's speed meets all of them. A step
-of ReMoE takes longer at the start of training, when a token has more than one expert: its turns are
-spread over a whole run. Where segments change their length over a run, every length is measured and
-counts by its share of the steps. The dense warm-up is left out. All steps train on one batch of
-random tokens. Run it on a quiet machine.
+launch/study.sh trains with that GLIBC_TUNABLES. All arms have their tuned settings, and take turns
+on one core, so that a change of the machine's speed meets all of them. A step of ReMoE takes longer
+at the start of training, when a token has more than one expert: its turns are spread over a whole
+run. Where segments change their length over a run, every length is measured and counts by its share
+of the steps. The dense warm-up is left out. All steps train on one batch of random tokens. Run it
+on a quiet machine.
 
 With stage A, the study trains the arms of `SECONDS_ARMS` for as many steps as fit into the seconds
 of Lory's run; the numbers of steps are fixed by the file, not by a clock during training. With
@@ -29,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lory_jax.config import load_config
+from lory_jax.errors import InputError
 from lory_jax.model.config import ModelConfig
 from lory_jax.parallel import make_mesh
 from lory_jax.segment_schedule import shares_of_lengths
@@ -40,6 +43,9 @@ from lory_jax.training.step import make_train_step
 from tools.study.arms import ARMS, FAMILIES, SECONDS_ARMS, STEP_SECONDS_FILES
 from tools.study.beyond_arms import BEYOND_BASE
 from tools.study.kinds import STEPS, Settings
+from tools.study.queue import Queue, make_jobs
+from tools.study.report import OUT
+from tools.study.results import Results, run_id
 
 RECIPE = str(Path(__file__).with_name("recipe.py"))
 STEPS_A_ROUND = 10
@@ -75,6 +81,7 @@ def main() -> None:
     found = {
         "date": date.today().isoformat(),
         "machine": f"one core of {platform.machine()}, jax {jax.__version__}",
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
         "base": base,
         "step_seconds": {name: round(value, 5) for name, value in averages.items()},
         "over_base": {name: round(x / averages[base], 3) for name, x in averages.items()},
@@ -86,16 +93,26 @@ def main() -> None:
 
 
 def arms_of(stage: str) -> tuple[str, dict[str, Settings]]:
-    """What the others are compared with, and the settings of all."""
-    families = {family.name: family.settings for family in FAMILIES}
+    """What the others are compared with, and the settings of all.
+
+    Raises:
+      InputError: an arm has no settings yet, because its family is not tuned or a run that it
+        starts from is not made.
+    """
     if stage == "A":
-        return "lory", {name: families[name] for name in ("lory", *SECONDS_ARMS)}
-    arms = {
-        arm.name: {**families[arm.family], **arm.settings}
-        for arm in ARMS
-        if arm.stage == stage and not arm.keeps_run
-    }
-    return BEYOND_BASE, {BEYOND_BASE: families[BEYOND_BASE], **arms}
+        names = ["lory", *SECONDS_ARMS]
+    else:
+        of_stage = [arm.name for arm in ARMS if arm.stage == stage and not arm.keeps_run]
+        names = [BEYOND_BASE, *of_stage]
+    queue = Queue(make_jobs(FAMILIES, ARMS, (stage,)), Results(OUT / "runs"))
+    found = {}
+    for job in queue.jobs:
+        if job.id in {run_id(name, 0) for name in names}:
+            settings = queue.settings(job)
+            if settings is None:
+                raise InputError(f"{job.id}: its settings are not known before its family's trials")
+            found[job.source.name] = settings
+    return names[0], {name: found[name] for name in names}
 
 
 def steppers(settings: Mapping[str, object]) -> list[tuple[float, Step]]:

@@ -41,15 +41,18 @@ class Report:
       first: the corpus on which everything is tuned; `second` repeats the main contrasts.
       audit: what tools/study/audit.py found about the first corpus, or None.
       folders: how few folders the held-out instances of the first corpus come from, in words.
+      ladder: what tools/study/ladder.py makes of stage C, or the names of what is missing.
+      factors: the effects of stage B, in words (tools/study/factors.py).
     """
 
     split: str
     first: Corpus
     second: Corpus
-    ladder: dict[str, Any] | None
+    ladder: dict[str, Any]
     audit: dict[str, Any] | None
     margin: float
     folders: str
+    factors: dict[str, Effect]
 
     @property
     def corpora(self) -> tuple[Corpus, Corpus]:
@@ -147,9 +150,10 @@ def arms_table(corpus: Corpus, split: str) -> Table:
 
 
 def _routes_segments(record: Record) -> bool:
-    """Whether a segment's weights say what its tokens go through."""
+    """Whether a segment's weights say what its tokens go through; of two experts, both do."""
     routing = record["settings"].get("model.routing", "causal")
-    return routing in (*MERGED, "expert_choice_segment")
+    experts = record["settings"].get("model.num_experts", 8)
+    return experts > 2 and routing in (*MERGED, "expert_choice_segment")
 
 
 def tuning_table(report: Report) -> Table:
@@ -188,26 +192,53 @@ def long_tuning_table(report: Report) -> Table:
 
 
 def fair_start_table(report: Report) -> Table:
-    """The neighbours of the dense baseline at full length."""
+    """The neighbours of the dense baseline, and of the ladder's far ends, at full length."""
     rows = [
         [corpus.name, name, _signed(value), str(seeds)]
         for corpus in report.corpora
         for name, (value, seeds) in corpus.neighbours.items()
     ]
-    return ["corpus", "dense, changed", "validation loss minus dense's", "seeds"], rows
+    return ["corpus", "changed", "validation loss minus that of the unchanged", "seeds"], rows
+
+
+COUNTED = {"active": "all active", "inner": "without embedding and head"}
 
 
 def ladder_table(report: Report) -> Table:
-    rows = report.ladder["multipliers"] if report.ladder else []
-    return ["width", "experts", "worth a dense model times", "95 % interval"], [
+    """The multipliers, by both ways to count parameters."""
+    laws = report.ladder.get("laws", {})
+    pairs = zip(*(laws[count]["multipliers"] for count in COUNTED if laws), strict=True)
+    header = ["width", "experts"]
+    for words in COUNTED.values():
+        header += [f"worth a dense model times ({words})", "95 % interval"]
+    return header, [
         [
-            str(row["width"]),
-            str(row["experts"]),
-            f"{row['multiplier']:.2f}",
-            f"{row['interval'][0]:.2f} to {row['interval'][1]:.2f}",
+            str(of_counts[0]["width"]),
+            str(of_counts[0]["experts"]),
+            *(text for row in of_counts for text in _ranged(row["multiplier"], row["interval"])),
         ]
-        for row in rows
+        for of_counts in pairs
     ]
+
+
+def law_table(report: Report) -> Table:
+    """What the law's parameters are, by both ways to count parameters."""
+    rows = []
+    for count, law in report.ladder.get("laws", {}).items():
+        for name, found in law["parameters"].items():
+            rows.append([COUNTED[count], name, *_ranged(found["value"], found["interval"])])
+        rows.append([COUNTED[count], "lack of fit, nats", f"{law['lack_of_fit']:.4f}", ""])
+    return ["parameters counted", "of the law", "value", "95 % interval"], rows
+
+
+def _ranged(value: float, interval: Sequence[float]) -> list[str]:
+    return [f"{value:.3g}", f"{interval[0]:.3g} to {interval[1]:.3g}"]
+
+
+def factors_table(report: Report) -> Table:
+    """Stage B: main effects and interactions."""
+    rows = [[words, *_effect(effect, effect.p)] for words, effect in report.factors.items()]
+    return ["changed", "effect on Lory's loss", "95 % interval", "p", "seeds"], rows
 
 
 def _verdict(finding: Finding) -> str:

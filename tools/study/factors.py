@@ -1,0 +1,53 @@
+"""Stage B: what the dense warm-up, the router's start and the learning rate do to Lory together.
+
+Each has two values, and all eight combinations are trained. The effect of a factor is the loss at
+its higher value minus that at its lower one, the mean over the values of the other two. Two factors
+interact by how much the effect of one differs between the higher and the lower value of the other.
+"""
+
+import itertools
+
+from tools.study.arms import FACTORS, RATE, WARMUP, factors_name
+from tools.study.claims import contrast, finished_runs
+from tools.study.results import Results
+from tools.study.statistics import Effect, paired_effect
+
+WORDS = {
+    WARMUP: "dense warm-up of {1:.0%} instead of {0:.0%} of the steps",
+    "model.router_init_scale": "router started at {1:g} instead of {0:g}",
+    RATE: "learning rate of {1:g} instead of {0:g}",
+}
+SHORT = {WARMUP: "warm-up", "model.router_init_scale": "router", RATE: "learning rate"}
+
+
+def weights_of(factors: tuple[str, ...]) -> dict[str, float]:
+    """The contrast of a factor, or of the interaction of two."""
+    weights = {}
+    for values in itertools.product(*FACTORS.values()):
+        is_high = dict(zip(FACTORS, values, strict=True))
+        sign = 1
+        for name in factors:
+            sign *= 1 if is_high[name] == max(FACTORS[name]) else -1
+        weights[factors_name(*values)] = sign * 2 ** len(factors) / 8
+    return weights
+
+
+def effects(results: Results, split: str) -> dict[str, Effect]:
+    """Every effect and interaction in words; empty until all combinations have runs."""
+    by_arm = finished_runs(results)
+    found = {}
+    mains = [(name,) for name in FACTORS]
+    for factors in (*mains, *itertools.combinations(FACTORS, 2)):
+        weights = weights_of(factors)
+        if not weights.keys() <= by_arm.keys():
+            return {}
+        domains = contrast(weights, by_arm, results, split)
+        if not domains:
+            return {}
+        if len(factors) == 1:
+            (name,) = factors
+            words = WORDS[name].format(*FACTORS[name])
+        else:
+            words = "interaction of " + " and ".join(SHORT[name] for name in factors)
+        found[words] = paired_effect(domains)
+    return found
