@@ -57,6 +57,21 @@ def test_blocks_equal_the_whole_square(L):
         assert_close(a, e, 1e-5)
 
 
+def test_no_square_of_scores_is_kept_for_the_backward_pass():
+    query, key, value, _ = arrays(2, 256, 2, 8)
+    _, pullback = jax.vjp(blocked_attention, query, key, value)
+    kept = jax.tree.leaves(pullback)
+    assert kept and max(x.size for x in kept) <= query.size
+
+
+def test_half_precision_gradients_are_those_of_float32_rounded():
+    exact = arrays(2, 130, 4, 16, kv_heads=2)
+    got = values_and_gradients(blocked_attention, *(x.astype(jnp.bfloat16) for x in exact))
+    for a, e in zip(got, values_and_gradients(blocked_attention, *exact), strict=True):
+        assert a.dtype == jnp.bfloat16
+        assert_close(a.astype(jnp.float32), e, 0.03)
+
+
 def test_grouped_heads_equal_repeated_ones():
     """Values and gradients are those of keys and values that are repeated for every query head."""
     query, key, value, cotangent = arrays(2, 130, 6, 8, kv_heads=2)

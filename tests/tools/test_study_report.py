@@ -130,7 +130,7 @@ def test_nothing_is_final_while_claims_are_pending(out):
 
 
 def test_the_final_table_is_written_once_and_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr(ladder, "DRAWS", 20)
+    monkeypatch.setattr(ladder, "DRAWS", 4)
     results = Results(tmp_path / "study" / "runs")
     origins = {d: [i // 3 for i in range(n)] for d, n in DOMAINS.items()}
     for corpus in ("packages", "debian"):
