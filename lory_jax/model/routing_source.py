@@ -96,7 +96,9 @@ def _attention_weights(h_xTxD: Array, is_valid_xT: Array) -> tuple[Array, Array]
     query_x1xD = h_xTxD[..., :1, :]
     score_xT = jnp.sum(query_x1xD * h_xTxD, axis=-1) / h_xTxD.shape[-1] ** 0.5
     is_valid_xT = is_valid_xT.at[..., 0].set(False)
-    top_x = jnp.max(jnp.where(is_valid_xT, score_xT, NO_SCORE), axis=-1)
+    # Masked before exp, whose gradient would be infinite for a score far above the largest.
+    score_xT = jnp.where(is_valid_xT, score_xT, NO_SCORE)
+    top_x = jnp.max(score_xT, axis=-1)
     return jnp.where(is_valid_xT, jnp.exp(score_xT - top_x[..., None]), 0.0), top_x
 
 
