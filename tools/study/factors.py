@@ -7,7 +7,7 @@ interact by how much the effect of one differs between the higher and the lower 
 
 import itertools
 
-from tools.study.arms import FACTORS, RATE, WARMUP, factors_name
+from tools.study.arms import ARMS, FACTORS, RATE, WARMUP, factors_name
 from tools.study.claims import contrast, finished_runs
 from tools.study.results import Results
 from tools.study.statistics import Effect, paired_effect
@@ -24,24 +24,24 @@ def weights_of(factors: tuple[str, ...]) -> dict[str, float]:
     """The contrast of a factor, or of the interaction of two."""
     weights = {}
     for values in itertools.product(*FACTORS.values()):
-        is_high = dict(zip(FACTORS, values, strict=True))
+        value_of = dict(zip(FACTORS, values, strict=True))
         sign = 1
         for name in factors:
-            sign *= 1 if is_high[name] == max(FACTORS[name]) else -1
+            sign *= 1 if value_of[name] == max(FACTORS[name]) else -1
         weights[factors_name(*values)] = sign * 2 ** len(factors) / 8
     return weights
 
 
 def effects(results: Results, split: str) -> dict[str, Effect]:
-    """Every effect and interaction in words; empty until all combinations have runs."""
+    """Every effect and interaction in words; empty until all combinations have all their seeds."""
     by_arm = finished_runs(results)
+    planned = {arm.name: arm.seeds for arm in ARMS if arm.stage == "B"}
+    if any(len(by_arm.get(name, [])) < seeds for name, seeds in planned.items()):
+        return {}
     found = {}
     mains = [(name,) for name in FACTORS]
     for factors in (*mains, *itertools.combinations(FACTORS, 2)):
-        weights = weights_of(factors)
-        if not weights.keys() <= by_arm.keys():
-            return {}
-        domains = contrast(weights, by_arm, results, split)
+        domains = contrast(weights_of(factors), by_arm, results, split)
         if not domains:
             return {}
         if len(factors) == 1:

@@ -102,8 +102,9 @@ def arms_of(stage: str) -> tuple[str, dict[str, Settings]]:
     if stage == "A":
         names = ["lory", *SECONDS_ARMS]
     else:
-        of_stage = [arm.name for arm in ARMS if arm.stage == stage and not arm.keeps_run]
-        names = [BEYOND_BASE, *of_stage]
+        of_stage = [arm for arm in ARMS if arm.stage == stage and not arm.keeps_run]
+        # Another learning rate changes no step's seconds.
+        names = [BEYOND_BASE, *(arm.name for arm in of_stage if not arm.factors)]
     queue = Queue(make_jobs(FAMILIES, ARMS, (stage,)), Results(OUT / "runs"))
     found = {}
     for job in queue.jobs:
