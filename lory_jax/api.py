@@ -19,6 +19,7 @@ from lory_jax.generation.loop import continue_prompts, mesh_of
 from lory_jax.generation.settings import ROUTINGS, Settings
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.routing import Routing
+from lory_jax.model.routing_rules import shortest_segment
 from lory_jax.model.transformer import Params, assemble, build
 from lory_jax.parallel import make_mesh, start_process
 from lory_jax.run.directory import RunDirectory
@@ -58,13 +59,15 @@ class Model:
         """The same model with segments of another length, which no parameter depends on.
 
         Raises:
-          InputError: the length does not leave two segments, so that none would route another.
+          InputError: the length does not leave two segments, so that none would route another, or
+            leaves too few tokens in each to route by attention.
         """
         config = self.config
-        if not 1 <= T < config.sequence_length:
+        least = shortest_segment(config.routing_source)
+        if not least <= T < config.sequence_length:
             raise InputError(
-                f"segment_length: got {T}, must be 1 to {config.sequence_length - 1}, less than "
-                "the positions that the model reads"
+                f"segment_length: got {T}, must be {least} to {config.sequence_length - 1}, less "
+                "than the positions that the model reads"
             )
         # The kernels of a TPU may not hold the new length; what replaces them computes the same.
         ffn = "blocks" if config.merged_ffn == "kernel" else config.merged_ffn

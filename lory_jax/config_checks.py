@@ -3,7 +3,14 @@
 from ml_collections.config_dict import ConfigDict
 
 from lory_jax.errors import ConfigError
-from lory_jax.model.routing_rules import EXPERT_CHOICE, GATED, MERGED, SPARSE, TOKEN_CHOICE
+from lory_jax.model.routing_rules import (
+    EXPERT_CHOICE,
+    GATED,
+    MERGED,
+    SPARSE,
+    TOKEN_CHOICE,
+    shortest_segment,
+)
 from lory_jax.segment_schedule import parse_schedule
 
 
@@ -105,6 +112,13 @@ def check_segment_schedule(model: ConfigDict, train: ConfigDict) -> None:
             f"config.train.segment_schedule: got {longest}; must be less than "
             f"config.model.sequence_length ({model.sequence_length})"
         )
+    shortest = min(length for length, _ in pairs)
+    if shortest < shortest_segment(model.routing_source):
+        raise ConfigError(
+            f"config.train.segment_schedule: got {shortest}; must be at least 2 with "
+            f"config.model.routing_source={model.routing_source}: the first token attends to the "
+            "others"
+        )
 
 
 def check_top_k(model: ConfigDict, train: ConfigDict) -> None:
@@ -158,10 +172,11 @@ def check_routing_source(model: ConfigDict) -> None:
             f"config.model.routing_source: got {model.routing_source!r}; must be last with "
             f"config.model.routing={model.routing}"
         )
-    if model.num_experts and model.routing_source == "attention" and model.segment_length < 2:
+    if model.num_experts and model.segment_length < shortest_segment(model.routing_source):
         raise ConfigError(
             f"config.model.segment_length: got {model.segment_length}; must be at least 2 with "
-            "config.model.routing_source=attention: the first token attends to the others"
+            f"config.model.routing_source={model.routing_source}: the first token attends to the "
+            "others"
         )
 
 

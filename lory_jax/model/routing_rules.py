@@ -9,6 +9,12 @@ MERGED = ("causal", "prefix", "uniform")
 # What routes a segment under "causal": "last" is the paper's, the others are beyond it.
 SOURCES = ("last", "cumulative", "average", "attention")
 
+
+def shortest_segment(source: str) -> int:
+    """With attention, the first token of a segment attends to the others."""
+    return 2 if source == "attention" else 1
+
+
 # Which layers hold experts; "all" is the paper's.
 EXPERT_LAYERS = ("all", "upper_half", "every_second")
 

@@ -1,5 +1,6 @@
 """A trained model under segments of another length, chosen at inference."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 import lory_jax
 from lory_jax import evaluate, generate
+from lory_jax.api import Model
 from lory_jax.errors import ConfigError, InputError
 from lory_jax.evaluation.held_out import read_instances
 from lory_jax.run.directory import RunDirectory
@@ -74,6 +76,15 @@ def test_generation_takes_the_length(run, capsys):
 def test_lengths_that_leave_one_segment_are_refused(run, T):
     with pytest.raises(InputError, match=rf"segment_length: got {T}, must be 1 to 23"):
         lory_jax.load(run).with_segment_length(T)
+
+
+def test_a_model_routed_by_attention_needs_two_tokens_in_a_segment(run):
+    model = lory_jax.load(run)
+    config = dataclasses.replace(model.config, routing_source="attention")
+    attending = Model(config, model.params, model.tokenizer, model.step)
+    with pytest.raises(InputError, match="segment_length: got 1, must be 2 to 23"):
+        attending.with_segment_length(1)
+    assert attending.with_segment_length(2).config.segment_length == 2
 
 
 def test_the_runs_own_evaluation_is_not_replaced(run):

@@ -72,6 +72,13 @@ def test_schedules_that_do_not_fit_are_refused(site, schedule, routing, message)
         config_of(site, **{"train.segment_schedule": schedule, "model.routing": routing})
 
 
+def test_segments_of_one_token_cannot_attend_to_each_other(site):
+    fields = {"train.segment_schedule": "1:0.5", "model.routing_source": "attention"}
+    with pytest.raises(ConfigError, match="segment_schedule: got 1; must be at least 2"):
+        config_of(site, **fields)
+    assert config_of(site, **{**fields, "model.routing_source": "average"})
+
+
 def test_every_step_of_a_run_is_a_step_with_the_length_of_its_time(site, tmp_path, monkeypatch):
     """Seven steps: two dense ones, two with segments of 12 tokens, three with segments of 8."""
     monkeypatch.setattr(loop, "StopRequest", lambda: type("NoSignal", (), {"signal": 0}))
