@@ -16,6 +16,7 @@ h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .5rem; }
 h2 { font-size: 1.15rem; margin: 2.75rem 0 .6rem; padding-top: .9rem;
   border-top: 1px solid #d9dee3; }
 p { margin: .5rem 0; max-width: 44rem; }
+li { margin: .3rem 0; max-width: 42rem; }
 .lead { font-size: 1.12rem; }
 .note, figcaption { color: #56606b; font-size: .9rem; }
 .wide { overflow-x: auto; margin: 1.25rem 0; }
@@ -79,6 +80,12 @@ def heading(text: str) -> str:
 def paragraph(text: str, kind: str = "") -> str:
     """A paragraph of a `kind`: "" for plain text, "lead" for larger or "note" for smaller text."""
     return f'<p class="{escape(kind)}">{escape(text)}</p>'
+
+
+def items(texts: Iterable[str], *, numbered: bool = False) -> str:
+    """A list."""
+    tag = "ol" if numbered else "ul"
+    return f"<{tag}>{''.join(f'<li>{escape(text)}</li>' for text in texts)}</{tag}>"
 
 
 def table(

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,10 +18,9 @@ from lory_jax.model.flops import flops_per_token, parameter_counts, trained_flop
 from tools.study import arms, beyond, fair_start, ladder, rivals, sparse, sparse_arms
 from tools.study.__main__ import RECIPE, unavailable
 from tools.study.claims import judge_claims, planned_seeds, read_claims
-from tools.study.headline import UNADJUSTED, _cost, headline, size
+from tools.study.headline import headline, headline_table, relative_flops
 from tools.study.report import CLAIMS, OUT, ROOT, make_report, write_final, write_report
 from tools.study.results import Results, run_id
-from tools.study.statistics import Effect
 
 DOMAINS = {"a": 60, "b": 90}
 SEEDS = 10  # as many as are planned of dense and lory
@@ -291,27 +291,38 @@ def test_arms_with_other_segments_are_scored_on_the_same_positions():
     assert set(lengths.values()) == {128} and {"lory_t16", "lory_t128"} <= lengths.keys()
 
 
-@pytest.mark.parametrize(("effect", "word"), [(-0.05, "lower"), (0.05, "higher")])
-def test_the_headline_says_which_way_it_goes(effect, word):
-    found = Effect(effect, effect - 0.02, effect + 0.02, 0.01, 4, {})
-    assert size(found) == f"0.050 {word} (0.030 to 0.070; 4 seeds)"
-
-
-def test_the_headline_states_flops_as_the_mean_of_the_seeds():
+def test_flops_are_the_mean_of_the_seeds():
     """With gates, seeds differ in the experts that a token has."""
     flops = (("remoe", 1.0), ("remoe", 3.0), ("lory", 1.0), ("lory", 1.0))
     records = [{"arm": arm, "kind": "run", "flops_per_token": value} for arm, value in flops]
-    assert _cost("remoe", "lory", records) == " (2.00 times the FLOPs)"
+    assert relative_flops("remoe", "lory", records) == 2.0
 
 
-def test_the_headline_has_a_line_for_every_comparison(out):
+def test_the_headline_compares_on_both_corpora(out):
     report = make_report(out, "test", CLAIMS)
-    lines = headline(report).split("\n")
-    assert lines[0].startswith("- **Python packages, against the dense model**: Lory's test loss")
-    assert "10 seeds), its perplexity 0.92" in lines[0]
-    assert "It is lower in 2 of 2 domains, with an interval that excludes zero in 2." in lines[0]
-    assert lines[1].startswith("- **Debian packages, against the dense model**")
-    assert lines[2:] == ["", UNADJUSTED]
+    _, rows = headline_table(report)
+    (row,) = rows  # no other comparison has runs
+    assert row[0] == "a dense model"
+    mean, low, high, seeds = re.fullmatch(r"(.+) \((.+) to (.+); (\d+) seeds\)", row[2]).groups()
+    assert float(mean.replace("−", "-")) == pytest.approx(-0.08, abs=0.01) and seeds == "10"
+    assert low < mean < high or high < mean < low
+    assert row[3].startswith("−0.05") and row[3].endswith("; 2 seeds)")
+    text = headline(report)
+    assert text.startswith("| Lory against | ")
+    assert "On Python packages, Lory's perplexity is 0.92" in text
+    assert "(lower in 2 of 2 domains, in 2 with an interval that excludes zero)" in text
+
+
+def test_claims_are_listed_by_verdict_and_their_notes_by_number(out):
+    text = out.with_suffix(".md").read_text()
+    lines = text.split("## Claims\n\n")[1].split("\n\n##")[0].splitlines()
+    verdicts = [line.split(" | ")[2].split(" (")[0] for line in lines if line.startswith("| ")]
+    order = [key for key, _ in itertools.groupby(verdicts[2:])]
+    assert len(order) == len(set(order)) and order[0] == "supported"
+    notes = {claim.id: claim.note for claim in read_claims(CLAIMS)[0]}
+    (row,) = (line for line in lines if line.startswith("| Lory has a lower loss than ReMoE, in"))
+    number = re.search(r"\[note (\d+)\]", row).group(1)
+    assert f"{number}. {notes['equal_seconds_remoe']}" in lines
 
 
 def test_the_baseline_is_checked_against_its_neighbours(tmp_path, capsys, monkeypatch):

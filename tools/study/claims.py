@@ -43,6 +43,7 @@ class Claim:
       statistic: "mean" over the domains; "every_domain", where the domain with the weakest
         evidence decides; "specialisation"; "none" where nothing here can test it.
       reason: why nothing here can test it.
+      note: what else must be known, such as when it was declared if not with the others.
     """
 
     id: str
@@ -51,7 +52,8 @@ class Claim:
     statistic: str
     contrast: Mapping[str, float]
     direction: int
-    reason: str
+    reason: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,7 @@ def read_claims(path: Path) -> tuple[list[Claim], float]:
             raise ValueError(f"{path}: {name}: statistic {entry['statistic']!r} is unknown")
         if (entry["statistic"] == "none") != ("reason" in entry):
             raise ValueError(f"{path}: {name}: requires a reason if and only if nothing tests it")
-        defaults = {"contrast": {}, "direction": 0, "reason": ""}
-        claims.append(Claim(name, **{**defaults, **entry}))
+        claims.append(Claim(name, **{"contrast": {}, "direction": 0, **entry}))
     return claims, contents["margin"]
 
 

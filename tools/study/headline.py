@@ -1,4 +1,4 @@
-"""What README says of the study: Lory against the dense model and against the sparse mixtures."""
+"""What README and the study's page say first: Lory against the dense model and sparse mixtures."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,58 +7,76 @@ import numpy as np
 from tools.study.claims import Finding, mean_of
 from tools.study.results import Record
 from tools.study.statistics import Effect
-from tools.study.tables import Report
+from tools.study.tables import Report, Table, signed
 
-RIVALS = {
+# By claim, what Lory is compared with: the arm, and what a reader calls it.
+COMPARED = {
+    "gain": ("dense", "a dense model"),
+    "gain_flops": ("dense_flops", "the dense model, trained longer for as many FLOPs in all"),
     "over_dropless_top1": ("dropless_top1", "dropless top-1"),
     "over_dropless_top2": ("dropless_top2", "dropless top-2"),
     "over_dropless_top2_fine": (
         "dropless_top2_fine",
-        "dropless top-2 with narrower experts, at the same settings",
+        "dropless top-2, experts half as wide, not tuned anew",
     ),
     "over_remoe": ("remoe", "ReMoE"),
     "over_expert_threshold": ("expert_threshold", "Expert Threshold"),
 }
+CORPORA = ("Python packages", "Debian packages")
 UNADJUSTED = (
-    "Differences are in nats per token. Their 95 % intervals are not adjusted for the number of "
-    "claims; the verdicts in [study.md](docs/study.md) are."
+    "Differences of the {split} loss in nats per token, with 95 % intervals that are not adjusted "
+    "for the number of claims. Below zero, Lory is better."
 )
 
 
-def headline(report: Report) -> str:
-    """A list: by corpus, the paper's Lory, the recipe that redraws, and the rivals."""
-    lines = []
-    for corpus, where in zip(report.corpora, ("Python", "Debian"), strict=True):
+def headline_table(report: Report) -> Table:
+    """By what Lory is compared with: FLOPs, and on each corpus the difference of losses."""
+    by_corpus = [
+        {f.claim.id: f for f in corpus.findings if f.effect is not None}
+        for corpus in report.corpora
+    ]
+    header = ["Lory against", "its FLOPs per token / Lory's", *CORPORA]
+    rows = []
+    for claim, (arm, name) in COMPARED.items():
+        found = [by_id.get(claim) for by_id in by_corpus]
+        if any(found):
+            cost = f"{relative_flops(arm, 'lory', report.first.records):.2f}"
+            cells = [_cell(finding.effect) if finding else "" for finding in found]
+            rows.append([name, cost, *cells])
+    return header, rows
+
+
+def headline_notes(report: Report) -> list[str]:
+    """What the figures of the table are, and what it leaves out."""
+    lines = [UNADJUSTED.format(split=report.split)]
+    for corpus, where in zip(report.corpora, CORPORA, strict=True):
         by_id = {f.claim.id: f for f in corpus.findings if f.effect is not None}
         if "gain" in by_id:
-            lines.append(_gain(by_id, where, report.split, corpus.records))
-        rivals = [_rival(by_id[name], name, corpus.records) for name in RIVALS if name in by_id]
-        if rivals:
-            lines.append(
-                f"- **{where} packages, against sparse mixtures that were tuned alike**: Lory's "
-                f"{report.split} loss is {'; '.join(rivals)}."
-            )
-    return "\n".join([*lines, "", UNADJUSTED]) if lines else "The study has no runs yet."
+            lines.append(_gain(by_id, where))
+    return lines
 
 
-def _gain(by_id: Mapping[str, Finding], where: str, split: str, records: Sequence[Record]) -> str:
-    effects = {name: finding.effect for name, finding in by_id.items() if finding.effect}
+def headline(report: Report) -> str:
+    """README's part: the table and what it means."""
+    header, rows = headline_table(report)
+    if not rows:
+        return "The study has no runs yet."
+    lines = [header, ["---"] * len(header), *rows]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{table}\n\n{' '.join(headline_notes(report))}"
+
+
+def _gain(by_id: Mapping[str, Finding], where: str) -> str:
+    effect = by_id["gain"].effect
+    assert effect is not None
     said = (
-        f"- **{where} packages, against the dense model**: Lory's {split} loss is "
-        f"{size(effects['gain'])}, its perplexity {np.exp(effects['gain'].mean):.3f} times the "
-        f"dense model's{_cost('lory', 'dense', records)}.{_domains(by_id['gain'])}"
+        f"On {where}, Lory's perplexity is {np.exp(effect.mean):.3f} times the dense model's"
+        f"{_domains(by_id['gain'])}"
     )
-    if "gain_flops" in effects:
-        said += (
-            " Against a dense model that is trained for as many FLOPs in all, it is "
-            f"{size(effects['gain_flops'])}."
-        )
-    if "gain_redrawn" in effects:
-        said += (
-            " With experts that are partly redrawn at upcycling, it is "
-            f"{size(effects['gain_redrawn'])}."
-        )
-    return said
+    redrawn = by_id["gain_redrawn"].effect if "gain_redrawn" in by_id else None
+    if redrawn is None:
+        return f"{said}."
+    return f"{said}; with experts that are partly redrawn at upcycling, {np.exp(redrawn.mean):.3f}."
 
 
 def _domains(finding: Finding) -> str:
@@ -68,32 +86,26 @@ def _domains(finding: Finding) -> str:
     lower = sum(effect.mean < 0 for effect in effects)
     surely = sum(effect.high < 0 for effect in effects)
     return (
-        f" It is lower in {lower} of {len(effects)} domains, with an interval that excludes zero "
-        f"in {surely}."
+        f" (lower in {lower} of {len(effects)} domains, in {surely} with an interval that "
+        "excludes zero)"
     )
 
 
-def _rival(finding: Finding, claim: str, records: Sequence[Record]) -> str:
-    arm, name = RIVALS[claim]
-    assert finding.effect is not None
-    return f"{size(finding.effect)} than that of {name}{_cost(arm, 'lory', records)}"
-
-
-def _cost(arm: str, base: str, records: Sequence[Record]) -> str:
+def relative_flops(arm: str, base: str, records: Sequence[Record]) -> float:
+    """FLOPs per token, the mean of an arm's runs, divided by another's."""
     ours, other = (
         mean_of(
             [r for r in records if r["arm"] == name and "flops_per_token" in r], "flops_per_token"
         )
         for name in (arm, base)
     )
-    return f" ({ours / other:.2f} times the FLOPs)"
+    return ours / other
 
 
-def size(effect: Effect) -> str:
-    """How large an effect is, and which way it goes."""
-    sign, word = (-1, "lower") if effect.mean < 0 else (1, "higher")
-    text = f"{abs(effect.mean):.3f} {word}"
+def _cell(effect: Effect) -> str:
+    """A difference, its interval and its number of seeds."""
+    mean = signed(effect.mean, 3)
     if np.isnan(effect.low):
-        return f"{text} (one seed)"
-    low, high = sorted((sign * effect.low, sign * effect.high))
-    return f"{text} ({low:.3f} to {high:.3f}; {effect.seeds} seeds)"
+        return f"{mean} (one seed)"
+    low, high = signed(effect.low, 3), signed(effect.high, 3)
+    return f"{mean} ({low} to {high}; {effect.seeds} seeds)"

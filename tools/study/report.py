@@ -9,6 +9,8 @@ nothing else compares.
 
 import argparse
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from lory_jax.errors import InputError
 from lory_jax.report import html, plots
 from lory_jax.storage import write_atomically
 from tools import tables as pages
-from tools.study import arms, factors, fair_start, ladder
+from tools.study import arms, factors, fair_start, ladder, words
 from tools.study.audit import AUDIT, read_audit
 from tools.study.claims import (
     PENDING,
@@ -30,7 +32,7 @@ from tools.study.claims import (
     read_claims,
     without_domain,
 )
-from tools.study.headline import headline
+from tools.study.headline import headline, headline_notes, headline_table
 from tools.study.results import FIRST_CORPUS, SECOND_CORPUS, Results
 from tools.study.statistics import Effect, effective_origins
 from tools.study.tables import (
@@ -41,6 +43,7 @@ from tools.study.tables import (
     again_table,
     arms_table,
     audit_table,
+    claim_notes,
     claims_table,
     domains_table,
     factors_table,
@@ -57,56 +60,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 OUT = ROOT / "docs" / "study"
 CLAIMS = ROOT / "docs" / "claims.json"
 WORDS = ("claim", "source", "verdict", "best settings", "at an end of its grid", "on")  # columns
-SCALE = (
-    "The model has four layers of width 32 and contexts of 256 tokens in segments of 32 "
-    "(tools/study/recipe.py), and sees 6.1M tokens. The first corpus is code, headers, stubs and "
-    "documentation of Python packages with pinned versions (tools/study/corpus.py), the second "
-    "is manual pages, documentation, prose and C from Debian packages (tools/debian_corpus.py)."
-)
-TUNING = (
-    "Every family of models is tuned on validation alone (the first 256 instances of a domain): "
-    "12 trials of 400 steps, then trials of full length with 1, 1/2 and 1/4 of the best learning "
-    "rate; if the highest or the lowest of these wins, one further out (2 or 1/8) is tried. The "
-    "trials have one seed each. Arms that change the number of experts or of steps, the length of "
-    "segments, the order of documents or the mask, and prefix routing, keep the settings tuned for "
-    "dense or Lory. All runs of arms train on one order of the documents (tools/study/order.py). "
-    "Each batch is computed as two microbatches, and tokens compete for experts only with tokens "
-    "of their own microbatch."
-)
-NOTE = (
-    "Effects are in nats per token over positions from T on (from 128 on in all arms whose names "
-    "end with the length of their segments), the mean of the domains; a negative "
-    "effect favours what the claim names first. Intervals (95 %) cover the noise between seeds "
-    "and the choice of held-out documents, that is, of other folders of the same packages. "
-    "P-values are two-sided and adjusted by Holm's method over all claims that the study plans to "
-    'test on the corpus. A claim is "supported" or "contradicted" if its adjusted p is below '
-    '0.05, "equivalent" if its whole unadjusted interval lies within 0.01 nats of zero, and '
-    'otherwise "inconclusive"; it is "pending" until all its seeds are trained. The intervals '
-    "are not adjusted, so one may exclude zero although the claim is inconclusive. A claim "
-    "about every domain shows the effect and interval of the mean, and the p of the domain with "
-    "the weakest evidence. A claim of equality is tested against differences of 0.01 nats, not "
-    'against zero. "Experts used" is the share of all pairs of layer and expert whose weight was '
-    'above 2 / E at least once in the last ten training steps. For sparse models, "experts a '
-    'token" is the mean over the run, and "MaxVio" says by what part of the mean load the largest '
-    "exceeds it in the last tenth of the steps; runs before 2026-11-30 did not record them."
-)
-LIMITS = (
-    "What this cannot show: {folders}, so the intervals of the first corpus are wide however many "
-    "seeds there are. Specialisation is measured on validation, and its interval covers seeds "
-    "alone. The prompt of prompt routing is the first 32 tokens of an instance, often of another "
-    "document, while the paper's are the demonstrations of a task. Four seeds are too few to show "
-    "that Lory's gain is the same with and without attention across documents to within 0.01 nats."
-)
-
-LADDER = (
-    "The ladder's models have widths of 16 to 96 and 0 to 32 experts, and see 3.1M or 6.1M tokens. "
-    "Their losses are fitted by c(tokens) + a N^-(alpha - gamma ln E) E^-delta, where N are the "
-    "active parameters in units of 100,000 and E the experts. Learning rate and start were tuned "
-    "on the dense model of every width at 6.1M tokens; at 3.1M tokens, all models have twice that "
-    "rate. Most points have one seed, those of the far ends three, and those that other stages "
-    "made up to ten. A multiplier above 1 that does not change with the width still means a gain "
-    "in nats that shrinks as models grow, because their losses come closer together."
-)
+LADDER_TITLE = "The ladder: Lory's dense-equivalent parameter multiplier"
 
 
 def main() -> None:
@@ -210,13 +164,13 @@ def _folders(results: Results, split: str) -> str:
     try:
         origins = results.held_out()["origins"][split]
     except InputError:  # no run has been made
-        return "there are no held-out documents yet"
+        return "There are no held-out documents yet"
     counts = [
         f"{len({*names})} of {domain} (worth {effective_origins(np.array(names)):.1f} of one size)"
         for domain, names in origins.items()
         if names
     ]
-    return f"the {split} set has few folders, of very different sizes: {', '.join(counts)}"
+    return f"The {split} set has few folders, of very different sizes: {', '.join(counts)}"
 
 
 def _parts(effect: Effect, audit: dict[str, Any] | None, split: str) -> dict[str, Keep]:
@@ -234,59 +188,81 @@ def _parts(effect: Effect, audit: dict[str, Any] | None, split: str) -> dict[str
 # ---------------------------------------------------------------- pages
 
 
-def _sections(report: Report) -> list[tuple[str, Table]]:
-    found = [
-        ("Claims", claims_table(report.first.findings)),
-        ("The second corpus, which is not Python", again_table(report)),
-        ("The headline by domain", domains_table(report)),
-        ("The headline on parts of the instances", variants_table(report)),
-        ("Near-duplicates", audit_table(report)),
-        ("Arms", arms_table(report.first, report.split)),
-        ("Arms on the second corpus", arms_table(report.second, report.split)),
-        ("Tuning, on validation", tuning_table(report)),
-        ("Learning rates at full length, on validation", long_tuning_table(report)),
-        ("Settings beside those that were tuned", fair_start_table(report)),
-        ("Dense warm-up, router and learning rate together", factors_table(report)),
-        ("The ladder: Lory's dense-equivalent parameter multiplier", ladder_table(report)),
-        ("The ladder's law", law_table(report)),
-    ]
-    return [(title, table) for title, table in found if table[1]]
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: sentences, a table, pictures, and what must be known about the table."""
+
+    title: str
+    lead: Sequence[str] = ()
+    table: Table = ((), ())
+    notes: Sequence[str] = ()
+    numbered: bool = False
 
 
-def _intro(report: Report) -> list[str]:
-    """Paragraphs on the scale, the tuning and the statistics."""
+def _sections(report: Report) -> list[Section]:
     kinds = [record["kind"] for corpus in report.corpora for record in corpus.records]
     runs = kinds.count("run")
     made = (
-        f"{runs} finished runs of arms, judged on the {report.split} set, and "
-        f"{len(kinds) - runs} trials for tuning. {SCALE}"
+        f"There are {runs} finished runs of arms, judged on the {report.split} set, and "
+        f"{len(kinds) - runs} trials for tuning."
     )
-    limits = LIMITS.format(folders=report.folders)
-    return [made, TUNING, NOTE, limits, *([LADDER] if "laws" in report.ladder else [])]
+    limits = [text.format(folders=report.folders) for text in words.LIMITS]
+    first, second = report.corpora
+    tables = [
+        Section("What came out", (), headline_table(report), headline_notes(report)),
+        Section("Claims", (), claims_table(first.findings), claim_notes(first.findings), True),
+        Section("The second corpus, which is not Python", (), again_table(report)),
+        Section("How to read the tables", words.READING),
+        Section("What this cannot show", limits),
+        Section("How it was made", [made, *words.METHOD]),
+        Section("The headline by domain", (), domains_table(report)),
+        Section("The headline on parts of the instances", (), variants_table(report)),
+        Section("Near-duplicates", (), audit_table(report)),
+        Section("Arms", (), arms_table(first, report.split)),
+        Section("Arms on the second corpus", (), arms_table(second, report.split)),
+        Section("Tuning, on validation", (), tuning_table(report)),
+        Section("Learning rates at full length, on validation", (), long_tuning_table(report)),
+        Section("Settings beside those that were tuned", (), fair_start_table(report)),
+        Section("Dense warm-up, router and learning rate together", (), factors_table(report)),
+        Section(LADDER_TITLE, words.LADDER, ladder_table(report)),
+        Section("The ladder's law", (), law_table(report)),
+    ]
+    texts = ("How to read the tables", "What this cannot show", "How it was made")
+    return [section for section in tables if section.table[1] or section.title in texts]
 
 
 def markdown_page(report: Report, name: str) -> str:
     parts = [
         "# The study",
-        "This page tests Lory's claims at a scale that one machine can train, with several seeds "
-        "and intervals. Claims are written down before the runs of their arms "
-        "([claims.json](claims.json)); `bash launch/study.sh` makes the runs and this page. The "
-        f"same tables with plots are in [{name}.html]({name}.html).",
-        *_intro(report),
+        f"{words.SUBJECT} Claims are in [claims.json](claims.json); `bash launch/study.sh` makes "
+        f"the runs and this page. The same tables with plots are in [{name}.html]({name}.html).",
     ]
-    for title, (header, rows) in _sections(report):
-        lines = [header, ["---"] * len(header), *rows]
-        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        parts += [f"## {title}", table]
+    for section in _sections(report):
+        parts.append(f"## {section.title}")
+        if section.lead:
+            parts.append("\n".join(f"- {text}" for text in section.lead))
+        header, rows = section.table
+        if rows:
+            parts.append(pages.markdown(header, rows))
+        if section.notes:
+            marks = (f"{i}." if section.numbered else "-" for i in range(1, 1 + len(section.notes)))
+            texts = zip(marks, section.notes, strict=True)
+            parts.append("\n".join(f"{mark} {text}" for mark, text in texts))
     return "\n\n".join(parts) + "\n"
 
 
 def html_page(report: Report) -> str:
-    pieces = [html.paragraph(text, "lead") for text in _intro(report)]
-    for title, (header, rows) in _sections(report):
-        words = [i for i, name in enumerate(header) if name in WORDS]
-        pieces += [html.heading(title), html.table(header, rows, text_columns=words)]
-        pieces += _pictures(title, report)
+    pieces = [html.paragraph(words.SUBJECT, "lead")]
+    for section in _sections(report):
+        pieces.append(html.heading(section.title))
+        pieces += [html.items(section.lead)] if section.lead else []
+        header, rows = section.table
+        if rows:
+            text_columns = [i for i, name in enumerate(header) if name in WORDS]
+            pieces.append(html.table(header, rows, text_columns=text_columns))
+        if section.notes:
+            pieces.append(html.items(section.notes, numbered=section.numbered))
+        pieces += _pictures(section.title, report)
     return html.page("The study: what is true of Lory's claims", pieces)
 
 
@@ -312,7 +288,7 @@ def _pictures(title: str, report: Report) -> list[str]:
         if shown:
             svg = plots.to_svg(pictures.curves(shown))
             return [html.figure(svg, "Validation loss of the main arms, one line per seed.")]
-    if title.startswith("The ladder:"):
+    if title == LADDER_TITLE:
         svg = plots.to_svg(pictures.multipliers(report.ladder["laws"]["active"]["multipliers"]))
         return [html.figure(svg, "How many times as large an equally good dense model is.")]
     return []

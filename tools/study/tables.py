@@ -8,10 +8,11 @@ import numpy as np
 
 from lory_jax.model.routing_rules import MERGED
 from tools.study import arms
-from tools.study.claims import Finding
+from tools.study.claims import NOT_TESTABLE, PENDING, Finding
 from tools.study.results import Record, mean_loss
 from tools.study.statistics import Effect
 
+VERDICTS = ("supported", "contradicted", "equivalent", "inconclusive", PENDING, NOT_TESTABLE)
 HEADLINES = ("gain", "gain_redrawn")  # the claims that are looked at from several sides
 Table = tuple[list[str], list[list[str]]]
 
@@ -80,17 +81,32 @@ def tuning(records: Sequence[Record]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def by_verdict(findings: Sequence[Finding]) -> list[Finding]:
+    """What is decided comes first, and what is not tested last."""
+    return sorted(findings, key=lambda finding: VERDICTS.index(finding.verdict))
+
+
 def claims_table(findings: Sequence[Finding]) -> Table:
     header = ["claim", "source", "verdict", "effect", "95 % interval", "adjusted p", "seeds"]
-    tested_first = sorted(findings, key=lambda finding: finding.effect is None)
-    rows = [[f.claim.claim, f.claim.source, _verdict(f), *_figures(f)] for f in tested_first]
+    notes = claim_notes(findings)
+    rows = []
+    for f in by_verdict(findings):
+        note = f" [note {notes.index(f.claim.note) + 1}]" if f.claim.note else ""
+        rows.append([f.claim.claim + note, f.claim.source, _verdict(f), *_figures(f)])
     return header, rows
+
+
+def claim_notes(findings: Sequence[Finding]) -> list[str]:
+    """What must be known about single claims, in the order of their table."""
+    notes = (finding.claim.note for finding in by_verdict(findings))
+    return list(dict.fromkeys(filter(None, notes)))
 
 
 def again_table(report: Report) -> Table:
     """The claims that have runs on the second corpus."""
     header = ["claim", "verdict", "effect", "95 % interval", "adjusted p", "seeds"]
-    tested = [finding for finding in report.second.findings if finding.effect is not None]
+    findings = by_verdict(report.second.findings)
+    tested = [finding for finding in findings if finding.effect is not None]
     return header, [[f.claim.claim, _verdict(f), *_figures(f)] for f in tested]
 
 
@@ -194,7 +210,7 @@ def long_tuning_table(report: Report) -> Table:
 def fair_start_table(report: Report) -> Table:
     """The neighbours of the dense baseline, and of the ladder's far ends, at full length."""
     rows = [
-        [corpus.name, name, _signed(value), str(seeds)]
+        [corpus.name, name, signed(value), str(seeds)]
         for corpus in report.corpora
         for name, (value, seeds) in corpus.neighbours.items()
     ]
@@ -258,15 +274,16 @@ def _effect(effect: Effect, p: float) -> list[str]:
     """The mean, its interval, a p-value, and the number of seeds."""
     has_interval = not np.isnan(effect.low)
     return [
-        _signed(effect.mean),
-        f"{_signed(effect.low)} to {_signed(effect.high)}" if has_interval else "",
+        signed(effect.mean),
+        f"{signed(effect.low)} to {signed(effect.high)}" if has_interval else "",
         f"{p:.2g}" if has_interval else "",
         str(effect.seeds),
     ]
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.4f}".replace("-", "−")
+def signed(value: float, digits: int = 4) -> str:
+    """A number with its sign, which is a proper minus."""
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def _mean(records: Sequence[Record], name: str, text: str) -> str:

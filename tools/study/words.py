@@ -1,0 +1,67 @@
+"""What the study's pages say about how it was made and how to read it: lists of sentences."""
+
+SUBJECT = (
+    "This page tests what the paper and others claim about Lory, at a scale that one machine can "
+    "train, with several seeds and intervals. Every claim was written down before its runs; notes "
+    "say what was added or changed later."
+)
+
+READING = [
+    "Effects are in nats per token, the mean of the domains. A negative effect favours what the "
+    "claim names first.",
+    "Losses count the positions from T on, where every segment is routed by an earlier one. In all "
+    "arms whose names end with the length of their segments, they count from 128 on.",
+    "Intervals (95 %) cover the noise between seeds and the choice of held-out documents, that is, "
+    "of other folders of the same packages. They are not adjusted for the number of claims, so one "
+    "may exclude zero although its claim is inconclusive.",
+    "P-values are two-sided and adjusted by Holm's method over all claims that the study plans to "
+    "test on the corpus.",
+    'A claim is "supported" or "contradicted" if its adjusted p is below 0.05, "equivalent" if its '
+    "whole unadjusted interval lies within 0.01 nats of zero, and otherwise "
+    '"inconclusive". It is "pending" until all its seeds are trained.',
+    "A claim about every domain shows the effect and interval of the mean, and the p of the domain "
+    "with the weakest evidence. A claim of equality is tested against differences of 0.01 nats, "
+    "not against zero.",
+    '"Experts used" is the share of all pairs of layer and expert whose weight was above 2 / E at '
+    'least once in the last ten training steps. For sparse models, "experts a token" is the mean '
+    'over the run, and "MaxVio" says by what part of the mean load the largest exceeds it in the '
+    "last tenth of the steps; runs before 2026-11-30 did not record them.",
+]
+
+LIMITS = [
+    "{folders}. So the intervals of the first corpus are wide, however many seeds there are.",
+    "Specialisation is measured on validation, and its interval covers seeds alone.",
+    "The prompt of prompt routing is the first 32 tokens of an instance, often of another "
+    "document, while the paper's are the demonstrations of a task.",
+    "Four seeds are too few to show that Lory's gain is the same with and without attention across "
+    "documents to within 0.01 nats.",
+]
+
+METHOD = [
+    "The model has four layers of width 32 and contexts of 256 tokens in segments of 32 "
+    "(tools/study/recipe.py), and sees 6.1M tokens.",
+    "The first corpus is code, headers, stubs and documentation of Python packages with pinned "
+    "versions (tools/study/corpus.py). The second is manual pages, documentation, prose and C from "
+    "Debian packages (tools/debian_corpus.py).",
+    "Every family of models is tuned on validation alone (the first 256 instances of a domain): 12 "
+    "trials of 400 steps, then trials of full length with 1, 1/2 and 1/4 of the best learning "
+    "rate. If the highest or the lowest of these wins, one further out (2 or 1/8) is tried. The "
+    "trials have one seed each.",
+    "Arms that change the number of experts or of steps, the length of segments, the order of "
+    "documents or the mask, and prefix routing, keep the settings tuned for dense or Lory.",
+    "All runs of arms train on one order of the documents (tools/study/order.py).",
+    "Each batch is computed as two microbatches, and tokens compete for experts only with tokens "
+    "of their own microbatch.",
+]
+
+LADDER = [
+    "The ladder's models have widths of 16 to 96 and 0 to 32 experts, and see 3.1M or 6.1M tokens.",
+    "Their losses are fitted by c(tokens) + a N^-(alpha - gamma ln E) E^-delta, where N are the "
+    "active parameters in units of 100,000 and E the experts.",
+    "Learning rate and start were tuned on the dense model of every width at 6.1M tokens; at 3.1M "
+    "tokens, all models have twice that rate.",
+    "Most points have one seed, those of the far ends three, and those that other stages made up "
+    "to ten.",
+    "A multiplier above 1 that does not change with the width still means a gain in nats that "
+    "shrinks as models grow, because their losses come closer together.",
+]
