@@ -27,7 +27,7 @@ th, td { padding: .38rem .7rem; border-bottom: 1px solid #e4e7eb; text-align: ri
 th { font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 th.text, td.text { text-align: left; }
-td.text { white-space: normal; overflow-wrap: anywhere; min-width: 7rem; }
+td.text { white-space: normal; overflow-wrap: break-word; min-width: 7rem; }
 thead tr:last-child th { border-bottom: 2px solid #1f2933; }
 thead th.group { text-align: center; border-bottom: 1px solid #9aa5b1; }
 tr.strong td { font-weight: 600; border-top: 2px solid #1f2933; }

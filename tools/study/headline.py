@@ -25,7 +25,7 @@ COMPARED = {
 CORPORA = ("Python packages", "Debian packages")
 UNADJUSTED = (
     "Differences of the {split} loss in nats per token, with 95 % intervals that are not adjusted "
-    "for the number of claims. Below zero, Lory is better."
+    "for the number of claims. Below zero, Lory is better. FLOPs are per token, divided by Lory's."
 )
 
 
@@ -35,7 +35,7 @@ def headline_table(report: Report) -> Table:
         {f.claim.id: f for f in corpus.findings if f.effect is not None}
         for corpus in report.corpora
     ]
-    header = ["Lory against", "its FLOPs per token / Lory's", *CORPORA]
+    header = ["Lory against", "FLOPs", *CORPORA]
     rows = []
     for claim, (arm, name) in COMPARED.items():
         found = [by_id.get(claim) for by_id in by_corpus]

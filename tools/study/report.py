@@ -59,7 +59,19 @@ from tools.study.tables import (
 ROOT = Path(__file__).resolve().parent.parent.parent
 OUT = ROOT / "docs" / "study"
 CLAIMS = ROOT / "docs" / "claims.json"
-WORDS = ("claim", "source", "verdict", "best settings", "at an end of its grid", "on")  # columns
+WORDS = (
+    "claim",
+    "Lory against",
+    "source",
+    "verdict",
+    "best settings",
+    "at an end of its grid",
+    "on",
+)  # columns
+STYLE = (
+    "body { max-width: 80rem; } figure { max-width: 52rem; } "
+    "td.text:nth-child(2) { min-width: 18rem; }"  # claims are sentences
+)
 LADDER_TITLE = "The ladder: Lory's dense-equivalent parameter multiplier"
 
 
@@ -252,7 +264,7 @@ def markdown_page(report: Report, name: str) -> str:
 
 
 def html_page(report: Report) -> str:
-    pieces = [html.paragraph(words.SUBJECT, "lead")]
+    pieces = [html.style(STYLE), html.paragraph(words.SUBJECT, "lead")]
     for section in _sections(report):
         pieces.append(html.heading(section.title))
         pieces += [html.items(section.lead)] if section.lead else []

@@ -87,12 +87,22 @@ def by_verdict(findings: Sequence[Finding]) -> list[Finding]:
 
 
 def claims_table(findings: Sequence[Finding]) -> Table:
-    header = ["claim", "source", "verdict", "effect", "95 % interval", "adjusted p", "seeds"]
+    header = [
+        "name",
+        "claim",
+        "source",
+        "verdict",
+        "effect",
+        "95 % interval",
+        "adjusted p",
+        "seeds",
+    ]
     notes = claim_notes(findings)
     rows = []
     for f in by_verdict(findings):
         note = f" [note {notes.index(f.claim.note) + 1}]" if f.claim.note else ""
-        rows.append([f.claim.claim + note, f.claim.source, _verdict(f), *_figures(f)])
+        said = [f.claim.id, f.claim.claim + note, f.claim.source, _verdict(f)]
+        rows.append([*said, *_figures(f)])
     return header, rows
 
 
@@ -104,10 +114,10 @@ def claim_notes(findings: Sequence[Finding]) -> list[str]:
 
 def again_table(report: Report) -> Table:
     """The claims that have runs on the second corpus."""
-    header = ["claim", "verdict", "effect", "95 % interval", "adjusted p", "seeds"]
+    header = ["name", "claim", "verdict", "effect", "95 % interval", "adjusted p", "seeds"]
     findings = by_verdict(report.second.findings)
     tested = [finding for finding in findings if finding.effect is not None]
-    return header, [[f.claim.claim, _verdict(f), *_figures(f)] for f in tested]
+    return header, [[f.claim.id, f.claim.claim, _verdict(f), *_figures(f)] for f in tested]
 
 
 def variants_table(report: Report) -> Table:
