@@ -15,14 +15,21 @@ from typing import Any
 from scaling import PLANS, compile_plan
 from tables import ROOT, markdown, replace_marked, write
 
+from lory_jax.model.routing_rules import SOURCES
+
 PAGE, TOPOLOGY = ROOT / "docs" / "beyond.md", "v5e-64"
 RECIPE, EXPERTS = "lory_0_3b", 8
 BASE = "as in the paper"
 VARIANTS = {
-    "upper_half": "model.expert_layers=upper_half",
-    "every_second": "model.expert_layers=every_second",
+    **{f"source_{name}": f"model.routing_source={name}" for name in SOURCES if name != "last"},
+    # As many parameters as with 8 experts everywhere, as in the study.
+    "upper_half": "model.expert_layers=upper_half,model.num_experts=15",
+    "every_second": "model.expert_layers=every_second,model.num_experts=15",
+    "shared_half": "model.shared_expert=true,model.mlp_dim=1408,model.num_experts=15",
+    "upper_half_8": "model.expert_layers=upper_half",
+    # The study's rank 1 and 4 for D = 32, as shares of D.
     "rank_32": "model.expert_rank=32",
-    "shared": "model.shared_expert=true,model.mlp_dim=1408",
+    "rank_128": "model.expert_rank=128",
     "deltas_8": "model.token_deltas=8",
     "t1024": "model.segment_length=1024",
 }

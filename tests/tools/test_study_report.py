@@ -15,7 +15,16 @@ from lory_jax.config import load_config
 from lory_jax.errors import InputError
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.flops import flops_per_token, parameter_counts, trained_flops_per_token
-from tools.study import arms, beyond, fair_start, ladder, rivals, sparse, sparse_arms
+from tools.study import (
+    arms,
+    beyond,
+    beyond_again,
+    fair_start,
+    ladder,
+    rivals,
+    sparse,
+    sparse_arms,
+)
 from tools.study.__main__ import RECIPE, unavailable
 from tools.study.claims import judge_claims, planned_seeds, read_claims
 from tools.study.headline import headline, headline_table, relative_flops
@@ -535,6 +544,47 @@ def test_arms_beyond_the_paper_train_for_as_many_steps_as_the_recipe():
         assert depths == {by_name[name].reads_on - 1}
     shown = {arm.name for arm in beyond.shown()}
     assert {name for pair in beyond.CONTROLS for name in pair} <= shown
+
+
+def test_finalists_are_tried_again_where_they_were_not_chosen(tmp_path):
+    again = beyond_again.arms_again(("shared_half", "rank_4"))
+    assert {(arm.name, arm.corpus, arm.seeds) for arm in again} == {
+        ("shared_half", "debian", 3),
+        ("rank_4", "debian", 3),
+        *((f"{name}_d64", "packages", 3) for name in (beyond.BEYOND_BASE, "shared_half", "rank_4")),
+    }
+    wider = {arm.name: arm for arm in again}
+    base = cost_of(wider["lory_redrawn_d64"])
+    np.testing.assert_allclose(cost_of(wider["shared_half_d64"]) / base, 1.0, atol=0.01)
+    assert wider["rank_4_d64"].settings["model.expert_rank"] == 8
+    seeds = {a.name: a.seeds for a in beyond_again.with_all_seeds(arms.BEYOND_ARMS, ("rank_4",))}
+    assert seeds["rank_4"] == 10 and seeds["rank_1"] == 4
+
+    results = Results(tmp_path)
+    origins = {d: list(range(n)) for d, n in DOMAINS.items()}
+    for corpus in ("packages", "debian"):
+        write_held_out(results, origins, corpus, ("test", "confirmation"))
+
+    def write_pair(names, effects, seeds, split, corpus="packages"):
+        for name, effect in zip(names, effects, strict=True):
+            for seed in seeds:
+                level = 3.0 + effect + seed / 1e3
+                losses = {d: np.full(n, level) for d, n in DOMAINS.items()}
+                write(results, name, seed, {split: losses}, corpus)
+
+    pair = (beyond.BEYOND_BASE, "rank_4")
+    write_pair(pair, (0.0, -0.5), range(4), "test")
+    write_pair(pair, (0.0, -0.03), range(4, 10), "confirmation")
+    write_pair(pair, (0.0, -0.02), range(3), "test", "debian")
+    write_pair([f"{name}_d64" for name in pair], (0.0, 0.01), range(3), "test")
+    rows = beyond.tried_again(results, ("shared_half", "rank_4"))
+    assert [(*row[:2], row[4]) for row in rows] == [
+        ("rank_4", "other seeds, confirmation set", "6"),
+        ("rank_4", "the second corpus", "3"),
+        ("rank_4", "D = 64", "3"),
+    ]
+    found = [float(row[2]) for row in rows]
+    np.testing.assert_allclose(found, (-0.03, -0.02, 0.01), atol=2e-3)
 
 
 def test_every_family_has_the_same_number_of_trials():

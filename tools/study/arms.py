@@ -4,10 +4,10 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from tools.study.beyond_again import arms_again, with_all_seeds
 from tools.study.beyond_arms import BEYOND_ARMS
-from tools.study.kinds import RATE, STEPS, Arm, Family
+from tools.study.kinds import RATE, STEPS, Arm, Family, shape_of_width
 from tools.study.sparse_arms import SPARSE_ARMS, SPARSE_ARMS_ON_DEBIAN
 
 FLOPS_OVER_DENSE = 1.064  # of a token in Lory with 8 experts, by lory_jax.model.flops
@@ -252,16 +252,10 @@ LADDER_RATES = {
 }
 
 
-def ladder_shape(width: int) -> dict[str, Any]:
-    """Settings of the local recipe's shape at another width: heads of 16, F = 2.75 D."""
-    shape = {"embed_dim": width, "num_heads": width // 16, "mlp_dim": 11 * width // 4}
-    return {f"model.{name}": value for name, value in shape.items()}
-
-
 FAMILIES += [
     Family(
         f"dense_d{D}",
-        {EXPERTS: 0, **ladder_shape(D)},
+        {EXPERTS: 0, **shape_of_width(D)},
         {RATE: rates, START: STARTS},
         group=1,
         cost=LADDER_COST[D],
@@ -285,7 +279,7 @@ def _ladder_arm(width: int, experts: int, steps: int) -> Arm:
     return Arm(
         ladder_name(width, experts, steps),
         "dense" if width == 32 else f"dense_d{width}",
-        {EXPERTS: experts, **ladder_shape(width)},
+        {EXPERTS: experts, **shape_of_width(width)},
         factors={RATE: 2.0} if steps == LADDER_STEPS[0] else {},
         stage="C",
         seeds=3 if is_end else 1,
@@ -316,4 +310,4 @@ LADDER_CHECKS = {
 }
 ARMS += [arm for checks in LADDER_CHECKS.values() for arm in checks]
 
-ARMS += [*BEYOND_ARMS, *SPARSE_ARMS, *SPARSE_ARMS_ON_DEBIAN]
+ARMS += [*with_all_seeds(BEYOND_ARMS), *arms_again(), *SPARSE_ARMS, *SPARSE_ARMS_ON_DEBIAN]

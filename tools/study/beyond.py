@@ -2,15 +2,15 @@
 
     python -m tools.study.beyond [--out=docs/study]
 
-Makes the tables of the page and, beside it, beyond.png. Arms are shown with the seeds that they
-have; an arm with a diverged run has no effect, because the seeds that are left are not typical.
-Seconds come from step_seconds_beyond.json
+Makes the tables of the page and, beside it, beyond.png. The first table has the seeds by which the
+best arms are chosen; those that confirm them are in the third. An arm with a diverged run has no
+effect, because the seeds that are left are not typical. Seconds come from step_seconds_beyond.json
 (tools/study/step_seconds.py), because those of the runs depend on what else the machine did.
 """
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +19,18 @@ import numpy as np
 from lory_jax.report.plots import write_png
 from tools import tables
 from tools.study import arms, pictures
-from tools.study.beyond_arms import BEYOND_BASE, CONTROLS
+from tools.study.beyond_again import (
+    ALL_SEEDS,
+    CHOOSING_SEEDS,
+    FINALISTS,
+    WIDER,
+    wider_name,
+)
+from tools.study.beyond_arms import BEYOND_ARMS, BEYOND_BASE, CONTROLS
 from tools.study.claims import ByArm, contrast, finished_runs, mean_of
 from tools.study.kinds import STEPS, Arm
 from tools.study.report import OUT, ROOT
-from tools.study.results import Results
+from tools.study.results import FIRST_CORPUS, SECOND_CORPUS, Results
 from tools.study.statistics import Effect, paired_effect
 
 PAGE = ROOT / "docs" / "beyond.md"
@@ -40,6 +47,7 @@ HEADER = [
     "seconds",
 ]
 CONTROLS_HEADER = ["arm", "its control", *HEADER[2:5]]
+AGAIN_HEADER = ["arm", "on", *HEADER[2:5]]
 
 
 def main() -> None:
@@ -78,6 +86,12 @@ def write_page(out: Path, page: Path = PAGE) -> None:
     if controls := against_controls(results):
         parts.append("Beside its control, which shares all but its idea, an arm has this effect:")
         parts.append(tables.markdown(CONTROLS_HEADER, controls))
+    if again := tried_again(results):
+        parts.append(
+            "The best by validation were tried again, beside the recipe trained alike: with seeds "
+            "that did not choose them, on the second corpus, and at twice the width:"
+        )
+        parts.append(tables.markdown(AGAIN_HEADER, again))
     if diverged := diverged_runs(results):
         parts.append(f"Diverged: {', '.join(diverged)}.")
     if missing:
@@ -98,7 +112,7 @@ def finished(
 
     The references are among the first, where they have runs.
     """
-    by_arm = finished_runs(results)
+    by_arm = of_seeds(finished_runs(results), range(CHOOSING_SEEDS))
     lost = {run.rpartition("-s")[0] for run in diverged_runs(results)}
     found, missing = [], []
     base = by_arm.get(BEYOND_BASE, [])
@@ -118,19 +132,44 @@ def finished(
 
 def shown() -> list[Arm]:
     """The arms of the table: not those that others merely start from."""
-    of_stage = [arm for arm in arms.ARMS if arm.stage == "beyond" and not arm.keeps_run]
     references = [arm for arm in arms.ARMS if arm.stage == "A" and arm.name in REFERENCES]
-    return [*references, *of_stage]
+    return [*references, *(arm for arm in BEYOND_ARMS if not arm.keeps_run)]
+
+
+def of_seeds(by_arm: ByArm, seeds: range) -> ByArm:
+    """The runs with these seeds."""
+    return {name: [r for r in runs if r["seed"] in seeds] for name, runs in by_arm.items()}
 
 
 def effect_of(
-    first: str, second: str, by_arm: ByArm, results: Results, split: str = "test"
+    first: str,
+    second: str,
+    by_arm: ByArm,
+    results: Results,
+    split: str = "test",
+    corpus: str = FIRST_CORPUS,
 ) -> Effect | None:
     """The loss of an arm minus another's; None where they have no seed in common."""
     if not (by_arm.get(first) and by_arm.get(second)):
         return None
-    domains = contrast({first: 1.0, second: -1.0}, by_arm, results, split)
+    domains = contrast({first: 1.0, second: -1.0}, by_arm, results, split, corpus=corpus)
     return paired_effect(domains) if domains else None
+
+
+def tried_again(results: Results, finalists: Sequence[str] = FINALISTS) -> list[list[str]]:
+    """Lines of the third table: what remains of the best where they were not chosen."""
+    first, second = finished_runs(results), finished_runs(results, SECOND_CORPUS)
+    fresh = of_seeds(first, range(CHOOSING_SEEDS, ALL_SEEDS))
+    rows = []
+    for name in finalists:
+        pair, wider = (name, BEYOND_BASE), (wider_name(name), wider_name(BEYOND_BASE))
+        places = {
+            "other seeds, confirmation set": effect_of(*pair, fresh, results, "confirmation"),
+            "the second corpus": effect_of(*pair, second, results, corpus=SECOND_CORPUS),
+            f"D = {WIDER}": effect_of(*wider, first, results),
+        }
+        rows += [[name, place, *figures(effect)] for place, effect in places.items() if effect]
+    return rows
 
 
 def against_controls(results: Results) -> list[list[str]]:
@@ -170,7 +209,12 @@ def row(variant: Variant) -> list[str]:
         parts.append(f"tuned as {arm.family}")
     costs = [f"{cost:.2f}" for cost in (variant.flops, variant.parameters)]
     costs.append("" if variant.seconds is None else f"{variant.seconds:.2f}")
-    return [arm.name, ", ".join(parts), *figures(variant.effect, arm.seeds), *costs]
+    return [
+        arm.name,
+        ", ".join(parts),
+        *figures(variant.effect, min(arm.seeds, CHOOSING_SEEDS)),
+        *costs,
+    ]
 
 
 def figures(effect: Effect, planned: int = 0) -> list[str]:

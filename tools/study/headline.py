@@ -31,17 +31,14 @@ UNADJUSTED = (
 
 def headline_table(report: Report) -> Table:
     """By what Lory is compared with: FLOPs, and on each corpus the difference of losses."""
-    by_corpus = [
-        {f.claim.id: f for f in corpus.findings if f.effect is not None}
-        for corpus in report.corpora
-    ]
+    by_corpus = [{f.claim.id: f.effect for f in corpus.findings} for corpus in report.corpora]
     header = ["Lory against", "FLOPs", *CORPORA]
     rows = []
     for claim, (arm, name) in COMPARED.items():
-        found = [by_id.get(claim) for by_id in by_corpus]
+        found = [effects.get(claim) for effects in by_corpus]
         if any(found):
             cost = f"{relative_flops(arm, 'lory', report.first.records):.2f}"
-            cells = [_cell(finding.effect) if finding else "" for finding in found]
+            cells = [_cell(effect) if effect else "" for effect in found]
             rows.append([name, cost, *cells])
     return header, rows
 

@@ -88,3 +88,9 @@ class Arm:
     parents: tuple[str, ...] = ()
     reads_on: int = 0
     keeps_run: bool = False
+
+
+def shape_of_width(width: int) -> dict[str, Any]:
+    """Settings of the recipe's shape at another width: heads of 16, F = 2.75 D."""
+    shape = {"embed_dim": width, "num_heads": width // 16, "mlp_dim": 11 * width // 4}
+    return {f"model.{name}": value for name, value in shape.items()}

@@ -10,7 +10,7 @@ nothing else compares.
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +206,7 @@ class Section:
 
     title: str
     lead: Sequence[str] = ()
-    table: Table = ((), ())
+    table: Table = field(default_factory=lambda: ([], []))
     notes: Sequence[str] = ()
     numbered: bool = False
 

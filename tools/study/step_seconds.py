@@ -41,7 +41,7 @@ from lory_jax.training.phases import count_dense_steps
 from lory_jax.training.state import init_state
 from lory_jax.training.step import make_train_step
 from tools.study.arms import ARMS, FAMILIES, SECONDS_ARMS, STEP_SECONDS_FILES
-from tools.study.beyond_arms import BEYOND_BASE
+from tools.study.beyond_arms import BEYOND_ARMS, BEYOND_BASE
 from tools.study.kinds import STEPS, Settings
 from tools.study.queue import Queue, make_jobs
 from tools.study.report import OUT
@@ -102,7 +102,7 @@ def arms_of(stage: str) -> tuple[str, dict[str, Settings]]:
     if stage == "A":
         names = ["lory", *SECONDS_ARMS]
     else:
-        of_stage = [arm for arm in ARMS if arm.stage == stage and not arm.keeps_run]
+        of_stage = [arm for arm in BEYOND_ARMS if not arm.keeps_run]
         # Another learning rate changes no step's seconds.
         names = [BEYOND_BASE, *(arm.name for arm in of_stage if not arm.factors)]
     queue = Queue(make_jobs(FAMILIES, ARMS, (stage,)), Results(OUT / "runs"))
