@@ -120,9 +120,10 @@ def summary_line(figures: dict[str, Any]) -> str:
     cores = figures["versions"]["cores"]
     steps = figures["models"]["lory"]["steps"]
     return (
-        f"{seeds_sentence(figures['over_seeds'])}Positions >= T; geometric mean of perplexity. "
-        f"{steps:,} steps; training took {seconds[0]:.1f} minutes dense and {seconds[1]:.1f} Lory, "
-        f"side by side on {cores} cores ({figures['processor']}), {figures['date']}."
+        f"{seeds_sentence(figures['over_seeds'])}Perplexity counts the positions from T on, and "
+        f"its means are geometric. Training of {steps:,} steps took {seconds[0]:.1f} (dense) and "
+        f"{seconds[1]:.1f} minutes (Lory), side by side on {cores} cores "
+        f"({figures['processor']}), {figures['date']}."
     )
 
 
@@ -134,11 +135,12 @@ def seeds_sentence(found: dict[str, Any]) -> str:
         100 * (1 - math.exp(nats))
         for nats in (found["effect"], *reversed(found["interval"]), *found["by_seed"])
     )
+    no_gain = ", so it includes zero" if low < 0 < high else ""
     return (
         f"Over {found['seeds']} seeds, of which the table shows the first, Lory's perplexity is "
-        f"{change:.1f} % lower than the dense model's, by seed {min(by_seed):.1f} to "
-        f"{max(by_seed):.1f} %. The 95 % interval reaches from {_change(low)} to {_change(high)}, "
-        "because it also covers the choice of test documents, which come from few folders. "
+        f"{change:.1f} % lower than the dense model's; single seeds give {min(by_seed):.1f} to "
+        f"{max(by_seed):.1f} %. The 95 % interval reaches from {_change(high)} to {_change(low)}"
+        f"{no_gain}: it also covers the choice of test documents, which come from few folders. "
     )
 
 

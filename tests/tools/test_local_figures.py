@@ -45,6 +45,8 @@ def test_other_documents_are_refused(tmp_path):
 def test_the_sentence_turns_nats_into_percent():
     found = {"seeds": 2, "effect": -0.05, "interval": [-0.09, 0.01], "by_seed": [-0.06, -0.04]}
     text = seeds_sentence(found)
-    assert "4.9 % lower" in text and "by seed 3.9 to 5.8 %" in text
-    assert "from 1.0 % higher to 8.6 % lower" in text
+    assert "4.9 % lower" in text and "single seeds give 3.9 to 5.8 %" in text
+    assert "from 8.6 % lower to 1.0 % higher, so it includes zero" in text
+    surely = seeds_sentence(found | {"interval": [-0.09, -0.01]})
+    assert "from 8.6 % lower to 1.0 % lower: it also" in surely
     assert not seeds_sentence({"seeds": 1, "effect": -0.05, "interval": [np.nan, np.nan]})

@@ -186,7 +186,7 @@ def test_the_final_table_is_written_once_and_apart(tmp_path, monkeypatch):
         found_effect = float(by_change[change][0].replace("−", "-"))
         assert found_effect == pytest.approx(effect, abs=3e-3), change
     assert (tmp_path / "study.json").read_text() == before
-    with pytest.raises(InputError, match="compared once"):
+    with pytest.raises(InputError, match="written once"):
         write_final(tmp_path / "study", few)
 
 
@@ -379,7 +379,7 @@ def test_the_page_of_what_is_beyond_the_paper_compares_with_the_recipe(tmp_path)
     page.write_text(f"before\n<!-- begin: {beyond.MARK} -->\nold\n<!-- end -->\nafter\n")
     beyond.write_page(tmp_path / "study", page)
     text = page.read_text()
-    assert "| source_average | model.routing_source=average | -0.0" in text and "old" not in text
+    assert "| source_average | routing_source=average | -0.0" in text and "old" not in text
     assert "| 3 of 4 |" in text
     missing = text.split("Without runs so far: ")[1].split(".\n")[0].split(", ")
     of_stage = {a.name for a in arms.ARMS if a.stage == "beyond" and not a.keeps_run}
@@ -394,7 +394,7 @@ def test_the_page_of_what_is_beyond_the_paper_compares_with_the_recipe(tmp_path)
     beyond.write_page(tmp_path / "study", page)
     assert "| grown | restarted | -0.0" in page.read_text()
     assert "Diverged: rank_4-s0." in page.read_text()
-    assert "| rank_4 | model" not in page.read_text()
+    assert "| rank_4 | expert_rank" not in page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n")
 
 

@@ -28,10 +28,11 @@ from tools.study.beyond_again import (
 )
 from tools.study.beyond_arms import BEYOND_ARMS, BEYOND_BASE, CONTROLS
 from tools.study.claims import ByArm, contrast, finished_runs, mean_of
-from tools.study.kinds import STEPS, Arm
+from tools.study.kinds import Arm
 from tools.study.report import OUT, ROOT
 from tools.study.results import FIRST_CORPUS, SECOND_CORPUS, Results
 from tools.study.statistics import Effect, paired_effect
+from tools.study.tables import changes
 
 PAGE = ROOT / "docs" / "beyond.md"
 MARK = "tools/study/beyond.py"
@@ -199,19 +200,11 @@ def mean_flops(arm: Arm, by_arm: ByArm) -> float:
 def row(variant: Variant) -> list[str]:
     """A line of the table."""
     arm = variant.arm
-    parts = [f"{name}={value}" for name, value in arm.settings.items()]
-    parts += [f"{name} times {factor:g}" for name, factor in arm.factors.items()]
-    if arm.parents:
-        parts.append(f"{arm.steps} steps from {' + '.join(arm.parents)}")
-    elif arm.steps != STEPS:
-        parts.append(f"{arm.steps:,} steps")
-    if arm.family != BEYOND_BASE:
-        parts.append(f"tuned as {arm.family}")
     costs = [f"{cost:.2f}" for cost in (variant.flops, variant.parameters)]
     costs.append("" if variant.seconds is None else f"{variant.seconds:.2f}")
     return [
         arm.name,
-        ", ".join(parts),
+        changes(arm, BEYOND_BASE),
         *figures(variant.effect, min(arm.seeds, CHOOSING_SEEDS)),
         *costs,
     ]

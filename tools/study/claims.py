@@ -270,7 +270,9 @@ def _specialisation(claim: Claim, by_arm: Mapping[str, list[Record]]) -> Finding
     if not values:
         return Finding(claim, None, math.nan, "", reason=f"routing of {arm} was not measured")
     effect = over_seeds(values)
-    return Finding(claim, effect, effect.p, "", reason="covers seeds alone")
+    return Finding(
+        claim, effect, effect.p, "", reason="its interval leaves out the choice of documents"
+    )
 
 
 def without_domain(domain: str) -> Keep:

@@ -3,8 +3,8 @@
     python -m tools.study.report [--out=docs/study] [--final]
 
 It works with whatever runs exist, on the test set. --final writes docs/study_final.* instead, once,
-when all runs are there. It reads the confirmation set, which every run is measured on and
-nothing else compares.
+when all runs are there. It reads the confirmation set, on which every run is measured and
+nothing is chosen.
 """
 
 import argparse
@@ -61,6 +61,7 @@ OUT = ROOT / "docs" / "study"
 CLAIMS = ROOT / "docs" / "claims.json"
 WORDS = (
     "claim",
+    "changed",
     "Lory against",
     "source",
     "verdict",
@@ -99,7 +100,7 @@ def write_final(out: Path, claims_file: Path = CLAIMS) -> None:
     """
     final = out.with_name(f"{out.name}_final")
     if final.with_suffix(".json").exists():
-        raise InputError(f"{final}.json: exists; the confirmation set is compared once")
+        raise InputError(f"{final}.json: exists; the final table is written once")
     on_test = make_report(out, "test", claims_file)
     waiting = [
         f"{f.claim.id} on {corpus.name}"

@@ -147,6 +147,21 @@ def domains_table(report: Report) -> Table:
     return header, rows
 
 
+def changes(arm: arms.Arm, base: str = "") -> str:
+    """How an arm differs from the best of its family, which is named unless it is `base`."""
+    parts = [f"{name.rpartition('.')[2]}={value}" for name, value in arm.settings.items()]
+    parts += [f"{name.rpartition('.')[2]} times {x:g}" for name, x in arm.factors.items()]
+    if arm.data != "similar":
+        parts.append(f"{arm.data} order")
+    if arm.parents:
+        parts.append(f"{arm.steps} steps from {' + '.join(arm.parents)}")
+    elif arm.steps != arms.STEPS:
+        parts.append(f"{arm.steps:,} steps")
+    if arm.family not in (arm.name, base):
+        parts.append(f"tuned as {arm.family}")
+    return ", ".join(parts)
+
+
 def arms_table(corpus: Corpus, split: str) -> Table:
     """One row per arm: seeds, mean loss, FLOPs, how its experts differ, and their load."""
     by_arm: dict[str, list[Record]] = {}
@@ -154,14 +169,16 @@ def arms_table(corpus: Corpus, split: str) -> Table:
         if record["kind"] == "run":
             by_arm.setdefault(record["arm"], []).append(record)
     rows = []
-    # An arm of several corpora is in the list once for each.
-    for arm in dict.fromkeys(arm.name for arm in arms.ARMS if arm.name in by_arm):
-        finished = [r for r in by_arm[arm] if r["status"] == "finished"]
+    for arm in arms.ARMS:
+        if arm.corpus != corpus.name or arm.name not in by_arm:
+            continue
+        finished = [r for r in by_arm[arm.name] if r["status"] == "finished"]
         losses = [mean_loss(r, split) for r in finished if split in r["losses"]]
         rows.append(
             [
-                arm,
-                str(len(by_arm[arm])),
+                arm.name,
+                changes(arm),
+                str(len(by_arm[arm.name])),
                 f"{np.mean(losses):.4f}" if losses else "diverged",
                 f"{np.std(losses, ddof=1):.4f}" if len(losses) > 1 else "",
                 _mean(finished, "flops_per_token", "{:.3g}"),
@@ -171,7 +188,7 @@ def arms_table(corpus: Corpus, split: str) -> Table:
                 _mean([r.get("load_violation", {}) for r in finished], "last", "{:.2f}"),
             ]
         )
-    header = ["arm", "seeds", f"{split} loss", "s.d. of seeds", "FLOPs a token"]
+    header = ["arm", "changed", "seeds", f"{split} loss", "s.d. of seeds", "FLOPs a token"]
     return [*header, "experts used", "expert cosine", "experts a token", "MaxVio"], rows
 
 
