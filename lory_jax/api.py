@@ -63,7 +63,7 @@ class Model:
             leaves too few tokens in each to route by attention.
         """
         config = self.config
-        least = shortest_segment(config.routing_source)
+        least = shortest_segment(config.routing_source) if config.num_experts else 1
         if not least <= T < config.sequence_length:
             raise InputError(
                 f"segment_length: got {T}, must be {least} to {config.sequence_length - 1}, less "

@@ -163,14 +163,16 @@ def flags_of(name: str, *subcommand: str) -> frozenset[str]:
 
 
 def test_the_readme_states_the_ratios_of_the_committed_plans():
-    computing, step = [], []
-    for experts in (8, 32):
-        plan = json.loads((ROOT / f"docs/plans/lory_0_3b_{experts}e_v5e-64.json").read_text())
-        ours, dense = plan["estimate"], plan["dense"]["estimate"]
-        computing.append(f"{ours['compute_seconds'] / dense['compute_seconds']:.2f}")
-        name = "step_seconds_lower_bound"
-        step.append(f"{ours[name] / dense[name]:.2f}")
+    def ratio(experts, devices, name):
+        path = ROOT / f"docs/plans/lory_0_3b_{experts}e_v5e-{devices}.json"
+        plan = json.loads(path.read_text())
+        return f"{plan['estimate'][name] / plan['dense']['estimate'][name]:.2f}"
+
+    computing = [ratio(experts, 64, "compute_seconds") for experts in (8, 32)]
+    step = [ratio(experts, 64, "step_seconds_lower_bound") for experts in (8, 32)]
+    larger = [ratio(experts, 256, "step_seconds_lower_bound") for experts in (8, 32)]
     readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
     whole = f"{step[0]} (8 experts) and {step[1]} (32 experts) times as long as the dense model's"
     assert whole in readme
     assert f"Computing alone takes {computing[0]} and {computing[1]} times as long" in readme
+    assert f"on 256 chips, the ratios are {larger[0]} and {larger[1]} (" in readme

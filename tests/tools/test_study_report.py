@@ -312,13 +312,14 @@ def test_the_headline_compares_on_both_corpora(out):
     _, rows = headline_table(report)
     (row,) = rows  # no other comparison has runs
     assert row[0] == "a dense model"
-    mean, low, high, seeds = re.fullmatch(r"(.+) \((.+) to (.+); (\d+) seeds\)", row[2]).groups()
-    assert float(mean.replace("−", "-")) == pytest.approx(-0.08, abs=0.01) and seeds == "10"
-    assert low < mean < high or high < mean < low
+    cell = re.fullmatch(r"(.+) \((.+) to (.+); (.+) seeds\)", row[2].replace("−", "-"))
+    mean, low, high, seeds = map(float, cell.groups())
+    assert mean == pytest.approx(-0.08, abs=0.01) and low < mean < high and seeds == 10
     assert row[3].startswith("−0.05") and row[3].endswith("; 2 seeds)")
     text = headline(report)
     assert text.startswith("| Lory against | ")
     assert "On Python packages, Lory's perplexity is 0.92" in text
+    assert "these differences are decided: a dense model on Python packages. The" in text
     assert "(lower in 2 of 2 domains, in 2 with an interval that excludes zero)" in text
 
 

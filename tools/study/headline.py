@@ -8,6 +8,7 @@ from tools.study.claims import Finding, mean_of
 from tools.study.results import Record
 from tools.study.statistics import Effect
 from tools.study.tables import Report, Table, signed
+from tools.tables import markdown
 
 # By claim, what Lory is compared with: the arm, and what a reader calls it.
 COMPARED = {
@@ -74,9 +75,7 @@ def headline(report: Report) -> str:
     header, rows = headline_table(report)
     if not rows:
         return "The study has no runs yet."
-    lines = [header, ["---"] * len(header), *rows]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{table}\n\n{' '.join(headline_notes(report))}"
+    return f"{markdown(header, rows)}\n\n{' '.join(headline_notes(report))}"
 
 
 def _gain(by_id: Mapping[str, Finding], where: str) -> str:

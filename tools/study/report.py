@@ -10,7 +10,7 @@ nothing is chosen.
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -203,11 +203,14 @@ def _parts(effect: Effect, audit: dict[str, Any] | None, split: str) -> dict[str
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: sentences, a table, pictures, and what must be known about the table."""
+    """A part of the page: sentences, a table and what must be known about it.
+
+    A section whose table has no rows yet is left out; one of sentences alone has no table.
+    """
 
     title: str
     lead: Sequence[str] = ()
-    table: Table = field(default_factory=lambda: ([], []))
+    table: Table | None = None
     notes: Sequence[str] = ()
     numbered: bool = False
 
@@ -221,7 +224,7 @@ def _sections(report: Report) -> list[Section]:
     )
     limits = [text.format(folders=report.folders) for text in words.LIMITS]
     first, second = report.corpora
-    tables = [
+    found = [
         Section("What came out", (), headline_table(report), headline_notes(report)),
         Section("Claims", (), claims_table(first.findings), claim_notes(first.findings), True),
         Section("The second corpus, which is not Python", (), again_table(report)),
@@ -240,8 +243,7 @@ def _sections(report: Report) -> list[Section]:
         Section(LADDER_TITLE, words.LADDER, ladder_table(report)),
         Section("The ladder's law", (), law_table(report)),
     ]
-    texts = ("How to read the tables", "What this cannot show", "How it was made")
-    return [section for section in tables if section.table[1] or section.title in texts]
+    return [section for section in found if section.table is None or section.table[1]]
 
 
 def markdown_page(report: Report, name: str) -> str:
@@ -254,9 +256,8 @@ def markdown_page(report: Report, name: str) -> str:
         parts.append(f"## {section.title}")
         if section.lead:
             parts.append("\n".join(f"- {text}" for text in section.lead))
-        header, rows = section.table
-        if rows:
-            parts.append(pages.markdown(header, rows))
+        if section.table is not None:
+            parts.append(pages.markdown(*section.table))
         if section.notes:
             marks = (f"{i}." if section.numbered else "-" for i in range(1, 1 + len(section.notes)))
             texts = zip(marks, section.notes, strict=True)
@@ -269,8 +270,8 @@ def html_page(report: Report) -> str:
     for section in _sections(report):
         pieces.append(html.heading(section.title))
         pieces += [html.items(section.lead)] if section.lead else []
-        header, rows = section.table
-        if rows:
+        if section.table is not None:
+            header, rows = section.table
             text_columns = [i for i, name in enumerate(header) if name in WORDS]
             pieces.append(html.table(header, rows, text_columns=text_columns))
         if section.notes:
