@@ -571,10 +571,10 @@ def test_finalists_are_tried_again_where_they_were_not_chosen(tmp_path):
             for seed in seeds:
                 level = 3.0 + effect + seed / 1e3
                 losses = {d: np.full(n, level) for d, n in DOMAINS.items()}
-                write(results, name, seed, {split: losses}, corpus)
+                write(results, name, seed, {split: losses, "test": losses}, corpus)
 
     pair = (beyond.BEYOND_BASE, "rank_4")
-    write_pair(pair, (0.0, -0.5), range(4), "test")
+    write_pair(pair, (0.0, -0.5), range(4), "confirmation")  # the seeds that chose it
     write_pair(pair, (0.0, -0.03), range(4, 10), "confirmation")
     write_pair(pair, (0.0, -0.02), range(3), "test", "debian")
     write_pair([f"{name}_d64" for name in pair], (0.0, 0.01), range(3), "test")
