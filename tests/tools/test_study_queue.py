@@ -310,6 +310,7 @@ def test_a_real_run_from_training_to_its_result(tmp_path):
     job = make_jobs([], [arm], "A")[0]
     settings = {"train.steps": 12, "train.seed": 3, "train.upcycle_redraw": 0.5}
     runner.run(job, settings, core())
+    origins = PreparedData.open(tmp_path / "data").held_out_origins("validation")
     record = runner.results.read("lory-s0")
     assert record["status"] == "finished" and record["settings"] == settings
     assert record["steps"] == 12 and record["tokens"] == 12 * 4 * 24
@@ -317,7 +318,10 @@ def test_a_real_run_from_training_to_its_result(tmp_path):
     assert set(record["losses"]) == {"validation", "test", "test_prompt"}
     assert record["flops_per_token"] > 0 and record["seconds"] > 0
     assert -1 < record["expert_cosine"] < 0.99 and 0 <= record["experts_used"] <= 1
-    assert len(record["routing_distance"]) == 2
+    assert len(record["routing_distance"]) == 2 and "routing_by_origin" not in record
+    for domain, w_OxYxE in runner.results.instances("lory-s0", "routing").items():
+        assert w_OxYxE.shape[:2] == (len({*origins[domain]}), 2)
+        np.testing.assert_allclose(w_OxYxE.sum(axis=-1), 1.0, atol=2e-3)
     for split, losses in record["losses"].items():
         for domain, loss_N in runner.results.instances("lory-s0", split).items():
             assert loss_N.mean() == pytest.approx(losses[domain], abs=2e-3)

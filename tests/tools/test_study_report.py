@@ -24,6 +24,7 @@ from tools.study import (
     rivals,
     sparse,
     sparse_arms,
+    words,
 )
 from tools.study.__main__ import RECIPE, unavailable
 from tools.study.claims import judge_claims, planned_seeds, read_claims
@@ -43,9 +44,9 @@ def out(tmp_path_factory):
     out = tmp_path_factory.mktemp("docs") / "study"
     results = Results(out / "runs")
     (out / "runs").mkdir(parents=True)
-    origins = {domain: [i // 3 for i in range(size)] for domain, size in DOMAINS.items()}
+    origins = {"a": [i // 3 for i in range(60)], "b": [20 + i // 3 for i in range(90)]}
     for corpus in ("packages", "debian"):
-        write_held_out(results, origins, corpus)
+        write_held_out(results, origins, corpus, ("validation", "test"))
     rng = np.random.default_rng(0)
     of_instance = {domain: rng.normal(0, 0.5, size) for domain, size in DOMAINS.items()}
     for arm, loss in LOSSES.items():
@@ -60,7 +61,8 @@ def out(tmp_path_factory):
                 split: {d: level + noise + of_instance[d] for d in DOMAINS}
                 for split, level in splits.items()
             }
-            write(results, arm, seed, instances)
+            routing = routing_weights(seed) if arm == "lory" else None
+            write(results, arm, seed, instances, routing=routing)
     for arm, level in (("dense", 3.0), ("lory", 2.95)):
         for seed in range(2):
             losses = {d: np.full(n, level + seed / 1000) for d, n in DOMAINS.items()}
@@ -90,7 +92,7 @@ def write_held_out(results, origins, corpus, splits=("test",)):
     path.write_text(json.dumps({"digest": "d", "origins": origins}))
 
 
-def write(results, arm, seed, instances, corpus="packages", **more):
+def write(results, arm, seed, instances, corpus="packages", routing=None, **more):
     losses = {s: {d: float(x.mean()) for d, x in found.items()} for s, found in instances.items()}
     losses |= {s.replace("test", "validation"): found for s, found in losses.items()}
     record = {"id": run_id(arm, seed, corpus), "kind": "run", "arm": arm, "family": arm}
@@ -99,9 +101,14 @@ def write(results, arm, seed, instances, corpus="packages", **more):
     record |= {"curve": [[250, 4.0], [500, 3.5]], "flops_per_token": 1e6}
     record |= {"parameters": {"total": 90_000, "active": 80_000}, "tokens": 6e6}
     if arm == "lory" and corpus == "packages":
-        distance = [{"between": 0.3 + 0.01 * seed, "within": 0.05}]
-        record |= {"routing_distance": distance, "expert_cosine": 0.7, "experts_used": 0.9}
-    results.write(record | more, instances)
+        record |= {"expert_cosine": 0.7, "experts_used": 0.9}
+    results.write(record | more, instances | ({"routing": routing} if routing else {}))
+
+
+def routing_weights(seed):
+    """Of 20 and 30 folders, two experts: those of b are routed otherwise."""
+    first = {"a": np.full((20, 1, 1), 0.8), "b": np.full((30, 1, 1), 0.5 - seed / 1000)}
+    return {d: np.concatenate([w, 1 - w], axis=-1) for d, w in first.items()}
 
 
 def test_verdicts_are_those_of_the_made_up_effects(out):
@@ -112,7 +119,7 @@ def test_verdicts_are_those_of_the_made_up_effects(out):
         "warmup": ("equivalent", -0.001),
         "causal_over_prefix": ("contradicted", 0.12),
         "prompt_routing": ("supported", 0.001),
-        "specialisation": ("supported", 0.295),
+        "specialisation": ("supported", 0.28),
     }
     for name, (verdict, effect) in expected.items():
         got = claims[name]
@@ -220,7 +227,7 @@ def test_tuning_lists_every_trial_with_what_was_varied(out):
     }
     text = out.with_suffix(".md").read_text()
     assert "| dense | 2 | train.learning_rate=0.01, model.ffn_init_scale=0.1 | 3.0000 |" in text
-    assert "| dense | 0.005 | 2.0000 | yes |" in text
+    assert "| dense | 0.005 | 2.0000 | yes, the lowest tried |" in text
     assert "c_d96_e32_1500" in contents["ladder"]["missing"] and "laws" not in contents["ladder"]
 
 
@@ -284,9 +291,8 @@ def test_claims_that_wait_for_their_runs_count_in_the_adjustment(tmp_path):
     planned = sum(bool(planned_seeds(claim, "packages")) for claim in claims)
     assert planned == sum(bool(claim.contrast) for claim in claims)
     found = judged["redrawing"]
-    rank = sum(other.p < found.p for other in judged.values())  # that of specialisation is smaller
-    assert found.adjusted_p == pytest.approx(min(1.0, (planned - rank) * found.p))
-    assert rank == 1
+    assert found.adjusted_p == pytest.approx(min(1.0, planned * found.p))
+    assert 0.0 < planned * found.p < 1.0
     assert found.verdict == "pending"
     assert (found.effect.seeds, found.planned) == (SEEDS - 1, SEEDS)
     # The second corpus has runs for fewer claims, and measures neither prompts nor routing.
@@ -390,11 +396,14 @@ def test_the_page_of_what_is_beyond_the_paper_compares_with_the_recipe(tmp_path)
             losses = {d: np.full(n, 3.0 + effect + seed / 1e3) for d, n in DOMAINS.items()}
             write(results, name, seed, {"test": losses})
     lost = {"id": "rank_4-s0", "kind": "run", "arm": "rank_4", "status": "diverged", "seed": 0}
+    far = lost | {"id": "source_average-s9", "arm": "source_average", "seed": 9}
+    results.write(far | {"corpus": "packages"}, {})  # a seed that does not choose
     results.write(lost | {"corpus": "packages"}, {})
     write(results, "rank_4", 1, {"test": {d: np.full(n, 3.0) for d, n in DOMAINS.items()}})
     beyond.write_page(tmp_path / "study", page)
     assert "| grown | restarted | -0.0" in page.read_text()
-    assert "Diverged: rank_4-s0." in page.read_text()
+    assert "Diverged, and left out: rank_4-s0, source_average-s9." in page.read_text()
+    assert "| source_average | routing_source=average | -0.0" in page.read_text()
     assert "| rank_4 | expert_rank" not in page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n")
 
@@ -560,6 +569,9 @@ def test_finalists_are_tried_again_where_they_were_not_chosen(tmp_path):
     assert wider["rank_4_d64"].settings["model.expert_rank"] == 8
     seeds = {a.name: a.seeds for a in beyond_again.with_all_seeds(arms.BEYOND_ARMS, ("rank_4",))}
     assert seeds["rank_4"] == 10 and seeds["rank_1"] == 4
+    for name in ("grown", "branches", "longer", "rank_4_rate_doubled", "deltas_8_dense", "none"):
+        with pytest.raises(ValueError, match=f"finalists: got {name}, must be of source_"):
+            beyond_again.arms_again((name,))
 
     results = Results(tmp_path)
     origins = {d: list(range(n)) for d, n in DOMAINS.items()}
@@ -578,14 +590,49 @@ def test_finalists_are_tried_again_where_they_were_not_chosen(tmp_path):
     write_pair(pair, (0.0, -0.03), range(4, 10), "confirmation")
     write_pair(pair, (0.0, -0.02), range(3), "test", "debian")
     write_pair([f"{name}_d64" for name in pair], (0.0, 0.01), range(3), "test")
-    rows = beyond.tried_again(results, ("shared_half", "rank_4"))
+    write_pair(("shared_half",), (-0.7,), range(4, 6), "confirmation")  # a lucky start
+    finalists = ("shared_half", "rank_4")
+    rows = beyond.tried_again(results, finalists)
     assert [(*row[:2], row[4]) for row in rows] == [
+        ("shared_half", "other seeds, confirmation set", "2 of 6"),
+        ("shared_half", "the second corpus, test set", "0 of 3"),
+        ("shared_half", "D = 64, test set", "0 of 3"),
         ("rank_4", "other seeds, confirmation set", "6"),
-        ("rank_4", "the second corpus", "3"),
-        ("rank_4", "D = 64", "3"),
+        ("rank_4", "the second corpus, test set", "3"),
+        ("rank_4", "D = 64, test set", "3"),
     ]
-    found = [float(row[2]) for row in rows]
+    assert {(row[2], row[3], row[5]) for row in rows[:3]} == {("", "", "")}
+    found = [float(row[2]) for row in rows[3:]]
     np.testing.assert_allclose(found, (-0.03, -0.02, 0.01), atol=2e-3)
+    for seed in range(4, 10):  # p is adjusted for both
+        losses = {d: np.full(n, 2.999 + seed**2 / 1e3) for d, n in DOMAINS.items()}
+        write(results, "shared_half", seed, {"confirmation": losses, "test": losses})
+    again = beyond.tried_again(results, finalists)[0]
+    alone = beyond.tried_again(results, finalists[:1])[0]
+    assert again[:5] == alone[:5] and float(again[5]) >= float(alone[5]) > 0
+
+
+def test_finalists_are_the_best_by_validation():
+    ranking = beyond.ranking(Results(OUT / "runs"))
+    if beyond_again.FINALISTS:
+        assert {*ranking[: beyond_again.NUMBER]} == {*beyond_again.FINALISTS}
+        assert len(ranking) == len(beyond_again.CANDIDATES)
+
+
+def test_candidates_are_ranked_by_validation_with_the_seeds_that_choose(tmp_path):
+    """Not by the test set, not by other seeds, and not before all four seeds are there."""
+    results = Results(tmp_path)
+    for name, validation, test, seeds in (
+        (beyond.BEYOND_BASE, 3.0, 3.0, 10),
+        ("rank_1", 2.95, 3.1, 4),
+        ("source_average", 2.99, 2.5, 4),
+        ("shared_half", 2.5, 2.5, 3),
+        ("longer", 2.5, 2.5, 4),
+    ):
+        for seed in range(seeds):
+            losses = {"validation": {"a": validation}, "test": {"a": test}}
+            write(results, name, seed, {}, losses=losses)
+    assert beyond.ranking(results) == ["rank_1", "source_average"]
 
 
 def test_every_family_has_the_same_number_of_trials():
@@ -625,8 +672,11 @@ def made_up(law, noise=0.0, counted="active", of_documents=0.0):
             loss = float(ladder.predict(law, N, np.array([experts]), horizon)[0])
             loss += rng.normal(0, noise)
             losses = {"a": loss + np.log(max(experts, 1)) * np.repeat(of_folder, 5)}
-            of_point = width, experts, active, inner, tokens, float(losses["a"].mean())
-            points.append(ladder.Point(*of_point, 2, noise**2, losses))
+            level = float(losses["a"].mean())
+            away = noise * rng.choice([-1, 1])  # their mean has the variance noise^2
+            of_seeds = {0: level - away, 1: level + away}
+            of_point = width, experts, active, inner, tokens, of_seeds
+            points.append(ladder.Point(*of_point, losses))
     return points
 
 
@@ -675,6 +725,89 @@ def test_the_ladders_intervals_cover_the_choice_of_documents(monkeypatch):
     assert np.all(np.array(widths[1]) > 2 * np.array(widths[0]))
 
 
+def points_of_noise(common, own, seeds=3, points=80):
+    """Points whose seeds move all of them alike, and each of them a little more."""
+    rng = np.random.default_rng(0)
+    of_seed_S = rng.normal(0, common, 10)
+    found = []
+    for number in range(points):
+        kept = range(seeds + number % 2)
+        of_seeds = {seed: 3.0 + of_seed_S[seed] + rng.normal(0, own) for seed in kept}
+        found.append(ladder.Point(16, 0, 1e5, 1e5, 3.0, of_seeds))
+    return found, of_seed_S
+
+
+def test_what_seeds_do_to_all_points_alike_is_told_from_the_rest():
+    points, of_seed_S = points_of_noise(0.02, 0.006)
+    noise = ladder.seed_noise(points)
+    assert noise.own == pytest.approx(0.006**2, rel=0.1)
+    drawn = [np.var(of_seed_S[:n], ddof=1) for n in (3, 4)]
+    assert min(drawn) * 0.9 < noise.common < max(drawn) * 1.1
+    alone = ladder.seed_noise(points_of_noise(0.0, 0.006)[0])
+    assert alone.common < 0.2 * alone.own
+    # Two points with the seeds 0 to 2, and a third with 0 to 3.
+    covariance = noise.covariance([points[0], points[2], points[1]])
+    assert covariance[0, 1] == pytest.approx(noise.common / 3)
+    assert covariance[0, 2] == pytest.approx(noise.common * 3 / (3 * 4))
+    assert covariance[2, 2] == pytest.approx((noise.common + noise.own) / 4)
+
+
+def test_noise_that_points_share_widens_no_multiplier(monkeypatch):
+    """All points higher by as much are the same law with other constants."""
+    monkeypatch.setattr(ladder, "DRAWS", 60)
+    widths = {}
+    for name, noise in (
+        ("shared", ladder.Noise(0.02**2, 1e-10)),
+        ("own", ladder.Noise(0, 0.02**2)),
+    ):
+        monkeypatch.setattr(ladder, "seed_noise", lambda points, noise=noise: noise)
+        found = ladder.summarize(made_up(LAW), ORIGINS)["laws"]["active"]
+        widths[name] = [row["interval"][1] - row["interval"][0] for row in found["multipliers"]]
+    assert np.all(np.array(widths["shared"]) < 0.05 * np.array(widths["own"]))
+
+
+def test_lack_of_fit_is_what_noise_does_not_explain():
+    """The mean over many noisy fits of a straight line is the variance that was added."""
+    rng = np.random.default_rng(0)
+    jacobian = np.stack([np.ones(12), np.arange(12.0)], axis=1)
+    noise = 0.3 * np.eye(12) + 0.5  # some of it common to all
+    line = jacobian @ np.linalg.pinv(jacobian)
+    found = []
+    for _ in range(2_000):
+        values = rng.multivariate_normal(np.zeros(12), noise) + rng.normal(0, 2.0, 12)
+        found.append(ladder.lack_of_fit(values - line @ values, jacobian, noise))
+    assert np.mean(found) == pytest.approx(4.0, rel=0.05)
+
+
+def test_a_fit_that_ends_at_a_bound_says_so(monkeypatch):
+    """Losses that fall with the logarithm of the size have no constant above zero."""
+    monkeypatch.setattr(ladder, "DRAWS", 3)
+    points = []
+    for width, experts in itertools.product((16, 32, 64, 96), (0, 2, 8, 32)):
+        active, inner = active_parameters(width)
+        for horizon, tokens in enumerate((3.0, 6.0)):
+            level = 2.6 - 0.35 * np.log(active / 1e5) - 0.03 * np.log(max(experts, 1))
+            level -= 0.15 * horizon
+            losses = {"a": np.full(60, level)}
+            points.append(
+                ladder.Point(width, experts, active, inner, tokens, {0: level, 1: level}, losses)
+            )
+    found = ladder.summarize(points, ORIGINS)
+    assert "constant" in found["laws"]["active"]["at_bound"]
+    assert any("its bound of" in text for text in words.at_bounds(found))
+    assert not words.at_bounds({"laws": {}})
+
+
+def test_a_point_with_a_diverged_run_is_named_and_left_out(tmp_path):
+    results = Results(tmp_path)
+    write_held_out(results, {"a": [0, 1]}, "packages")
+    write(results, "c_d16_e2_1500", 0, {"test": {"a": np.array([3.0, 4.0])}}, tokens=6e6)
+    write(results, "c_d96_e2_750", 0, {}, status="diverged")
+    found = ladder.read_points(results, "test")
+    assert found.diverged == ["c_d96_e2_750"] and len(found.points) == 1
+    assert len(found.missing) == 30
+
+
 def test_a_point_without_all_its_seeds_is_missing(tmp_path):
     results = Results(tmp_path)
     write_held_out(results, {"a": [0, 1]}, "packages")
@@ -683,9 +816,9 @@ def test_a_point_without_all_its_seeds_is_missing(tmp_path):
     for name, number in (("c_d16_e32_1500", seeds - 1), ("c_d16_e2_1500", 1)):
         for seed in range(number):
             write(results, name, seed, splits, tokens=6e6)
-    points, missing = ladder.read_points(results, "test")
-    assert [(p.width, p.experts, p.loss) for p in points] == [(16, 2, 3.5)]
-    assert len(missing) == 31 and "c_d16_e32_1500" in missing
+    found = ladder.read_points(results, "test")
+    assert [(p.width, p.experts, p.loss) for p in found.points] == [(16, 2, 3.5)]
+    assert len(found.missing) == 31 and "c_d16_e32_1500" in found.missing
 
 
 def test_the_ladders_known_runs_have_the_settings_of_its_other_points():

@@ -78,9 +78,15 @@ def main(argv: list[str]) -> None:
         timer = threading.Timer(3600 * args.hours, stop.set)
         timer.daemon = True
         timer.start()
-    work_off(Queue(jobs, results, args.work), runner, usable_cores()[-args.cores :])
+    queue = Queue(jobs, results, args.work)
+    work_off(queue, runner, usable_cores()[-args.cores :])
     if signals:
         sys.exit(128 + signals[0])
+    if not stop.is_set() and (left := [job.id for job in queue.remaining()]):
+        raise InputError(
+            f"{len(left)} runs cannot start, because what they start from is in none of the stages "
+            f"{', '.join(stages)}: {', '.join(left)}"
+        )
     # Imported here: a study that is stopped draws nothing.
     from tools.study import pages, report
 

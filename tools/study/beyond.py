@@ -3,9 +3,10 @@
     python -m tools.study.beyond [--out=docs/study]
 
 Makes the tables of the page and, beside it, beyond.png. The first table has the seeds by which the
-best arms are chosen; those that confirm them are in the third. An arm with a diverged run has no
-effect, because the seeds that are left are not typical. Seconds come from step_seconds_beyond.json
-(tools/study/step_seconds.py), because those of the runs depend on what else the machine did.
+best arms are chosen, and the validation losses that choose; those that confirm are in the third. An
+arm with a diverged run has no effect, because the seeds that are left are not typical. Seconds come
+from step_seconds_beyond.json (tools/study/step_seconds.py), because those of the runs depend on
+what else the machine did.
 """
 
 import argparse
@@ -21,17 +22,20 @@ from tools import tables
 from tools.study import arms, pictures
 from tools.study.beyond_again import (
     ALL_SEEDS,
+    CANDIDATES,
     CHOOSING_SEEDS,
     FINALISTS,
+    NUMBER,
+    SEEDS_AGAIN,
     WIDER,
     wider_name,
 )
 from tools.study.beyond_arms import BEYOND_ARMS, BEYOND_BASE, CONTROLS
-from tools.study.claims import ByArm, contrast, finished_runs, mean_of
+from tools.study.claims import ByArm, contrast, diverged_runs, finished_runs, mean_of
 from tools.study.kinds import Arm
 from tools.study.report import OUT, ROOT
-from tools.study.results import FIRST_CORPUS, SECOND_CORPUS, Results
-from tools.study.statistics import Effect, paired_effect
+from tools.study.results import FIRST_CORPUS, SECOND_CORPUS, Record, Results, mean_loss
+from tools.study.statistics import Effect, holm, paired_effect
 from tools.study.tables import changes
 
 PAGE = ROOT / "docs" / "beyond.md"
@@ -43,12 +47,14 @@ HEADER = [
     "effect in nats",
     "95 % interval",
     "seeds",
+    "on validation",
     "FLOPs",
     "parameters",
     "seconds",
 ]
 CONTROLS_HEADER = ["arm", "its control", *HEADER[2:5]]
-AGAIN_HEADER = ["arm", "on", *HEADER[2:5]]
+AGAIN_HEADER = ["arm", "on", *HEADER[2:5], "adjusted p"]
+CHOOSING = range(CHOOSING_SEEDS)
 
 
 def main() -> None:
@@ -62,11 +68,14 @@ class Variant:
     """A change to the recipe, what it does, and its costs divided by the recipe's.
 
     Attributes:
+      effect: on the loss of the test set.
+      on_validation: the difference of the validation losses, by which finalists are chosen.
       seconds: of a training step on a CPU; None if they were not measured.
     """
 
     arm: Arm
     effect: Effect
+    on_validation: float
     flops: float
     parameters: float
     seconds: float | None
@@ -89,12 +98,13 @@ def write_page(out: Path, page: Path = PAGE) -> None:
         parts.append(tables.markdown(CONTROLS_HEADER, controls))
     if again := tried_again(results):
         parts.append(
-            "The best by validation were tried again, beside the recipe trained alike: with seeds "
-            "that did not choose them, on the second corpus, and at twice the width:"
+            f"The {NUMBER} best by validation were tried again, beside the recipe trained alike: "
+            "with seeds that did not choose them, on the second corpus, and at twice the width. "
+            "P-values are adjusted for these arms by Holm's method, in each place:"
         )
         parts.append(tables.markdown(AGAIN_HEADER, again))
-    if diverged := diverged_runs(results):
-        parts.append(f"Diverged: {', '.join(diverged)}.")
+    if diverged := diverged_ids(results):
+        parts.append(f"Diverged, and left out: {', '.join(diverged)}.")
     if missing:
         parts.append(f"Without runs so far: {', '.join(missing)}.")
     tables.replace_marked(page, MARK, "\n\n".join(parts))
@@ -113,21 +123,22 @@ def finished(
 
     The references are among the first, where they have runs.
     """
-    by_arm = of_seeds(finished_runs(results), range(CHOOSING_SEEDS))
-    lost = {run.rpartition("-s")[0] for run in diverged_runs(results)}
+    by_arm = finished_runs(results, seeds=CHOOSING)
+    lost = diverged_runs(results, seeds=CHOOSING)
     found, missing = [], []
     base = by_arm.get(BEYOND_BASE, [])
     for arm in shown():
         own = by_arm.get(arm.name, [])
         effect = effect_of(arm.name, BEYOND_BASE, by_arm, results, split)
-        if arm.name in lost:
+        if lost.keys() & chain_of(arm):
             continue
         if effect is None:
             missing += [arm.name] if arm.stage == "beyond" else []
             continue
         parameters = mean_of(own, "parameters") / mean_of(base, "parameters")
         flops = mean_flops(arm, by_arm) / mean_of(base, "flops_per_token")
-        found.append(Variant(arm, effect, flops, parameters, seconds.get(arm.name)))
+        validation = on_validation(own, base)
+        found.append(Variant(arm, effect, validation, flops, parameters, seconds.get(arm.name)))
     return sorted(found, key=lambda variant: variant.effect.mean), missing
 
 
@@ -137,9 +148,18 @@ def shown() -> list[Arm]:
     return [*references, *(arm for arm in BEYOND_ARMS if not arm.keeps_run)]
 
 
-def of_seeds(by_arm: ByArm, seeds: range) -> ByArm:
-    """The runs with these seeds."""
-    return {name: [r for r in runs if r["seed"] in seeds] for name, runs in by_arm.items()}
+def on_validation(own: Sequence[Record], base: Sequence[Record]) -> float:
+    """The mean validation loss of an arm minus the recipe's, over the seeds that both have."""
+    losses, of_base = ({r["seed"]: mean_loss(r) for r in runs} for runs in (own, base))
+    return float(np.mean([losses[s] - of_base[s] for s in losses.keys() & of_base.keys()]))
+
+
+def ranking(results: Results) -> list[str]:
+    """The candidates that have all the seeds that choose, best first by validation."""
+    by_arm = finished_runs(results, seeds=CHOOSING)
+    base = by_arm.get(BEYOND_BASE, [])
+    complete = [name for name in CANDIDATES if len(by_arm.get(name, [])) == CHOOSING_SEEDS]
+    return sorted(complete, key=lambda name: on_validation(by_arm[name], base))
 
 
 def effect_of(
@@ -158,19 +178,40 @@ def effect_of(
 
 
 def tried_again(results: Results, finalists: Sequence[str] = FINALISTS) -> list[list[str]]:
-    """Lines of the third table: what remains of the best where they were not chosen."""
+    """Lines of the third table: what remains of the best where they were not chosen.
+
+    An effect is shown once all of its seeds are there, so that nobody stops at a lucky one.
+    """
     first, second = finished_runs(results), finished_runs(results, SECOND_CORPUS)
-    fresh = of_seeds(first, range(CHOOSING_SEEDS, ALL_SEEDS))
+    fresh = finished_runs(results, seeds=range(CHOOSING_SEEDS, ALL_SEEDS))
     rows = []
-    for name in finalists:
-        pair, wider = (name, BEYOND_BASE), (wider_name(name), wider_name(BEYOND_BASE))
-        places = {
-            "other seeds, confirmation set": effect_of(*pair, fresh, results, "confirmation"),
-            "the second corpus": effect_of(*pair, second, results, corpus=SECOND_CORPUS),
-            f"D = {WIDER}": effect_of(*wider, first, results),
+    for place, planned, by_arm, split, corpus, base in (
+        (
+            "other seeds",
+            ALL_SEEDS - CHOOSING_SEEDS,
+            fresh,
+            "confirmation",
+            FIRST_CORPUS,
+            BEYOND_BASE,
+        ),
+        ("the second corpus", SEEDS_AGAIN, second, "test", SECOND_CORPUS, BEYOND_BASE),
+        (f"D = {WIDER}", SEEDS_AGAIN, first, "test", FIRST_CORPUS, wider_name(BEYOND_BASE)),
+    ):
+        named = {name: wider_name(name) if base != BEYOND_BASE else name for name in finalists}
+        effects = {
+            name: effect_of(arm, base, by_arm, results, split, corpus)
+            for name, arm in named.items()
         }
-        rows += [[name, place, *figures(effect)] for place, effect in places.items() if effect]
-    return rows
+        done = {n: e for n, e in effects.items() if e is not None and e.seeds == planned}
+        adjusted = holm({name: done[name].p if name in done else np.nan for name in finalists})
+        where = f"{place}, {split} set"
+        for name, effect in effects.items():
+            if name in done:
+                rows.append([name, where, *figures(done[name]), f"{adjusted[name]:.2g}"])
+            else:
+                seeds = 0 if effect is None else effect.seeds
+                rows.append([name, where, "", "", f"{seeds} of {planned}", ""])
+    return sorted(rows, key=lambda row: finalists.index(row[0]))
 
 
 def against_controls(results: Results) -> list[list[str]]:
@@ -180,21 +221,32 @@ def against_controls(results: Results) -> list[list[str]]:
     return [[arm, control, *figures(effect)] for arm, control, effect in found if effect]
 
 
-def diverged_runs(results: Results) -> list[str]:
-    """The runs of the stage that diverged."""
+def diverged_ids(results: Results) -> list[str]:
+    """The runs of the stage that diverged, on both corpora."""
     of_stage = {arm.name for arm in arms.ARMS if arm.stage == "beyond"}
-    records = [record for record in results.records() if record["status"] == "diverged"]
-    return [record["id"] for record in records if record.get("arm") in of_stage]
+    return [
+        run
+        for corpus in (FIRST_CORPUS, SECOND_CORPUS)
+        for arm, runs in diverged_runs(results, corpus).items()
+        if arm in of_stage
+        for run in runs
+    ]
 
 
 def mean_flops(arm: Arm, by_arm: ByArm) -> float:
     """FLOPs per token over a run and the runs that it starts from."""
-    arms_by_name = {other.name: other for other in arms.ARMS}
-    chain = {arm.name}
-    while more := {p for name in chain for p in arms_by_name[name].parents} - chain:
-        chain |= more
+    chain = chain_of(arm)
     flops = [mean_of(by_arm[name], "flops_per_token") for name in chain]
-    return float(np.average(flops, weights=[arms_by_name[name].steps for name in chain]))
+    return float(np.average(flops, weights=[before.steps for before in chain.values()]))
+
+
+def chain_of(arm: Arm) -> dict[str, Arm]:
+    """An arm and all that it starts from, by name."""
+    arms_by_name = {other.name: other for other in arms.ARMS}
+    chain = {arm.name: arm}
+    while more := {p for before in chain.values() for p in before.parents} - chain.keys():
+        chain |= {name: arms_by_name[name] for name in more}
+    return chain
 
 
 def row(variant: Variant) -> list[str]:
@@ -206,6 +258,7 @@ def row(variant: Variant) -> list[str]:
         arm.name,
         changes(arm, BEYOND_BASE),
         *figures(variant.effect, min(arm.seeds, CHOOSING_SEEDS)),
+        f"{variant.on_validation:+.4f}",
         *costs,
     ]
 

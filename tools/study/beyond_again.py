@@ -3,22 +3,41 @@
 They are chosen by validation on the first corpus, with the first seeds. Then they are trained with
 other seeds and judged on the confirmation set, on a second corpus, and at twice the width with the
 learning rate that is tuned for the dense model there. The recipe that they change is, too.
+
+Arms that change the recipe in one run can be chosen. Those that are made of several runs, and the
+controls, are compared among themselves alone.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-from tools.study.beyond_arms import BEYOND_ARMS, BEYOND_BASE, EXPERTS, RANK, REDRAW, WIDTH
+from tools.study.beyond_arms import BEYOND_ARMS, BEYOND_BASE, CONTROLS, EXPERTS, RANK, REDRAW, WIDTH
 from tools.study.kinds import Arm, shape_of_width
 
 FINALISTS: tuple[str, ...] = ()  # named once all arms are finished
+NUMBER = 3
 CHOOSING_SEEDS, SEEDS_AGAIN, ALL_SEEDS = 4, 3, 10
 WIDER, TIMES = 64, 2  # times the study's width
 BASE_WIDER = {EXPERTS: 8, "model.ffn_init_scale": 0.354, REDRAW: 0.75}  # as tuned for the recipe
+CANDIDATES = tuple(
+    arm.name
+    for arm in BEYOND_ARMS
+    if arm.family == BEYOND_BASE
+    and arm.seeds == CHOOSING_SEEDS
+    and not (arm.parents or arm.keeps_run or arm.factors)
+    and arm.name not in {control for _, control in CONTROLS}
+)
 
 
 def arms_again(finalists: Sequence[str] = FINALISTS) -> list[Arm]:
-    """What the stage trains once the finalists are named."""
+    """What the stage trains once the finalists are named.
+
+    Raises:
+      ValueError: a name is none of `CANDIDATES`, whose runs can be repeated elsewhere.
+    """
+    unfit = [name for name in finalists if name not in CANDIDATES]
+    if unfit:
+        raise ValueError(f"finalists: got {', '.join(unfit)}, must be of {', '.join(CANDIDATES)}")
     chosen = [arm for arm in BEYOND_ARMS if arm.name in finalists]
     if not chosen:
         return []

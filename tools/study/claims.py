@@ -15,13 +15,13 @@ import numpy as np
 
 from tools.study import arms
 from tools.study.results import FIRST_CORPUS, Losses, Record, Results
+from tools.study.specialisation import specialisation
 from tools.study.statistics import (
     LEVEL,
     Domain,
     Effect,
     holm,
     is_within,
-    over_seeds,
     p_of,
     paired_effect,
     verdict,
@@ -185,7 +185,7 @@ def _test(
         said = f"diverged: {', '.join(diverged)}"
         return Finding(claim, None, math.nan, NOT_TESTABLE, reason=said)
     if claim.statistic == "specialisation":
-        return _specialisation(claim, by_arm)
+        return _specialisation(claim, by_arm, results, corpus)
     domains = contrast(claim.contrast, by_arm, results, split, keep, corpus)
     if not domains:
         return Finding(
@@ -205,13 +205,31 @@ def arm_of(name: str) -> str:
     return name.partition(":")[0]
 
 
-def finished_runs(results: Results, corpus: str = FIRST_CORPUS) -> ByArm:
-    """The runs of a corpus that did not diverge, by arm."""
+def finished_runs(
+    results: Results, corpus: str = FIRST_CORPUS, seeds: range | None = None
+) -> ByArm:
+    """The runs of a corpus by arm, with these seeds only if they are given.
+
+    An arm with a diverged run among them is left out: the seeds that are left are not typical.
+    """
     by_arm: ByArm = {}
     for record in results.records(corpus):
-        if record["kind"] == "run" and record["status"] == "finished":
+        if record["kind"] == "run" and (seeds is None or record["seed"] in seeds):
             by_arm.setdefault(record["arm"], []).append(record)
-    return by_arm
+    lost = diverged_runs(results, corpus, seeds)
+    return {arm: records for arm, records in by_arm.items() if arm not in lost}
+
+
+def diverged_runs(
+    results: Results, corpus: str = FIRST_CORPUS, seeds: range | None = None
+) -> dict[str, list[str]]:
+    """By arm, the ids of its runs that diverged."""
+    found: dict[str, list[str]] = {}
+    for record in results.records(corpus):
+        is_lost = record["kind"] == "run" and record["status"] == "diverged"
+        if is_lost and (seeds is None or record["seed"] in seeds):
+            found.setdefault(record["arm"], []).append(record["id"])
+    return found
 
 
 def mean_of(records: Sequence[Record], name: str) -> float:
@@ -259,17 +277,19 @@ def _evidence(effect: Effect, direction: int) -> float:
     return effect.p if effect.mean * direction > 0 or math.isnan(effect.p) else 1.0
 
 
-def _specialisation(claim: Claim, by_arm: Mapping[str, list[Record]]) -> Finding:
-    """Largest distance between domains minus that within one, over the seeds."""
+def _specialisation(
+    claim: Claim, by_arm: Mapping[str, list[Record]], results: Results, corpus: str
+) -> Finding:
+    """How much more routing differs between domains than under shuffled labels (validation)."""
     (arm,) = claim.contrast
-    values = [
-        float(np.mean([row["between"] - row["within"] for row in record["routing_distance"]]))
-        for record in by_arm[arm]
-        if "routing_distance" in record
-    ]
-    if not values:
-        return Finding(claim, None, math.nan, "", reason=f"routing of {arm} was not measured")
-    effect = over_seeds(values)
+    measured = [results.instances(record["id"], "routing") for record in by_arm[arm]]
+    measured = [weights for weights in measured if weights]
+    if not measured:
+        reason = f"the routing of {arm} was not measured folder by folder"
+        return Finding(claim, None, math.nan, "", reason=reason)
+    origins = results.held_out(corpus)["origins"]["validation"]
+    sizes = {domain: np.unique(origins[domain], return_counts=True)[1] for domain in measured[0]}
+    effect = specialisation(measured, sizes)
     return Finding(
         claim, effect, effect.p, "", reason="its interval leaves out the choice of documents"
     )

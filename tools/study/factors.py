@@ -8,7 +8,7 @@ interact by how much the effect of one differs between the higher and the lower 
 import itertools
 
 from tools.study.arms import ARMS, FACTORS, RATE, WARMUP, factors_name
-from tools.study.claims import contrast, finished_runs
+from tools.study.claims import contrast, diverged_runs, finished_runs
 from tools.study.results import Results
 from tools.study.statistics import Effect, paired_effect
 
@@ -32,12 +32,24 @@ def weights_of(factors: tuple[str, ...]) -> dict[str, float]:
     return weights
 
 
+def unfinished(results: Results) -> tuple[list[str], list[str]]:
+    """The combinations that lack runs, and those with a run that diverged."""
+    by_arm, lost = finished_runs(results), diverged_runs(results)
+    planned = {arm.name: arm.seeds for arm in ARMS if arm.stage == "B"}
+    diverged = [name for name in planned if name in lost]
+    missing = [
+        name
+        for name, seeds in planned.items()
+        if name not in lost and len(by_arm.get(name, [])) < seeds
+    ]
+    return missing, diverged
+
+
 def effects(results: Results, split: str) -> dict[str, Effect]:
     """Every effect and interaction in words; empty until all combinations have all their seeds."""
-    by_arm = finished_runs(results)
-    planned = {arm.name: arm.seeds for arm in ARMS if arm.stage == "B"}
-    if any(len(by_arm.get(name, [])) < seeds for name, seeds in planned.items()):
+    if any(unfinished(results)):
         return {}
+    by_arm = finished_runs(results)
     found = {}
     mains = [(name,) for name in FACTORS]
     for factors in (*mains, *itertools.combinations(FACTORS, 2)):

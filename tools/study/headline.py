@@ -65,8 +65,9 @@ def _decided(report: Report) -> str:
     ]
     said = "; ".join(decided) if decided else "none"
     return (
-        f"Adjusted for all claims of the study, these differences are decided: {said}. The others "
-        "are inconclusive or wait for runs. The claim of the first row is about every domain."
+        "Adjusted for all claims that are tested on the same corpus, these differences are "
+        f"decided: {said}. The verdicts on the others are in the study, and so is the claim of the "
+        "first row, which is about every domain."
     )
 
 

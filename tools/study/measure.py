@@ -98,18 +98,34 @@ def expert_cosine(ffn: Any) -> float:
 
 
 def routing(run: RunDirectory, data: Path) -> dict[str, Any]:
-    """How far routing differs between domains and within one, per layer (validation set)."""
-    model = load(run.path)
-    sets = run.open_data(data).held_out_with_instances("validation")
+    """How routing differs between domains and within one, and the weights of every folder.
+
+    `routing_by_origin` has `[O, Y, E]` for each domain of the validation set, its origins by name.
+    """
+    model, prepared = load(run.path), run.open_data(data)
+    sets = prepared.held_out_with_instances("validation")
     weights = instance_weights(
         segment_weights(model, sets, run.config["train"]["global_batch_size"])
     )
+    origins = prepared.held_out_origins("validation")
     rows = routing_distances(weights, seed=0)
     return {
         "routing_distance": [
             {name: round(row[name], 5) for name in ("between", "within")} for row in rows
-        ]
+        ],
+        "routing_by_origin": {
+            domain: mean_by_origin(w_YxIxE, origins[domain]).round(4).tolist()
+            for domain, w_YxIxE in weights.items()
+        },
     }
+
+
+def mean_by_origin(w_YxIxE: np.ndarray, origins: Sequence[str]) -> np.ndarray:
+    """`[O, Y, E]`: the mean weights of the instances of each origin, in the order of its name."""
+    number_I = np.unique(origins, return_inverse=True)[1]
+    share_OxI = (number_I == np.arange(number_I.max() + 1)[:, None]).astype(np.float64)
+    share_OxI /= share_OxI.sum(axis=1, keepdims=True)
+    return np.einsum("oi,yie->oye", share_OxI, w_YxIxE)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,14 @@
     python -m tools.study.report [--out=docs/study] [--final]
 
 It works with whatever runs exist, on the test set. --final writes docs/study_final.* instead, once,
-when all runs are there. It reads the confirmation set, on which every run is measured and
-nothing is chosen.
+when all runs are there. It reads the confirmation set, on which every run is measured and no claim
+or setting is chosen; only what docs/beyond.md adopts is decided on it, with seeds of its own.
 """
 
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def write_final(out: Path, claims_file: Path = CLAIMS) -> None:
         for f in corpus.findings
         if f.verdict == PENDING
     ]
-    waiting += on_test.ladder.get("missing", []) + ([] if on_test.factors else ["stage B"])
+    waiting += on_test.ladder["missing"] + on_test.factors_unfinished[0]
     if waiting:
         raise InputError(f"{out}: runs are missing, so nothing is final: {', '.join(waiting)}")
     _write(make_report(out, "confirmation", claims_file), final)
@@ -157,18 +157,20 @@ def make_report(out: Path, split: str, claims_file: Path) -> Report:
             neighbours |= fair_start.differences(results, name, base, names)
         return Corpus(name, findings, variants, results.records(name), neighbours)
 
-    points, missing = ladder.read_points(results, split)
+    steps = ladder.read_points(results, split)
+    rungs: dict[str, Any] = {"missing": steps.missing, "diverged": steps.diverged}
+    if not steps.missing:
+        rungs |= ladder.summarize(steps.points, results.held_out()["origins"][split])
     return Report(
         split,
         judge(FIRST_CORPUS, audit),
         judge(SECOND_CORPUS, None),
-        {"missing": missing}
-        if missing
-        else ladder.summarize(points, results.held_out()["origins"][split]),
+        rungs,
         audit,
         margin,
         _folders(results, split),
         factors.effects(results, split),
+        factors.unfinished(results),
     )
 
 
@@ -205,7 +207,8 @@ def _parts(effect: Effect, audit: dict[str, Any] | None, split: str) -> dict[str
 class Section:
     """A part of the page: sentences, a table and what must be known about it.
 
-    A section whose table has no rows yet is left out; one of sentences alone has no table.
+    A section whose table has no rows yet says in `waits` what it waits for, or is left out; one of
+    sentences alone has no table.
     """
 
     title: str
@@ -213,6 +216,7 @@ class Section:
     table: Table | None = None
     notes: Sequence[str] = ()
     numbered: bool = False
+    waits: Sequence[str] = ()
 
 
 def _sections(report: Report) -> list[Section]:
@@ -239,11 +243,28 @@ def _sections(report: Report) -> list[Section]:
         Section("Tuning, on validation", (), tuning_table(report)),
         Section("Learning rates at full length, on validation", (), long_tuning_table(report)),
         Section("Settings beside those that were tuned", (), fair_start_table(report)),
-        Section("Dense warm-up, router and learning rate together", (), factors_table(report)),
-        Section(LADDER_TITLE, words.LADDER, ladder_table(report)),
-        Section("The ladder's law", (), law_table(report)),
+        Section(
+            "Dense warm-up, router and learning rate together",
+            (),
+            factors_table(report),
+            waits=words.unfinished(*report.factors_unfinished),
+        ),
+        Section(
+            LADDER_TITLE,
+            words.LADDER,
+            ladder_table(report),
+            words.unfinished([], report.ladder["diverged"]),
+            waits=words.unfinished(report.ladder["missing"], report.ladder["diverged"]),
+        ),
+        Section("The ladder's law", (), law_table(report), words.at_bounds(report.ladder)),
     ]
-    return [section for section in found if section.table is None or section.table[1]]
+    shown = (
+        section
+        if section.table is None or section.table[1]
+        else replace(section, lead=section.waits, table=None, notes=())
+        for section in found
+    )
+    return [section for section in shown if section.table or section.lead]
 
 
 def markdown_page(report: Report, name: str) -> str:
@@ -302,7 +323,7 @@ def _pictures(title: str, report: Report) -> list[str]:
         if shown:
             svg = plots.to_svg(pictures.curves(shown))
             return [html.figure(svg, "Validation loss of the main arms, one line per seed.")]
-    if title == LADDER_TITLE:
+    if title == LADDER_TITLE and "laws" in report.ladder:
         svg = plots.to_svg(pictures.multipliers(report.ladder["laws"]["active"]["multipliers"]))
         return [html.figure(svg, "How many times as large an equally good dense model is.")]
     return []

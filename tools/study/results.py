@@ -1,11 +1,13 @@
 """The results of finished runs: one small JSON file each, and the losses of its instances.
 
 RUNS/ID.json         settings, seed, curve, losses by domain, seconds, FLOPs
-RUNS/ID.npz          the loss of every held-out instance, float16, as SPLIT/DOMAIN
+RUNS/ID.npz          the loss of every held-out instance, float16, as SPLIT/DOMAIN, and mean
+                     routing weights of every validation folder, as routing/DOMAIN, if measured
 RUNS/held_out/CORPUS.json  the digest of the held-out sets, and the origin of every instance
 """
 
 import io
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -90,7 +92,10 @@ class Results:
 
 
 def describe_held_out(data: PreparedData) -> dict[str, Any]:
-    """What identifies the held-out sets of prepared data, and where their instances come from."""
+    """What identifies the held-out sets of prepared data, and where their instances come from.
+
+    Origins are numbered by split, over all domains: one folder may hold documents of several.
+    """
     digests, origins = {}, {}
     for split in SPLITS:
         if split not in data.manifest.counts:
@@ -98,10 +103,9 @@ def describe_held_out(data: PreparedData) -> dict[str, Any]:
         digests[split] = {
             name: data.manifest.files[name]["sha256"] for name in data.manifest.names(f"{split}/")
         }
-        origins[split] = {
-            domain: np.unique(names, return_inverse=True)[1].tolist() if names else []
-            for domain, names in data.held_out_origins(split).items()
-        }
+        named = data.held_out_origins(split)
+        numbers = {name: i for i, name in enumerate(sorted({*itertools.chain(*named.values())}))}
+        origins[split] = {domain: [numbers[n] for n in names] for domain, names in named.items()}
     return {"digest": _digest(digests), "origins": origins}
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from tools import tables
 from tools.study import arms
-from tools.study.claims import ByArm, contrast, finished_runs, mean_of
+from tools.study.claims import ByArm, contrast, diverged_runs, finished_runs, mean_of
 from tools.study.report import OUT, ROOT
 from tools.study.results import FIRST_CORPUS, SECOND_CORPUS, Results
 from tools.study.statistics import paired_effect
@@ -50,7 +50,12 @@ def text(results: Results, seconds: Mapping[str, float]) -> str:
     again, _ = table(results, seconds, SECOND_CORPUS)
     if missing:
         parts.append(f"Without runs so far: {', '.join(missing)}.")
-    return "\n\n".join([*parts, *(["On the second corpus:", *again] if again else [])])
+    parts += ["On the second corpus:", *again] if again else []
+    for corpus in (FIRST_CORPUS, SECOND_CORPUS):
+        lost = diverged_runs(results, corpus)
+        ids = [run for arm in SHOWN for run in lost.get(arm, [])]
+        parts += [f"Diverged, and left out: {', '.join(ids)}."] if ids else []
+    return "\n\n".join(parts)
 
 
 def table(

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lory_jax.errors import InputError
 from lory_jax.evaluation.held_out import read_instances
 from lory_jax.run.directory import RunDirectory
@@ -109,7 +111,10 @@ class Runner:
                 instances[name + end], _ = read_instances(path)
             seconds[name] = found["seconds"]
         record = self._describe(job, settings, data) | {"status": "finished", "losses": losses}
-        record |= json.loads(measured.read_text("utf-8")) | {"evaluation_seconds": seconds}
+        found = json.loads(measured.read_text("utf-8"))
+        if by_origin := found.pop("routing_by_origin", None):
+            instances["routing"] = {d: np.array(w_OxYxE) for d, w_OxYxE in by_origin.items()}
+        record |= found | {"evaluation_seconds": seconds}
         self.results.write(record, instances)
 
     def _describe(self, job: Job, settings: Mapping[str, Any], data: Path) -> dict[str, Any]:

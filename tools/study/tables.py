@@ -1,6 +1,6 @@
 """The tables of the study's pages, and what they are made from."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,8 +42,10 @@ class Report:
       first: the corpus on which everything is tuned; `second` repeats the main contrasts.
       audit: what tools/study/audit.py found about the first corpus, or None.
       folders: how few folders the held-out instances of the first corpus come from, in words.
-      ladder: what tools/study/ladder.py makes of stage C, or the names of what is missing.
+      ladder: what tools/study/ladder.py makes of stage C, and its points that are missing or
+        diverged.
       factors: the effects of stage B, in words (tools/study/factors.py).
+      factors_unfinished: its combinations that are missing or diverged.
     """
 
     split: str
@@ -54,6 +56,7 @@ class Report:
     margin: float
     folders: str
     factors: dict[str, Effect]
+    factors_unfinished: tuple[list[str], list[str]]
 
     @property
     def corpora(self) -> tuple[Corpus, Corpus]:
@@ -178,7 +181,7 @@ def arms_table(corpus: Corpus, split: str) -> Table:
             [
                 arm.name,
                 changes(arm),
-                str(len(by_arm[arm.name])),
+                _seeds(len(finished), len(by_arm[arm.name])),
                 f"{np.mean(losses):.4f}" if losses else "diverged",
                 f"{np.std(losses, ddof=1):.4f}" if len(losses) > 1 else "",
                 _mean(finished, "flops_per_token", "{:.3g}"),
@@ -190,6 +193,11 @@ def arms_table(corpus: Corpus, split: str) -> Table:
         )
     header = ["arm", "changed", "seeds", f"{split} loss", "s.d. of seeds", "FLOPs a token"]
     return [*header, "experts used", "expert cosine", "experts a token", "MaxVio"], rows
+
+
+def _seeds(finished: int, all_runs: int) -> str:
+    """How many seeds a mean has; those that diverged are not in it."""
+    return str(finished) if finished == all_runs else f"{finished} of {all_runs}, others diverged"
 
 
 def _routes_segments(record: Record) -> bool:
@@ -229,9 +237,18 @@ def long_tuning_table(report: Report) -> Table:
         best = min((loss for loss in losses if loss is not None), default=None)
         for trial, loss in zip(long, losses, strict=True):
             text = "diverged" if loss is None else f"{loss:.4f}"
-            chosen = "yes" if loss is not None and loss == best else ""
-            rows.append([name, f"{trial['settings'][arms.RATE]:g}", text, chosen])
+            chosen = loss is not None and loss == best
+            rows.append(
+                [name, f"{trial['settings'][arms.RATE]:g}", text, _chosen(trial, long, chosen)]
+            )
     return ["family", "learning rate", "validation loss", "chosen"], rows
+
+
+def _chosen(trial: Mapping[str, Any], trials: Sequence[Mapping[str, Any]], chosen: bool) -> str:
+    """Whether a rate is the chosen one, and whether a further one was not tried."""
+    rates = [other["settings"][arms.RATE] for other in trials]
+    ends = {max(rates): ", the highest tried", min(rates): ", the lowest tried"}
+    return "yes" + ends.get(trial["settings"][arms.RATE], "") if chosen else ""
 
 
 def fair_start_table(report: Report) -> Table:
@@ -258,7 +275,7 @@ def ladder_table(report: Report) -> Table:
         [
             str(of_counts[0]["width"]),
             str(of_counts[0]["experts"]),
-            *(text for row in of_counts for text in _ranged(row["multiplier"], row["interval"])),
+            *(text for row in of_counts for text in _multiplier(row)),
         ]
         for of_counts in pairs
     ]
@@ -272,6 +289,11 @@ def law_table(report: Report) -> Table:
             rows.append([COUNTED[count], name, *_ranged(found["value"], found["interval"])])
         rows.append([COUNTED[count], "lack of fit, nats", f"{law['lack_of_fit']:.4f}", ""])
     return ["parameters counted", "of the law", "value", "95 % interval"], rows
+
+
+def _multiplier(row: Mapping[str, Any]) -> list[str]:
+    value, interval = _ranged(row["multiplier"], row["interval"])
+    return [f"{value} (extrapolated)" if row["beyond"] else value, interval]
 
 
 def _ranged(value: float, interval: Sequence[float]) -> list[str]:

@@ -1,5 +1,8 @@
 """What the study's pages say about how it was made and how to read it: lists of sentences."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 SUBJECT = (
     "This page tests what the paper and others claim about Lory, at a scale that one machine can "
     "train, with several seeds and intervals. Claims were written down before their runs; the "
@@ -16,14 +19,16 @@ READING = [
     "arms whose names end with _t and the length of their segments, they count from 128 on, so "
     "these are compared with one another only.",
     "Intervals (95 %) cover the noise between seeds and the choice of held-out documents, that "
-    "is, of other folders of the same packages. They are not adjusted for the number of claims, "
-    "so one may exclude zero although its claim is inconclusive.",
+    "is, of other folders of the same packages. Both are estimated from few, which intervals and "
+    "p-values allow for (tools/study/statistics.py); with three or four seeds they are rather too "
+    "wide than too narrow. Intervals are not adjusted for the number of claims, so one may exclude "
+    "zero although its claim is inconclusive.",
     "P-values are two-sided and adjusted by Holm's method over all claims that the study plans to "
-    "test on the corpus.",
-    'A claim is "supported" or "contradicted" if its adjusted p is below 0.05, "equivalent" if '
-    'its whole unadjusted interval lies within 0.01 nats of zero, and otherwise "inconclusive". '
-    'It is "pending" until all its seeds are trained, and "not testable here" if no run of this '
-    "study can test it.",
+    "test on the same corpus; the second corpus is a family of its own.",
+    'A claim of a difference is "equivalent" if its whole unadjusted interval lies within 0.01 '
+    'nats of zero. Otherwise it is "supported" or "contradicted" if its adjusted p is below 0.05, '
+    'and else "inconclusive". A claim is "pending" until all its seeds are trained, and "not '
+    'testable here" if no run of this study can test it.',
     "A claim about every domain shows the effect and interval of the mean, and the p of the "
     "domain with the weakest evidence. A claim of equality is tested against differences of 0.01 "
     "nats, not against zero.",
@@ -36,8 +41,11 @@ READING = [
 LIMITS = [
     "The models are tiny, and see few tokens. What holds here need not hold at the paper's scale.",
     "A context holds one or two documents, so there is little that the order of documents could "
-    "do.",
+    "do. One order by similarity is compared with one random order, and another order moves a run "
+    "by as much as another seed (0.03 nats), which the intervals leave out.",
     "{folders}. So the intervals of the first corpus are wide, however many seeds there are.",
+    "Settings are chosen with one seed on 256 instances of each domain, which come from a few "
+    "folders, and neighbouring learning rates often differ by less than two seeds do.",
     "Nothing is tuned on the second corpus: every arm has the settings of the first there. "
     "Near-duplicates of training text were looked for on the first corpus only.",
     "Specialisation is measured on validation, and its interval covers seeds alone.",
@@ -61,7 +69,11 @@ METHOD = [
     "what its row in the table of arms says. Arms that change the number of experts or of steps, "
     "the length of segments, the order of documents or the mask, and prefix routing, keep the "
     "settings tuned for dense or Lory.",
-    "All runs of arms train on one order of the documents (tools/study/order.py).",
+    "All runs of arms on a corpus train on one order of its documents by similarity, or on one "
+    "random order where their names say so (tools/study/order.py).",
+    "FLOPs per token are those of the steps with experts. The dense warm-up, 5 % of the steps "
+    "where there is one, costs what a dense model costs. So Lory's total is 0.3 % lower than this "
+    "figure times the tokens.",
     "Each batch is computed as two microbatches, and tokens compete for experts only with tokens "
     "of their own microbatch.",
 ]
@@ -73,7 +85,28 @@ LADDER = [
     "Learning rate and start were tuned on the dense model of every width at 6.1M tokens; at 3.1M "
     "tokens, all models have twice that rate.",
     "Most points have one seed, those of the far ends three, and those that other stages made up "
-    "to ten.",
+    "to ten. Most of what a seed does, it does to all points alike; intervals allow for that.",
+    '"Extrapolated" are multipliers that compare with a dense model larger than any that was '
+    "trained.",
     "A multiplier above 1 that does not change with the width still means a gain in nats that "
     "shrinks as models grow, because their losses come closer together.",
 ]
+
+
+def unfinished(missing: Sequence[str], diverged: Sequence[str]) -> list[str]:
+    """Why a table is not there, or lacks something."""
+    said = [f"This waits for runs of {len(missing)} arms."] if missing else []
+    return said + ([f"Runs diverged, and are left out: {', '.join(diverged)}."] if diverged else [])
+
+
+def at_bounds(ladder: Mapping[str, Any]) -> list[str]:
+    """Where the ladder's fit ran into a bound, so that its law is no estimate."""
+    said = []
+    for count, law in ladder.get("laws", {}).items():
+        if law["at_bound"]:
+            names = ", ".join(law["at_bound"])
+            said.append(f"With {count} parameters, the fit ended at its bound of {names}.")
+        if law["draws_at_bound"]:
+            share = law["draws_at_bound"]
+            said.append(f"With {count} parameters, {share:.1%} of the drawn fits ended at a bound.")
+    return said
