@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
         metavar="DIR",
         help="where the prepared data are, if they were moved",
     )
-    add("--seed", type=int, default=0, help="seed of the random halves of a domain (default: 0)")
+    add("--seed", type=int, default=0, help="seed of the shuffled labels (default: 0)")
     add(
         "--text",
         type=local_path,
@@ -51,7 +51,8 @@ def main(argv: list[str]) -> None:
 def write_analysis(args: argparse.Namespace, out: Path) -> None:
     """Analyzes the run on its test set; writes the figures, the page and its pictures."""
     # Imported here so that --help and flag errors do not wait for JAX and matplotlib.
-    from lory_jax.analysis.routing import ANALYSIS, analyze_run, distance_table
+    from lory_jax.analysis.distances import distance_table
+    from lory_jax.analysis.routing import ANALYSIS, analyze_run
     from lory_jax.report import plots
     from lory_jax.report.analysis import analysis_page
     from lory_jax.run.directory import RunDirectory

@@ -15,7 +15,7 @@ from lory_jax.run.step_choice import NEWEST
 
 FACTS = ("geometric_mean", "instances", "routing", "seconds", "split", "step", "tasks")
 EVALUATION_KEYS = (*MEASURES, *FACTS)
-ANALYSIS_KEYS = ("routing_distance", "routing_weights", "step", "utilisation")
+ANALYSIS_KEYS = ("origins", "routing_distance", "routing_weights", "step", "utilisation")
 
 
 @dataclass(frozen=True)

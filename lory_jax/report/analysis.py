@@ -29,6 +29,7 @@ def analysis_page(analysis: dict[str, Any]) -> str:
       analysis: the contents of analysis.json.
     """
     weights, texts = analysis["routing_weights"], analysis["telling_texts"]
+    folders = ", ".join(f"{count} of {domain}" for domain, count in analysis["origins"].items())
     pieces = [
         html.style(STYLE),
         html.paragraph(
@@ -41,11 +42,12 @@ def analysis_page(analysis: dict[str, Any]) -> str:
             plots.to_svg(plots.routing_heat_map(weights)),
             "Mean routing weight of every expert, by domain and layer.",
         ),
-        html.heading("Do domains differ more than documents do?"),
+        html.heading("Do domains differ more than folders do?"),
         html.figure(
             plots.to_svg(plots.distance_by_layer(analysis["routing_distance"])),
-            "The largest distance between the mean routing weights of two domains, and that "
-            "between random halves of one domain.",
+            "The largest distance between the mean routing weights of two domains, and what it is "
+            "if folders (or other origins) keep their documents, and their labels are shuffled. "
+            f"The test set has {folders}.",
         ),
         html.heading("Experts in use during training"),
         html.figure(

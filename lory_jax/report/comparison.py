@@ -203,8 +203,9 @@ def _specialisation(name: str, analysis: Mapping[str, Any]) -> list[str]:
         html.paragraph(
             f"In layer {widest['layer']} the mean routing weights of "
             f"{' and '.join(widest['domains'])} differ most. Their total-variation distance is "
-            f"{widest['between']:.3f}; between random halves of one domain it is "
-            f"{widest['within']:.3f} on average."
+            f"{widest['between']:.3f}. If the labels of folders are shuffled, it is "
+            f"{widest['shuffled']:.3f} on average, and above {widest['shuffled_high']:.3f} in 5 % "
+            "of cases."
         ),
         html.figure(
             plots.to_svg(plots.routing_heat_map(analysis["routing_weights"])),
@@ -214,7 +215,8 @@ def _specialisation(name: str, analysis: Mapping[str, Any]) -> list[str]:
         html.figure(
             plots.to_svg(plots.distance_by_layer(analysis["routing_distance"])),
             "How far routing differs between domains: the largest total-variation distance between "
-            "the mean weights of two domains, and that between random halves of one domain.",
+            "the mean weights of two domains, and what it is if the labels of their folders are "
+            "shuffled.",
         ),
         html.figure(
             plots.to_svg(plots.utilisation(analysis["utilisation"])),

@@ -160,22 +160,25 @@ def routing_heat_map(weights: Mapping[str, Sequence[Sequence[float]]]) -> "Figur
 
 
 def distance_by_layer(distances: Sequence[Mapping[str, Any]]) -> "Figure":
-    """Largest distance between two domains per layer, against random halves of one domain."""
+    """Largest distance between two domains per layer, against that under shuffled labels."""
     with _style():
         figure, axes = _figure(2.8)
         layers = [row["layer"] for row in distances]
         series = (
-            ("between", "two domains (largest)", COLOURS[1], "D"),
-            ("within", "random halves of one domain (largest)", COLOURS[0], "o"),
+            ("between", "two domains (largest)", COLOURS[1], "D", "-"),
+            ("shuffled", "labels shuffled: mean", COLOURS[0], "o", "-"),
+            ("shuffled_high", "and 95 % of shuffles", COLOURS[0], "", "--"),
         )
-        for key, label, colour, marker in series:
+        for key, label, colour, marker, line in series:
             heights = [row[key] for row in distances]
-            axes.plot(layers, heights, color=colour, marker=marker, linewidth=1.8, label=label)
+            axes.plot(
+                layers, heights, line, color=colour, marker=marker, linewidth=1.8, label=label
+            )
         axes.set_ylim(bottom=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("layer")
         axes.set_ylabel("total-variation distance")
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0.1)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderpad=0.1)
         return figure
 
 

@@ -317,6 +317,8 @@ def test_analysis_is_what_the_routing_weights_say(evaluated, name):
         between = 0.5 * np.abs(means["ones"][layer] - means["threes"][layer]).sum()
         assert row["between"] == pytest.approx(between, abs=1e-5)
         assert row["domains"] == ["ones", "threes"]
+        assert 0 < row["shuffled"] <= row["shuffled_high"]
+    assert {*analysis["origins"]} == {"ones", "threes"} and min(analysis["origins"].values()) > 1
     assert analysis["utilisation"]["step"] == list(range(4, 13))
     assert analysis["utilisation"]["pairs"] == 2 * 4
     assert sorted(path.name for path in directory.iterdir()) == [

@@ -31,8 +31,8 @@ def analysis(layers=4, experts=8):
             "layer": y,
             "between": 0.1 * y,
             "domains": DOMAINS[:2],
-            "within": 0.01,
-            "within_domain": "a",
+            "shuffled": 0.01,
+            "shuffled_high": 0.02,
         }
         for y in range(layers)
     ]

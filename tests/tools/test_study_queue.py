@@ -101,6 +101,23 @@ def test_a_parent_whose_directory_is_gone_is_made_again_for_children_without_res
     assert not (runner.work / "first-s0").exists()
 
 
+def test_a_run_that_lacks_a_measurement_is_made_again(tmp_path):
+    arm = Arm("lory", "f", seeds=3, measures=("routing",))
+    other = Arm("plain", "f", seeds=1)
+    results = Results(tmp_path / "runs")
+    losses = {"test": {"a": np.array([3.0])}}
+    weights = {"routing": {"a": np.full((2, 4, 8), 1 / 8)}}
+    for name, status, arrays in (
+        ("lory-s0", "finished", losses),
+        ("lory-s1", "finished", losses | weights),
+        ("lory-s2", "diverged", {}),
+        ("plain-s0", "finished", losses),
+    ):
+        results.write({"id": name, "status": status, "corpus": "packages"}, arrays)
+    queue = Queue(make_jobs([], [arm, other], "A"), results)
+    assert [job.id for job in queue.remaining()] == ["lory-s0"]
+
+
 def test_a_child_of_several_parents_reads_other_batches_than_they_did(tmp_path):
     family = Family("f", {}, {RATE: (0.1,)}, group=0, steps=2)
     parents = [Arm(name, "f", seeds=2, steps=3, keeps_run=True) for name in ("left", "right")]
@@ -299,8 +316,13 @@ def test_results_are_tied_to_their_held_out_sets(tmp_path):
     again = write_prepared(tmp_path / "again")
     assert training_digest(again) == training_digest(data.directory)
     assert training_digest(again) != training_digest(other.directory)
-    origins = Results(tmp_path / "runs").held_out()["origins"]
-    assert origins["test"] == {"ones": [0, 1, 2], "threes": [0, 1, 2]}
+    noted = Results(tmp_path / "runs").held_out()
+    assert noted["origins"]["test"] == {"ones": [0, 1, 2], "threes": [0, 1, 2]}
+    # Earlier versions numbered the origins of each domain apart.
+    file = tmp_path / "runs" / "held_out" / "packages.json"
+    file.write_text(json.dumps(noted | {"origins": {"test": {"ones": [2, 1, 0]}}}))
+    Results(tmp_path / "runs").bind(data)
+    assert Results(tmp_path / "runs").held_out() == noted
 
 
 def test_a_real_run_from_training_to_its_result(tmp_path):
@@ -318,7 +340,7 @@ def test_a_real_run_from_training_to_its_result(tmp_path):
     assert set(record["losses"]) == {"validation", "test", "test_prompt"}
     assert record["flops_per_token"] > 0 and record["seconds"] > 0
     assert -1 < record["expert_cosine"] < 0.99 and 0 <= record["experts_used"] <= 1
-    assert len(record["routing_distance"]) == 2 and "routing_by_origin" not in record
+    assert "routing_by_origin" not in record  # it is among the arrays
     for domain, w_OxYxE in runner.results.instances("lory-s0", "routing").items():
         assert w_OxYxE.shape[:2] == (len({*origins[domain]}), 2)
         np.testing.assert_allclose(w_OxYxE.sum(axis=-1), 1.0, atol=2e-3)

@@ -112,6 +112,9 @@ def test_an_origin_in_two_domains_is_drawn_for_both():
     other = Domain(differences, origin_I + 6)
     widths = [e.high - e.low for e in (paired_effect({"a": one, "b": d}) for d in (one, other))]
     assert widths[0] > 1.2 * widths[1]
+    # Twice the same six origins are no more of them.
+    degrees = [paired_effect({"a": one, "b": d}).parts[-1].degrees for d in (one, other)]
+    assert degrees[0] == pytest.approx(5.0) and degrees[1] > 8.0
 
 
 def test_no_draw_leaves_a_domain_without_documents():

@@ -86,7 +86,7 @@ FAMILIES += [
 ARMS = [
     Arm("dense", "dense", seeds=10, group=0),
     Arm("lory", "lory", seeds=10, group=0, cost=1.15, measures=("routing", "prompt")),
-    Arm("lory_redrawn", "lory_redrawn", seeds=10, group=0, cost=1.15, measures=("routing",)),
+    Arm("lory_redrawn", "lory_redrawn", seeds=10, group=0, cost=1.15),
     # The fair start, checked at full length: none of these may be better than dense by the margin.
     # With one seed, the other starts were within noise of the margin: four decide.
     *(
@@ -102,7 +102,7 @@ ARMS = [
     ),
     # As many FLOPs in all as Lory, whose merging costs some in every step.
     Arm("dense_flops", "dense", steps=round(STEPS * FLOPS_OVER_DENSE)),
-    Arm("lory_scratch", "lory_scratch", cost=1.15, measures=("routing",)),
+    Arm("lory_scratch", "lory_scratch", cost=1.15),
     Arm("dense_random", "dense", data="random"),
     Arm("lory_random", "lory", data="random", cost=1.15),
     # Fewer steps want a higher learning rate: validation prefers twice the rate for both (seed 0).

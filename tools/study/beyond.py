@@ -177,48 +177,75 @@ def effect_of(
     return paired_effect(domains) if domains else None
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where finalists are tried again.
+
+    Attributes:
+      seeds: those of all its runs.
+      is_wider: whether arms have the width `WIDER` there.
+    """
+
+    name: str
+    seeds: range
+    split: str = "test"
+    corpus: str = FIRST_CORPUS
+    is_wider: bool = False
+
+
+PLACES = (
+    Place("other seeds", range(CHOOSING_SEEDS, ALL_SEEDS), "confirmation"),
+    Place("the second corpus", range(SEEDS_AGAIN), corpus=SECOND_CORPUS),
+    Place(f"D = {WIDER}", range(SEEDS_AGAIN), is_wider=True),
+)
+
+
 def tried_again(results: Results, finalists: Sequence[str] = FINALISTS) -> list[list[str]]:
-    """Lines of the third table: what remains of the best where they were not chosen.
+    """Lines of the third table: what remains of the best where they were not chosen."""
+    rows = [row for place in PLACES for row in _in_place(place, results, finalists)]
+    return sorted(rows, key=lambda row: finalists.index(row[0]))
+
+
+def _in_place(place: Place, results: Results, finalists: Sequence[str]) -> list[list[str]]:
+    """The lines of a place.
 
     An effect is shown once all of its seeds are there, so that nobody stops at a lucky one.
     """
-    first, second = finished_runs(results), finished_runs(results, SECOND_CORPUS)
-    fresh = finished_runs(results, seeds=range(CHOOSING_SEEDS, ALL_SEEDS))
+    by_arm = finished_runs(results, place.corpus, place.seeds)
+    lost = diverged_runs(results, place.corpus, place.seeds)
+    named = {
+        name: wider_name(name) if place.is_wider else name for name in (*finalists, BEYOND_BASE)
+    }
+    effects = {
+        name: effect_of(named[name], named[BEYOND_BASE], by_arm, results, place.split, place.corpus)
+        for name in finalists
+    }
+    planned = len(place.seeds)
+    done = {name: e for name, e in effects.items() if e is not None and e.seeds == planned}
+    adjusted = holm({name: done[name].p if name in done else np.nan for name in finalists})
     rows = []
-    for place, planned, by_arm, split, corpus, base in (
-        (
-            "other seeds",
-            ALL_SEEDS - CHOOSING_SEEDS,
-            fresh,
-            "confirmation",
-            FIRST_CORPUS,
-            BEYOND_BASE,
-        ),
-        ("the second corpus", SEEDS_AGAIN, second, "test", SECOND_CORPUS, BEYOND_BASE),
-        (f"D = {WIDER}", SEEDS_AGAIN, first, "test", FIRST_CORPUS, wider_name(BEYOND_BASE)),
-    ):
-        named = {name: wider_name(name) if base != BEYOND_BASE else name for name in finalists}
-        effects = {
-            name: effect_of(arm, base, by_arm, results, split, corpus)
-            for name, arm in named.items()
-        }
-        done = {n: e for n, e in effects.items() if e is not None and e.seeds == planned}
-        adjusted = holm({name: done[name].p if name in done else np.nan for name in finalists})
-        where = f"{place}, {split} set"
-        for name, effect in effects.items():
-            if name in done:
-                rows.append([name, where, *figures(done[name]), f"{adjusted[name]:.2g}"])
-            else:
-                seeds = 0 if effect is None else effect.seeds
-                rows.append([name, where, "", "", f"{seeds} of {planned}", ""])
-    return sorted(rows, key=lambda row: finalists.index(row[0]))
+    for name, effect in effects.items():
+        where = [name, f"{place.name}, {place.split} set"]
+        if name in done:
+            rows.append([*where, *figures(done[name]), f"{adjusted[name]:.2g}"])
+        elif lost.keys() & {named[name], named[BEYOND_BASE]}:
+            rows.append([*where, "diverged", "", "", ""])
+        else:
+            rows.append([*where, "", "", f"{effect.seeds if effect else 0} of {planned}", ""])
+    return rows
 
 
 def against_controls(results: Results) -> list[list[str]]:
     """Lines of the second table: what remains of an effect beside the arm's control."""
-    by_arm = finished_runs(results)
-    found = [(arm, control, effect_of(arm, control, by_arm, results)) for arm, control in CONTROLS]
-    return [[arm, control, *figures(effect)] for arm, control, effect in found if effect]
+    by_arm, lost = finished_runs(results), diverged_runs(results)
+    by_name = {arm.name: arm for arm in arms.ARMS if arm.corpus == FIRST_CORPUS}
+    rows = []
+    for arm, control in CONTROLS:
+        chains = chain_of(by_name[arm]).keys() | chain_of(by_name[control]).keys()
+        effect = effect_of(arm, control, by_arm, results)
+        if effect is not None and not lost.keys() & chains:
+            rows.append([arm, control, *figures(effect)])
+    return rows
 
 
 def diverged_ids(results: Results) -> list[str]:

@@ -4,8 +4,8 @@ They are chosen by validation on the first corpus, with the first seeds. Then th
 other seeds and judged on the confirmation set, on a second corpus, and at twice the width with the
 learning rate that is tuned for the dense model there. The recipe that they change is, too.
 
-Arms that change the recipe in one run can be chosen. Those that are made of several runs, and the
-controls, are compared among themselves alone.
+Arms that change the recipe in one run can be chosen, and neither those that are made of several
+runs nor the controls.
 """
 
 from collections.abc import Sequence

@@ -62,7 +62,7 @@ class Arm:
       cost: a guess of a step's seconds, as a multiple of the dense model's.
       data: "similar" or "random", the order of the training documents.
       corpus: "packages" or "debian". Families are tuned on the first.
-      measures: what is measured beside losses: "routing" (of domains), "prompt" (routing by it),
+      measures: what is measured beside losses: "routing" (of folders), "prompt" (routing by it),
         "top1" and "top2" (keeping that many experts of the finished model).
       first_position: the first position that is scored, where arms have segments of several
         lengths; 0 for T.

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from lory_jax.analysis.routing import instance_weights, routing_distances, segment_weights
+from lory_jax.analysis.distances import mean_by_origin
+from lory_jax.analysis.routing import instance_weights, segment_weights
 from lory_jax.api import load
 from lory_jax.model.config import ModelConfig
 from lory_jax.model.experts import MATRICES
@@ -30,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("--workdir", "--data", "--out"):
         parser.add_argument(name, type=Path, required=True)
-    parser.add_argument("--routing", action="store_true", help="compare routing between domains")
+    parser.add_argument("--routing", action="store_true", help="the routing weights of folders")
     args = parser.parse_args()
     run = RunDirectory(args.workdir)
     found = measure(run) | (routing(run, args.data) if args.routing else {})
@@ -98,9 +99,9 @@ def expert_cosine(ffn: Any) -> float:
 
 
 def routing(run: RunDirectory, data: Path) -> dict[str, Any]:
-    """How routing differs between domains and within one, and the weights of every folder.
+    """The mean weights of every folder: `[O, Y, E]` for each domain of the validation set.
 
-    `routing_by_origin` has `[O, Y, E]` for each domain of the validation set, its origins by name.
+    Folders are in the order of their names.
     """
     model, prepared = load(run.path), run.open_data(data)
     sets = prepared.held_out_with_instances("validation")
@@ -108,24 +109,12 @@ def routing(run: RunDirectory, data: Path) -> dict[str, Any]:
         segment_weights(model, sets, run.config["train"]["global_batch_size"])
     )
     origins = prepared.held_out_origins("validation")
-    rows = routing_distances(weights, seed=0)
     return {
-        "routing_distance": [
-            {name: round(row[name], 5) for name in ("between", "within")} for row in rows
-        ],
         "routing_by_origin": {
             domain: mean_by_origin(w_YxIxE, origins[domain]).round(4).tolist()
             for domain, w_YxIxE in weights.items()
         },
     }
-
-
-def mean_by_origin(w_YxIxE: np.ndarray, origins: Sequence[str]) -> np.ndarray:
-    """`[O, Y, E]`: the mean weights of the instances of each origin, in the order of its name."""
-    number_I = np.unique(origins, return_inverse=True)[1]
-    share_OxI = (number_I == np.arange(number_I.max() + 1)[:, None]).astype(np.float64)
-    share_OxI /= share_OxI.sum(axis=1, keepdims=True)
-    return np.einsum("oi,yie->oye", share_OxI, w_YxIxE)
 
 
 if __name__ == "__main__":

@@ -195,11 +195,25 @@ class Queue:
         return self._work is None or (self._work / run / MEASURED).is_file()
 
     def _is_wanted_again(self, job: Job) -> bool:
-        """Whether a run with a result is made again: others start from it, and it is not here."""
+        """Whether a run with a result is made again.
+
+        It is where a measurement was declared after the run, and where others start from the run
+        and it is not here.
+        """
+        if self._lacks_routing(job):
+            return True
         if not job.keeps_run or self._is_here(job.id) or self._has_diverged(job.id):
             return False
         children = [other for other in self.jobs if job.id in other.parents]
         return any(self.results.read(c.id) is None or self._is_wanted_again(c) for c in children)
+
+    def _lacks_routing(self, job: Job) -> bool:
+        """Whether a finished run was not measured by folder, as it was not before 2026-12-01."""
+        return (
+            "routing" in job.measures
+            and not self._has_diverged(job.id)
+            and not self.results.instances(job.id, "routing")
+        )
 
     def is_needless(self, job: Job) -> bool:
         """Whether a job tries a learning rate beyond one that was not the best, or starts from a

@@ -50,11 +50,9 @@ from tools.study.tables import (
     fair_start_table,
     ladder_table,
     law_table,
-    long_tuning_table,
-    tuning,
-    tuning_table,
     variants_table,
 )
+from tools.study.tuning import long_tuning_table, tuning, tuning_table
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 OUT = ROOT / "docs" / "study"
@@ -253,7 +251,7 @@ def _sections(report: Report) -> list[Section]:
             LADDER_TITLE,
             words.LADDER,
             ladder_table(report),
-            words.unfinished([], report.ladder["diverged"]),
+            words.with_diverged(report.ladder["diverged"]),
             waits=words.unfinished(report.ladder["missing"], report.ladder["diverged"]),
         ),
         Section("The ladder's law", (), law_table(report), words.at_bounds(report.ladder)),

@@ -58,7 +58,10 @@ class Results:
         return [record for record in found if record["corpus"] == corpus]
 
     def instances(self, run_id: str, split: str) -> Losses:
-        """The loss of every instance of a split, by domain; empty if it was not measured."""
+        """The loss of every instance of a split, by domain; empty if it was not measured.
+
+        Of the split "routing", mean weights of every folder: `[O, Y, E]`.
+        """
         with np.load(self.directory / f"{run_id}.npz", allow_pickle=False) as arrays:
             names = [name for name in arrays.files if name.rpartition("/")[0] == split]
             return {name.rpartition("/")[2]: arrays[name].astype(np.float64) for name in names}
@@ -81,14 +84,15 @@ class Results:
         """
         found = describe_held_out(data)
         path = self._held_out_file(corpus)
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(found) + "\n")
-        elif self.held_out(corpus)["digest"] != found["digest"]:
+        noted = self.held_out(corpus) if path.is_file() else None
+        if noted is not None and noted["digest"] != found["digest"]:
             raise InputError(
                 f"out: the runs in {self.directory} were measured on other held-out documents than "
                 f"those of {data.directory}; give another directory"
             )
+        if noted != found:  # none yet, or origins numbered as earlier versions did
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(found) + "\n")
 
 
 def describe_held_out(data: PreparedData) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def text(results: Results, seconds: Mapping[str, float]) -> str:
     parts += ["On the second corpus:", *again] if again else []
     for corpus in (FIRST_CORPUS, SECOND_CORPUS):
         lost = diverged_runs(results, corpus)
-        ids = [run for arm in SHOWN for run in lost.get(arm, [])]
+        ids = [run for arm in (DENSE, *SHOWN) for run in lost.get(arm, [])]
         parts += [f"Diverged, and left out: {', '.join(ids)}."] if ids else []
     return "\n\n".join(parts)
 
@@ -62,9 +62,11 @@ def table(
     results: Results, seconds: Mapping[str, float], corpus: str
 ) -> tuple[list[str], list[str]]:
     """The table of a corpus, nothing if there are no rows, and the arms without runs."""
-    by_arm = finished_runs(results, corpus)
+    by_arm, lost = finished_runs(results, corpus), diverged_runs(results, corpus)
     rows, missing = [], []
     for name in SHOWN:
+        if lost.keys() & {name, DENSE, LORY}:
+            continue
         if name not in by_arm or DENSE not in by_arm or LORY not in by_arm:
             missing.append(name)
             continue

@@ -168,7 +168,7 @@ def _figures(found: Effect | None) -> str:
 def _is_met(found: Effect | None, aim: float) -> str:
     """Whether the whole interval is at most the aim, or above it; "open" if the aim lies in it."""
     if found is None:
-        return "no runs"
+        return "no figure"
     if found.high <= aim:
         return "yes"
     return "no" if found.low > aim else "open"

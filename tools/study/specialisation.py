@@ -1,19 +1,17 @@
 """Whether experts specialise: routing by domain against the same folders with shuffled labels.
 
-What one folder holds is routed alike, and a domain has few folders, so domains differ in their mean
-weights even if routing knows nothing of domains. How much they would is found by shuffling: every
-folder of a domain gets the label of another, so that each label has as many folders as before. A
-folder that is in several domains counts as several, which can only hide a difference.
+The distances are those of lory_jax/analysis/distances.py, which says why folders are shuffled and
+not instances, and only among those of similar size.
 
-Letters: S seeds, O folders of all domains, Y layers, E experts.
+Letters: S seeds, O folders of all domains, N shuffles, Y layers, E experts.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
+from lory_jax.analysis.distances import label_distances, shuffled
 from tools.study.statistics import Effect, over_seeds
 
 SHUFFLES = 4_999
@@ -36,30 +34,18 @@ def specialisation(
     weight_OxSxYxE = np.stack(
         [np.concatenate([of_seed[d] for d in domains]) for of_seed in weights], axis=1
     )
-    size_O = np.concatenate([sizes[d] for d in domains]).astype(np.float64)
+    size_O = np.concatenate([sizes[d] for d in domains])
     label_O = np.repeat(np.arange(len(domains)), [len(sizes[d]) for d in domains])
-    found_S = _largest_distance(weight_OxSxYxE, size_O, label_O)
+    found_S = _largest_distance(weight_OxSxYxE, label_O)
     rng = np.random.default_rng(0)
     shuffled_NxS = np.stack(
-        [
-            _largest_distance(weight_OxSxYxE, size_O, rng.permutation(label_O))
-            for _ in range(SHUFFLES)
-        ]
+        [_largest_distance(weight_OxSxYxE, shuffled(label_O, size_O, rng)) for _ in range(SHUFFLES)]
     )
     as_large = np.count_nonzero(shuffled_NxS.mean(axis=1) >= found_S.mean())
     p = min(1.0, 2 * (1 + as_large) / (1 + SHUFFLES))
     return replace(over_seeds(list(found_S - shuffled_NxS.mean(axis=0))), p=p)
 
 
-def _largest_distance(
-    weight_OxSxYxE: np.ndarray, size_O: np.ndarray, label_O: np.ndarray
-) -> np.ndarray:
+def _largest_distance(weight_OxSxYxE: np.ndarray, label_O: np.ndarray) -> np.ndarray:
     """`[S]`: the distance of the two labels that differ most in a layer, the mean of the layers."""
-    share_OxD = size_O[:, None] * (label_O[:, None] == np.unique(label_O))
-    share_OxD /= share_OxD.sum(axis=0)
-    mean_DxSxYxE = np.tensordot(share_OxD, weight_OxSxYxE, axes=(0, 0))
-    distances = [
-        0.5 * np.abs(first - second).sum(axis=-1)
-        for first, second in itertools.combinations(mean_DxSxYxE, 2)
-    ]
-    return np.max(distances, axis=0).mean(axis=-1)
+    return label_distances(weight_OxSxYxE, label_O).max(axis=0).mean(axis=-1)

@@ -15,7 +15,7 @@ both parts independently, and what follows for the effect is averaged over it. W
 all, this is Student's t. Welch's approximation has too small p-values for three or four seeds:
 seeds that agree by chance make it trust the degrees of freedom of the documents.
 
-Letters: S seeds, I instances of a domain, O origins.
+Letters: S seeds, I instances of a domain, N domains, O origins.
 """
 
 import math
@@ -36,7 +36,7 @@ class Domain:
 
     Attributes:
       difference_SxI: mean loss of an instance in the first arm minus that in the second, in nats.
-      origin_I: the origin of each instance, as an integer; it means the same in every domain.
+      origin_I: the origin of each instance; a number is the same origin in every domain.
     """
 
     difference_SxI: np.ndarray
@@ -146,7 +146,8 @@ def _choice(domains: Sequence[Domain], rng: np.random.Generator) -> Part:
 
     A bootstrap of n origins finds (n - 1) / n of the variance. A single origin has no spread to
     resample: its instances are all there is, and count as two origins. The degrees of freedom are
-    those of the domains, combined by their shares of the variance (Satterthwaite).
+    those of the domains, combined by their shares of the variance (Satterthwaite), and at most
+    those of all origins together, some of which may be in several domains.
     """
     drawn = resampled_means(
         [domain.difference_SxI.mean(axis=0, dtype=np.float64)[None] for domain in domains],
@@ -161,7 +162,13 @@ def _choice(domains: Sequence[Domain], rng: np.random.Generator) -> Part:
     if not variance_N.any():
         return Part(0.0, math.inf)
     degrees = variance_N.sum() ** 2 / np.sum(variance_N**2 / (origins - 1))
-    return Part(float(np.mean(deviation_DRAWSxN.sum(axis=1) ** 2)), float(degrees))
+    shares = [np.bincount(d.origin_I) / len(d.origin_I) / len(domains) for d in domains]
+    share_O = np.zeros(max(map(len, shares)))
+    for share in shares:
+        share_O[: len(share)] += share
+    of_all = max(1 / float(np.sum(share_O**2)), 2.0) - 1
+    variance = float(np.mean(deviation_DRAWSxN.sum(axis=1) ** 2))
+    return Part(variance, min(float(degrees), of_all))
 
 
 def effective_origins(origin_I: np.ndarray) -> float:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+# How the ladder counts parameters.
+COUNTED = {"active": "with all active parameters", "inner": "without embedding and head"}
 SUBJECT = (
     "This page tests what the paper and others claim about Lory, at a scale that one machine can "
     "train, with several seeds and intervals. Claims were written down before their runs; the "
@@ -27,8 +29,8 @@ READING = [
     "test on the same corpus; the second corpus is a family of its own.",
     'A claim of a difference is "equivalent" if its whole unadjusted interval lies within 0.01 '
     'nats of zero. Otherwise it is "supported" or "contradicted" if its adjusted p is below 0.05, '
-    'and else "inconclusive". A claim is "pending" until all its seeds are trained, and "not '
-    'testable here" if no run of this study can test it.',
+    'and else "inconclusive". A claim is "pending" until all its seeds are trained and measured, '
+    'and "not testable here" if no run of this study can test it.',
     "A claim about every domain shows the effect and interval of the mean, and the p of the "
     "domain with the weakest evidence. A claim of equality is tested against differences of 0.01 "
     "nats, not against zero.",
@@ -71,9 +73,9 @@ METHOD = [
     "settings tuned for dense or Lory.",
     "All runs of arms on a corpus train on one order of its documents by similarity, or on one "
     "random order where their names say so (tools/study/order.py).",
-    "FLOPs per token are those of the steps with experts. The dense warm-up, 5 % of the steps "
-    "where there is one, costs what a dense model costs. So Lory's total is 0.3 % lower than this "
-    "figure times the tokens.",
+    "FLOPs per token are those of the steps with experts. The dense warm-up, 5 % of the steps if "
+    "nothing else is said, costs what a dense model costs. So Lory's total is 0.3 % lower than "
+    "this figure times the tokens.",
     "Each batch is computed as two microbatches, and tokens compete for experts only with tokens "
     "of their own microbatch.",
 ]
@@ -81,7 +83,8 @@ METHOD = [
 LADDER = [
     "The ladder's models have widths of 16 to 96 and 0 to 32 experts, and see 3.1M or 6.1M tokens.",
     "Their losses are fitted by c(tokens) + a N^-(alpha - gamma ln E) E^-delta, where N are the "
-    "active parameters in units of 100,000 and E the experts.",
+    "active parameters in units of 100,000 and E the experts. The lack of fit is the standard "
+    "deviation by which the losses miss this law beyond the noise of seeds.",
     "Learning rate and start were tuned on the dense model of every width at 6.1M tokens; at 3.1M "
     "tokens, all models have twice that rate.",
     "Most points have one seed, those of the far ends three, and those that other stages made up "
@@ -94,19 +97,32 @@ LADDER = [
 
 
 def unfinished(missing: Sequence[str], diverged: Sequence[str]) -> list[str]:
-    """Why a table is not there, or lacks something."""
+    """Why a table is not there."""
     said = [f"This waits for runs of {len(missing)} arms."] if missing else []
-    return said + ([f"Runs diverged, and are left out: {', '.join(diverged)}."] if diverged else [])
+    return said + with_diverged(diverged)
+
+
+def with_diverged(arms: Sequence[str]) -> list[str]:
+    return (
+        [f"Runs of these arms diverged, so they have no figures: {', '.join(arms)}."]
+        if arms
+        else []
+    )
 
 
 def at_bounds(ladder: Mapping[str, Any]) -> list[str]:
     """Where the ladder's fit ran into a bound, so that its law is no estimate."""
     said = []
     for count, law in ladder.get("laws", {}).items():
+        counted = COUNTED[count].capitalize()
         if law["at_bound"]:
             names = ", ".join(law["at_bound"])
-            said.append(f"With {count} parameters, the fit ended at its bound of {names}.")
+            said.append(
+                f"{counted}, the fit ended at its bound of {names}: these are no estimates."
+            )
         if law["draws_at_bound"]:
             share = law["draws_at_bound"]
-            said.append(f"With {count} parameters, {share:.1%} of the drawn fits ended at a bound.")
+            said.append(
+                f"{counted}, {share:.1%} of the fits that make the intervals ended at a bound."
+            )
     return said
