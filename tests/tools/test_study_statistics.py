@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from tools.study import statistics
 from tools.study.statistics import (
     Domain,
     Effect,
@@ -21,6 +22,11 @@ from tools.study.statistics import (
 )
 
 TRUE = -0.05
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch):
+    monkeypatch.setattr(statistics, "DRAWS", 400)
 
 
 def sample(rng, seeds, noise):
