@@ -19,6 +19,7 @@ from tools.study import (
     arms,
     beyond,
     beyond_again,
+    beyond_arms,
     fair_start,
     ladder,
     rivals,
@@ -389,7 +390,7 @@ def test_the_page_of_what_is_beyond_the_paper_compares_with_the_recipe(tmp_path)
     assert "| source_average | routing_source=average | -0.0" in text and "old" not in text
     assert "| 3 of 4 |" in text
     missing = text.split("Without runs so far: ")[1].split(".\n")[0].split(", ")
-    of_stage = {a.name for a in arms.ARMS if a.stage == "beyond" and not a.keeps_run}
+    of_stage = {arm.name for arm in beyond_arms.BEYOND_ARMS if not arm.keeps_run}
     assert {*missing} == of_stage - {"source_average"} and "source_attention" in missing
     for arm, effect in (("grown", -0.02), ("restarted", 0.01)):
         for name, seed in itertools.product((arm, f"{arm}_start"), range(3)):
@@ -501,7 +502,7 @@ def test_the_page_of_few_experts_compares_at_equal_tokens(tmp_path):
 def test_claims_name_arms_that_exist_with_seeds_for_an_interval():
     by_name = {arm.name: arm for arm in arms.ARMS if arm.corpus == "packages"}
     assert len({run_id(arm.name, 0, arm.corpus) for arm in arms.ARMS}) == len(arms.ARMS)
-    on_debian = {*arms.ON_DEBIAN, *sparse_arms.SPARSE_ON_DEBIAN}
+    on_debian = {*arms.ON_DEBIAN, *sparse_arms.SPARSE_ON_DEBIAN, *beyond_again.FINALISTS}
     assert {arm.name for arm in arms.ARMS if arm.corpus == "debian"} == on_debian
     claims, margin = read_claims(CLAIMS)
     assert margin == 0.01

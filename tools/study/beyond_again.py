@@ -14,7 +14,7 @@ from dataclasses import replace
 from tools.study.beyond_arms import BEYOND_ARMS, BEYOND_BASE, CONTROLS, EXPERTS, RANK, REDRAW, WIDTH
 from tools.study.kinds import Arm, shape_of_width
 
-FINALISTS: tuple[str, ...] = ()  # named once all arms are finished
+FINALISTS = ("deltas_8", "source_average", "source_attention")  # by beyond.ranking
 NUMBER = 3
 CHOOSING_SEEDS, SEEDS_AGAIN, ALL_SEEDS = 4, 3, 10
 WIDER, TIMES = 64, 2  # times the study's width
