@@ -6,6 +6,8 @@ import pytest
 
 from lory_jax.model.flops import flops_per_token
 from tests.support.models import tiny_config
+from tools.study import arms, step_seconds
+from tools.study.beyond_arms import BEYOND_ARMS, BEYOND_BASE
 from tools.study.measure import gated_flops, of_load
 
 
@@ -23,3 +25,13 @@ def test_a_load_is_the_mean_of_the_run_and_of_its_last_tenth():
     lines = [{"step": 0}, *({"load_violation": float(i)} for i in range(20)), {"dropped_tokens": 1}]
     assert of_load(lines, "load_violation") == {"mean": 9.5, "last": 18.5}
     assert of_load(lines, "dropped_tokens") == {"mean": 1.0, "last": 1.0}
+
+
+def test_steps_are_measured_of_the_recipe_and_of_every_arm_beside_it():
+    base, measured = step_seconds.arms_of("A")
+    assert base == "lory" and {*measured} == {base, *arms.SECONDS_ARMS}
+    base, measured = step_seconds.arms_of("beyond")
+    changed = {a.name for a in BEYOND_ARMS if not (a.keeps_run or a.factors)}
+    assert {*measured} == {base, *changed} and base == BEYOND_BASE
+    assert measured["rank_4"]["model.expert_rank"] == 4
+    assert measured[base]["train.learning_rate"] == measured["rank_4"]["train.learning_rate"]

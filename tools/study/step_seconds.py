@@ -105,7 +105,8 @@ def arms_of(stage: str) -> tuple[str, dict[str, Settings]]:
         of_stage = [arm for arm in BEYOND_ARMS if not arm.keeps_run]
         # Another learning rate changes no step's seconds.
         names = [BEYOND_BASE, *(arm.name for arm in of_stage if not arm.factors)]
-    queue = Queue(make_jobs(FAMILIES, ARMS, (stage,)), Results(OUT / "runs"))
+    stages = ("A",) if stage == "A" else ("A", stage)  # the recipe is an arm of stage A
+    queue = Queue(make_jobs(FAMILIES, ARMS, stages), Results(OUT / "runs"))
     found = {}
     for job in queue.jobs:
         if job.id in {run_id(name, 0) for name in names}:
