@@ -22,6 +22,7 @@ from tools.study import (
     beyond_arms,
     fair_start,
     ladder,
+    pictures,
     rivals,
     sparse,
     sparse_arms,
@@ -570,6 +571,19 @@ def test_arms_beyond_the_paper_train_for_as_many_steps_as_the_recipe():
         assert depths == {by_name[name].reads_on - 1}
     shown = {arm.name for arm in beyond.shown()}
     assert {name for pair in beyond.CONTROLS for name in pair} <= shown
+
+
+def test_labels_of_a_picture_are_apart_and_near_their_points():
+    heights = [0.0, 0.001, 0.002, 0.3, 0.95, 1.0]
+    found = pictures.apart(heights, 0.1)
+    assert np.diff(found).min() > 0.0999 and found[3] == 0.3
+    assert np.mean(found[:3]) == pytest.approx(np.mean(heights[:3]))
+    assert np.mean(found[4:]) == pytest.approx(np.mean(heights[4:]))
+    chained = pictures.apart([0.0, 0.0, 0.14, 0.24], 0.1)  # the first two push the third
+    assert np.diff(chained).min() > 0.0999
+    places = pictures.label_places({"near": (1.0, 0.2), "above": (1.001, 0.2), "far": (2.0, 0.2)})
+    assert places["near"][0] == places["above"][0] and places["near"][1] != places["above"][1]
+    assert places["far"][1] == 0.2 and places["far"][0] > 2.0
 
 
 def test_finalists_are_tried_again_where_they_were_not_chosen(tmp_path):

@@ -89,7 +89,7 @@ def write_page(out: Path, page: Path = PAGE) -> None:
     if variants:
         parts.append(tables.markdown(HEADER, [row(variant) for variant in variants]))
         picture = page.with_suffix(".png")
-        drawn = [point(v) for v in variants if v.arm.stage == "beyond"]
+        drawn = [point(v) for v in variants if v.arm.stage == "beyond" and not v.arm.factors]
         if drawn:
             write_png(pictures.costs(drawn), picture)
             parts.append(f"![What each change gains, and what it costs]({picture.name})")

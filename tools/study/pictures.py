@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -87,29 +88,102 @@ class Cost(NamedTuple):
 
 
 def costs(rows: Sequence[Cost]) -> "Figure":
-    """Effects in nats against seconds a step and against the memory of parameters and optimizer."""
+    """Effects in nats against seconds a step and against the memory of parameters and optimizer.
+
+    Points have numbers, which a list below the panels explains.
+    """
+    columns = 4
+    lines = -(-len(rows) // columns)
     with matplotlib.rc_context(STYLE):
-        figure, panels = plt.subplots(1, 2, figsize=(WIDTH, 4.4), layout="constrained", sharey=True)
+        figure = plt.figure(figsize=(WIDTH, 4.4 + 0.16 * lines), layout="constrained")
+        heights = (4.4, 0.16 * lines)
+        grid = figure.add_gridspec(2, 2, height_ratios=heights)
+        left = figure.add_subplot(grid[0, 0])
+        panels = (left, figure.add_subplot(grid[0, 1], sharey=left))
         for axes, cost, label in (
             (panels[0], "seconds", "seconds a step on a CPU, times the recipe's"),
             (panels[1], "memory", "training state, times the recipe's"),
         ):
             axes.axhline(0, color=COLOURS[0], linewidth=1)
             axes.plot(1, 0, MARKERS[0], color=COLOURS[0], markersize=7)
+            points: dict[str, tuple[float, float]] = {}
             for number, row in enumerate(rows, 1):
                 x = getattr(row, cost)
                 if x is None:
                     continue
-                axes.vlines(x, *row.interval, color=COLOURS[1], linewidth=1.6, alpha=0.4)
-                axes.plot(x, row.effect, "o", color=COLOURS[1], markersize=5)
+                axes.vlines(x, *row.interval, color=COLOURS[1], linewidth=1.6, alpha=0.3)
+                axes.plot(x, row.effect, "o", color=COLOURS[1], markersize=4)
+                points[str(number)] = (x, row.effect)
+            for text, place in label_places(points).items():
                 axes.annotate(
-                    str(number), (x, row.effect), (4, 3), textcoords="offset points", fontsize=8
+                    text,
+                    points[text],
+                    place,
+                    fontsize=7,
+                    va="center",
+                    arrowprops={"arrowstyle": "-", "color": INK, "linewidth": 0.4, "shrinkB": 2},
                 )
             axes.set_xlabel(label)
         panels[0].set_ylabel("effect on the test loss in nats (below 0: better)")
-        names = [f"{number} {row.name}" for number, row in enumerate(rows, 1)]
-        figure.suptitle(
-            "   ".join(names[: len(names) // 2]) + "\n" + "   ".join(names[len(names) // 2 :]),
-            fontsize=7,
-        )
+        panels[1].tick_params(labelleft=False)
+        _list_names(figure.add_subplot(grid[1, :]), [row.name for row in rows], columns)
         return figure
+
+
+def label_places(points: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """Where the labels of points go: to the right of them, and apart from each other.
+
+    Points that are close to each other in x have their labels in one column, in the order of y.
+    """
+    if not points:
+        return {}
+    xs, ys = ([point[i] for point in points.values()] for i in (0, 1))
+    wide, high = (max(max(v) - min(v), 1e-9) for v in (xs, ys))
+    columns: list[list[str]] = []
+    for name in sorted(points, key=lambda name: points[name]):
+        is_near = columns and points[name][0] - points[columns[-1][0]][0] < 0.05 * wide
+        if is_near:
+            columns[-1].append(name)
+        else:
+            columns.append([name])
+    found: dict[str, tuple[float, float]] = {}
+    for column in columns:
+        x = max(points[name][0] for name in column) + 0.035 * wide
+        column.sort(key=lambda name: points[name][1])
+        heights = apart([points[name][1] for name in column], 0.045 * high)
+        found |= {name: (x, y) for name, y in zip(column, heights, strict=True)}
+    return found
+
+
+def apart(heights: Sequence[float], step: float) -> list[float]:
+    """Rising heights, moved so that neighbours are at least a step apart.
+
+    Those that touch are moved together, so that their mean stays.
+    """
+    groups: list[list[float]] = []
+    for height in heights:
+        groups.append([height])
+        while len(groups) > 1 and _bottom(groups[-1], step) < _top(groups[-2], step) + step:
+            group = groups.pop()
+            groups[-1] += group
+    return [
+        _bottom(group, step) + step * number for group in groups for number in range(len(group))
+    ]
+
+
+def _bottom(group: Sequence[float], step: float) -> float:
+    return sum(group) / len(group) - step * (len(group) - 1) / 2
+
+
+def _top(group: Sequence[float], step: float) -> float:
+    return sum(group) / len(group) + step * (len(group) - 1) / 2
+
+
+def _list_names(axes: "Axes", names: Sequence[str], columns: int) -> None:
+    """The names with their numbers, in columns."""
+    axes.axis("off")
+    lines = -(-len(names) // columns)
+    for number, name in enumerate(names):
+        column, line = divmod(number, lines)
+        place = (column / columns, 1 - (line + 0.5) / lines)
+        axes.text(*place, f"{number + 1}  {name}", fontsize=7, transform=axes.transAxes)
