@@ -1,13 +1,14 @@
 """How far routing differs between domains, against the same documents with shuffled labels.
 
 Documents of one origin (a package, a directory, a file) are routed alike, and a domain has few
-origins. So domains differ in their mean weights even if routing knows nothing of domains, and by
-how much is found by shuffling the labels of the origins. For this to be fair, every origin counts
-alike, however many instances it has, and labels change places among origins of similar size only:
-the weights of small ones vary more, and a domain of a few large origins would otherwise become one
-of small ones. The paper (section 5.4) shows the weights of domains alone.
+origins. So the mean weights of domains differ even if routing ignores domains. Shuffling the labels
+of the origins shows by how much. For a fair comparison, every origin counts alike, however many
+instances it has, and labels change places among origins of similar size only: the weights of small
+origins vary more, and a domain of a few large ones would otherwise become one of small ones. The
+paper (section 5.4) shows the weights of domains alone.
 
-Letters: I instances, O origins of all domains, P pairs of domains, Y layers, E experts.
+Letters: I instances, O origins of all domains, D domains, P pairs of them, N shuffles, Y layers,
+E experts.
 """
 
 import itertools
@@ -38,8 +39,8 @@ def routing_distances(
     Returns:
       For every layer: `between`, the largest total-variation distance between two `domains`, that
       is, between the means of their origins; `shuffled`, its mean under shuffled labels, and
-      `shuffled_high`, what 5 % of the shuffles exceed. A test set with one origin for each domain
-      cannot tell: all three are equal then.
+      `shuffled_high`, what 5 % of the shuffles exceed. With one origin per domain, shuffling
+      changes nothing, so all three are equal.
 
     Raises:
       InputError: fewer than two domains.

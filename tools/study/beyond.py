@@ -94,13 +94,17 @@ def write_page(out: Path, page: Path = PAGE) -> None:
             write_png(pictures.costs(drawn), picture)
             parts.append(f"![What each change gains, and what it costs]({picture.name})")
     if controls := against_controls(results):
-        parts.append("Beside its control, which shares all but its idea, an arm has this effect:")
+        parts.append(
+            "Some arms have controls that are closer to them than the recipe is. This is the arm's "
+            "test loss minus its control's:"
+        )
         parts.append(tables.markdown(CONTROLS_HEADER, controls))
     if again := tried_again(results):
         parts.append(
-            f"The {NUMBER} best by validation were tried again, beside the recipe trained alike: "
-            "with seeds that did not choose them, on the second corpus, and at twice the width. "
-            "P-values are adjusted for these arms by Holm's method, in each place:"
+            f"The {NUMBER} best by validation are trained again and compared with the recipe under "
+            "the same conditions: with seeds that did not choose them, on the second corpus, and "
+            f"at twice the width (D = {WIDER}). A row stays empty until all its runs are finished. "
+            "P-values are adjusted by Holm's method over these arms, for each condition:"
         )
         parts.append(tables.markdown(AGAIN_HEADER, again))
     if diverged := diverged_ids(results):

@@ -91,14 +91,18 @@ BEYOND_ARMS += [
     *(
         _arm(
             name,
-            {EXPERTS: len(DOMAINS)},
+            {EXPERTS: len(DOMAINS), **more},
             1.1,
             group=7,
             steps=400,
             parents=parents,
             reads_on=2,
         )
-        for name, parents in (("branches", BRANCHES), ("unbranched", (_TRUNK,)))
+        # Nothing is redrawn where branches become experts, so nothing is in their control.
+        for name, parents, more in (
+            ("branches", BRANCHES, {}),
+            ("unbranched", (_TRUNK,), {REDRAW: 0.0}),
+        )
     ),
 ]
 

@@ -6,14 +6,15 @@ formed first. An effect is the mean of d over instances, then over domains (each
 over seeds. Two things make it uncertain, and their variances add up:
 
 - training noise: the variance of the effect between seeds, divided by the number of seeds;
-- the choice of held-out documents: a bootstrap of origins (what one folder of a package holds hangs
-  together, also where it is in several domains), then of the instances of an origin.
+- the choice of held-out documents: a bootstrap draws origins, then the instances of each. Documents
+  of one folder are alike, also in different domains, so a folder is drawn for all domains together.
 
-Both variances are estimates, of few seeds and of few origins. Intervals and p-values take that into
-account as Behrens and Fisher do: the true variance is its estimate times f / chi-squared(f), for
-both parts independently, and what follows for the effect is averaged over it. Where one part is
-all, this is Student's t. Welch's approximation has too small p-values for three or four seeds:
-seeds that agree by chance make it trust the degrees of freedom of the documents.
+Both variances are estimated, from few seeds and few origins. Intervals and p-values take that into
+account as Behrens and Fisher do. Each true variance is treated as its estimate times f over a
+chi-squared variable with f degrees of freedom, independently of the other, and the distribution of
+the effect is averaged over both. If one variance is zero, this is Student's t. Welch's
+approximation gives p-values that are too small for three or four seeds: if seeds agree by chance,
+it uses the degrees of freedom of the documents.
 
 Letters: S seeds, I instances of a domain, N domains, O origins.
 """

@@ -105,7 +105,7 @@ def again_table(report: Report) -> Table:
 
 def variants_table(report: Report) -> Table:
     """The headline claims on parts of the instances; p of each alone, and of the mean."""
-    header = ["corpus", "headline", "on", "effect", "95 % interval", "p of the mean", "seeds"]
+    header = ["corpus", "claim", "on", "effect", "95 % interval", "p of the mean", "seeds"]
     rows = []
     for corpus in report.corpora:
         by_id = {finding.claim.id: finding for finding in corpus.findings}
@@ -119,7 +119,7 @@ def variants_table(report: Report) -> Table:
 
 def domains_table(report: Report) -> Table:
     """The effect of the headline claims domain by domain; p of each alone."""
-    header = ["corpus", "headline", "domain", "effect", "95 % interval", "p", "seeds"]
+    header = ["corpus", "claim", "domain", "effect", "95 % interval", "p", "seeds"]
     rows = [
         [corpus.name, finding.claim.id, domain, *_effect(effect, effect.p)]
         for corpus in report.corpora

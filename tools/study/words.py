@@ -17,16 +17,19 @@ READING = [
     "positive one supports the claims `specialisation` and `size`. `prompt_routing` and "
     "`across_documents` claim equality; above zero, routing by the prompt is worse, and Lory "
     "gains more where attention stays inside documents.",
-    "Losses count the positions from T on, where every segment is routed by an earlier one. In "
+    "Losses count the positions from T on, where every segment is routed by an earlier one; T is "
+    "the length of a segment, E the number of experts, and D the width of the model. In "
     "arms whose names end with _t and the length of their segments, they count from 128 on, so "
     "these are compared with one another only.",
-    "Intervals (95 %) cover the noise between seeds and the choice of held-out documents, that "
-    "is, of other folders of the same packages. Both are estimated from few, which intervals and "
-    "p-values allow for (tools/study/statistics.py); with three or four seeds they are rather too "
-    "wide than too narrow. Intervals are not adjusted for the number of claims, so one may exclude "
+    "Intervals (95 %) cover two sources of uncertainty: the noise between seeds, and which folders "
+    "of these packages were held out. Both variances are estimated, from few seeds and few "
+    "folders, and intervals and p-values allow for that (tools/study/statistics.py). With three or "
+    "four seeds, intervals tend to be too wide rather than too narrow. They are not adjusted for "
+    "the number of claims, so one may exclude "
     "zero although its claim is inconclusive.",
-    "P-values are two-sided and adjusted by Holm's method over all claims that the study plans to "
-    "test on the same corpus; the second corpus is a family of its own.",
+    "P-values are two-sided. Those in the tables of claims are adjusted by Holm's method over all "
+    "claims that the study plans to test on the same corpus; the second corpus is a family of its "
+    "own. Those in the tables by domain and on parts of the instances are not adjusted.",
     'A claim of a difference is "equivalent" if its whole unadjusted interval lies within 0.01 '
     'nats of zero. Otherwise it is "supported" or "contradicted" if its adjusted p is below 0.05, '
     'and else "inconclusive". A claim is "pending" until all its seeds are trained and measured, '
@@ -34,6 +37,8 @@ READING = [
     "A claim about every domain shows the effect and interval of the mean, and the p of the "
     "domain with the weakest evidence. A claim of equality is tested against differences of 0.01 "
     "nats, not against zero.",
+    '"Expert cosine" is the mean cosine between the weights of two experts of a layer, over all '
+    "pairs and layers: 1 for copies.",
     '"Experts used" is the share of all pairs of layer and expert whose weight was above 2 / E at '
     'least once in the last ten training steps. For sparse models, "experts a token" is the mean '
     'over the run, and "MaxVio" is the largest load of an expert divided by the mean load, minus '
@@ -80,6 +85,15 @@ METHOD = [
     "of their own microbatch.",
 ]
 
+ABOUT_FACTORS = (
+    "This section will show what dense warm-up, the router's start and the learning rate do "
+    "together: two values of each, in all combinations."
+)
+ABOUT_THE_LADDER = (
+    "The ladder is a series of models of several widths, numbers of experts and numbers of tokens. "
+    "From it, this section will estimate how many times as many parameters a dense model needs to "
+    "reach Lory's loss."
+)
 LADDER = [
     "The ladder's models have widths of 16 to 96 and 0 to 32 experts, and see 3.1M or 6.1M tokens.",
     "Their losses are fitted by c(tokens) + a N^-(alpha - gamma ln E) E^-delta, where N are the "
@@ -98,7 +112,7 @@ LADDER = [
 
 def unfinished(missing: Sequence[str], diverged: Sequence[str]) -> list[str]:
     """Why a table is not there."""
-    said = [f"This waits for runs of {len(missing)} arms."] if missing else []
+    said = [f"It waits for runs of {len(missing)} arms."] if missing else []
     return said + with_diverged(diverged)
 
 
