@@ -167,7 +167,7 @@ def distance_by_layer(distances: Sequence[Mapping[str, Any]]) -> "Figure":
         series = (
             ("between", "two domains (largest)", COLOURS[1], "D", "-"),
             ("shuffled", "labels shuffled: mean", COLOURS[0], "o", "-"),
-            ("shuffled_high", "and 95 % of shuffles", COLOURS[0], "", "--"),
+            ("shuffled_high", "95 % of shuffles lie below", COLOURS[0], "", "--"),
         )
         for key, label, colour, marker, line in series:
             heights = [row[key] for row in distances]
