@@ -16,7 +16,7 @@ import pytest
 from lory_jax.data.prepared import PreparedData
 from lory_jax.errors import ConfigError, InputError
 from tests.support.tiny import ROOT, write_prepared, write_recipe
-from tools.study.__main__ import matching, work_off
+from tools.study.__main__ import check_all_made, matching, work_off
 from tools.study.kinds import Arm, Family
 from tools.study.queue import Job, Queue, make_jobs
 from tools.study.results import Results, training_digest
@@ -99,6 +99,21 @@ def test_a_parent_whose_directory_is_gone_is_made_again_for_children_without_res
     (runner.work / "first-s1").mkdir()  # and one was begun again
     assert work([first, second, third]) == {"first-s1", "second-s1", "third-s1"}
     assert not (runner.work / "first-s0").exists()
+
+
+def test_runs_that_can_never_start_are_an_error(tmp_path):
+    family = Family("f", {}, {RATE: (0.1,)}, group=0, steps=2)
+    parent = Arm("parent", "f", seeds=1, steps=3, keeps_run=True)
+    child = Arm("child", "f", seeds=1, steps=4, parents=("parent",))
+    for arms, left in (([child], "child-s0"), ([parent, child], "")):
+        runner = runner_of(tmp_path / f"with_{len(arms)}")
+        queue = Queue(make_jobs([family], arms, "A"), runner.results, runner.work)
+        work_off(queue, runner, [core()])
+        if left:
+            with pytest.raises(InputError, match=f"1 runs cannot start.*: {left}$"):
+                check_all_made(queue)
+        else:
+            check_all_made(queue)
 
 
 def test_a_run_that_lacks_a_measurement_is_made_again(tmp_path):

@@ -82,11 +82,8 @@ def main(argv: list[str]) -> None:
     work_off(queue, runner, usable_cores()[-args.cores :])
     if signals:
         sys.exit(128 + signals[0])
-    if not stop.is_set() and (left := [job.id for job in queue.remaining()]):
-        raise InputError(
-            f"{len(left)} runs cannot start, because what they start from is in none of the stages "
-            f"{', '.join(stages)}: {', '.join(left)}"
-        )
+    if not stop.is_set():
+        check_all_made(queue)
     # Imported here: a study that is stopped draws nothing.
     from tools.study import pages, report
 
@@ -188,6 +185,15 @@ class Data:
         if corpus == FIRST_CORPUS and not self._audit.is_file():
             write_audit(prepared, self._audit)
         return out
+
+
+def check_all_made(queue: Queue) -> None:
+    """Raises `InputError` for runs that no other run can bring about, after all were worked off."""
+    if left := [job.id for job in queue.remaining()]:
+        raise InputError(
+            f"{len(left)} runs cannot start, because a run that they start from is not among those "
+            f"of the study: {', '.join(left)}"
+        )
 
 
 def usable_cores() -> list[int]:

@@ -25,8 +25,7 @@ READING = [
     "of these packages were held out. Both variances are estimated, from few seeds and few "
     "folders, and intervals and p-values allow for that (tools/study/statistics.py). With three or "
     "four seeds, intervals tend to be too wide rather than too narrow. They are not adjusted for "
-    "the number of claims, so one may exclude "
-    "zero although its claim is inconclusive.",
+    "the number of claims, so one may exclude zero although its claim is inconclusive.",
     "P-values are two-sided. Those in the tables of claims are adjusted by Holm's method over all "
     "claims that the study plans to test on the same corpus; the second corpus is a family of its "
     "own. Those in the tables by domain and on parts of the instances are not adjusted.",
