@@ -5,23 +5,18 @@ import re
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 
 import lory_jax
 from lory_jax import convert
-from lory_jax.config import load_config
 from lory_jax.conversion import runs
 from lory_jax.data.prepared import PreparedData
 from lory_jax.errors import ConfigError, InputError
 from lory_jax.evaluation.measure import evaluate_run
-from lory_jax.model.config import ModelConfig
-from lory_jax.run.checkpoints import Checkpoints
 from lory_jax.run.directory import RunDirectory
-from lory_jax.run.phases import EXPERTS
 from tests.conversion.test_hf_directory import llama, their_logits
-from tests.support.models import params_of
+from tests.support.in_process import write_run
 from tests.support.tiny import (
     ROOT,
     SEQUENCE_LENGTH,
@@ -39,19 +34,6 @@ TOLERANCE = 1e-4
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_prepared(tmp_path_factory.mktemp("convert") / "data")
-
-
-def write_run(workdir, data, experts=4, **model):
-    """A work directory of the tiny recipe, as `train` leaves it, with decided routers."""
-    recipe = write_recipe(workdir.parent)
-    overrides = [(f"model.{name}", value) for name, value in model.items()]
-    config = load_config(f"{recipe}:experts={experts}", overrides)
-    RunDirectory(workdir).open_for_training(config.to_dict(), PreparedData.open(data))
-    params = params_of(ModelConfig(**config.model))
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
-    checkpoints.save(jax.device_put({"step": np.int32(7), "params": params}), EXPERTS)
-    checkpoints.close()
-    return workdir
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from lory_jax.evaluation.held_out import read_instances
 from lory_jax.evaluation.measure import evaluate_run
 from lory_jax.evaluation.tables import MEASURES
 from lory_jax.run.directory import RunDirectory
+from tests.support.in_process import write_run
 from tests.support.task_data import write_task_data
 from tests.support.tiny import (
     SEQUENCE_LENGTH,
@@ -120,6 +121,32 @@ def test_a_split_that_was_not_prepared_is_named(evaluated):
     assert_one_line_error(done, 1, "confirmation", "confirmation_fraction")
 
 
+MODELS = {
+    "lory": {},
+    "remoe": {"routing": "remoe"},
+    "expert_threshold": {"routing": "expert_threshold", "shared_expert": "true"},
+    "token_deltas": {"token_deltas": "2", "mlp_dim": "32", "routing_source": "average"},
+}
+
+
+@pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
+def test_the_confirmation_set_is_scored_where_it_was_prepared(fields, tmp_path):
+    data, out = write_prepared(tmp_path / "data", with_confirmation=True), tmp_path / "out.json"
+    workdir = write_run(tmp_path / "run", data, **fields)
+    evaluate.main([f"--workdir={workdir}", "--split=confirmation", f"--out={out}"])
+    result, model = json.loads(out.read_text()), lory_jax.load(workdir)
+    for domain, rows in PreparedData.open(data).held_out("confirmation").items():
+        assert result["perplexity"][domain] == pytest.approx(perplexity_of(model, rows), rel=1e-5)
+
+
+def perplexity_of(model, rows):
+    """Over the positions from T on, from logits."""
+    logits = model.logits(rows[:, :-1]).astype(np.float64)
+    log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    nll = -np.take_along_axis(log_probabilities, rows[:, 1:, None].astype(int), -1)[..., 0]
+    return np.exp(nll[:, T:].mean())
+
+
 def test_fewer_experts_are_what_their_logits_say(evaluated):
     result = json.loads((evaluated / "lory" / "evaluation.json").read_text())
     by_k = result["top_k_experts"]
@@ -131,10 +158,7 @@ def test_fewer_experts_are_what_their_logits_say(evaluated):
         assert means == pytest.approx(perplexity, rel=1e-6)
     model = lory_jax.load(evaluated / "lory").with_top_k_experts(2)
     for domain, rows in PreparedData.open(evaluated / "data").held_out("test").items():
-        logits = model.logits(rows[:, :-1]).astype(np.float64)
-        log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        nll = -np.take_along_axis(log_probabilities, rows[:, 1:, None].astype(int), -1)[..., 0]
-        assert by_k["2"][domain] == pytest.approx(np.exp(nll[:, T:].mean()), rel=1e-5)
+        assert by_k["2"][domain] == pytest.approx(perplexity_of(model, rows), rel=1e-5)
         assert by_k["1"][domain] != pytest.approx(by_k["2"][domain], rel=1e-6)
 
 

@@ -19,6 +19,11 @@ def test_logits_equal_those_of_one_device(report, routing, ffn, mesh):
     assert report[f"{routing} {ffn} {mesh}"] <= 1e-5  # of the largest logit
 
 
+@pytest.mark.parametrize("model", ["beyond the paper", "dropless_top2", "remoe"])
+def test_logits_of_other_models_equal_those_of_one_device(report, model):
+    assert report[f"{model} (1, 2, 4)"] <= 1e-5
+
+
 @pytest.mark.parametrize("ffn", ["merged", "experts"])
 @pytest.mark.parametrize("mesh", MESHES)
 def test_no_device_holds_the_model(report, mesh, ffn):

@@ -18,7 +18,7 @@ from lory_jax.model.sparse.capacity import load_balancing_loss
 from lory_jax.model.sparse.gated import BELOW_ALL, cutoffs, gated_ffn
 from lory_jax.model.transformer import Block, build
 from lory_jax.training.upcycle import gradient_divisor
-from tests.support import sparse_reference
+from tests.support import reference, sparse_reference
 from tests.support.models import (
     assert_close,
     assert_trees_close,
@@ -200,6 +200,25 @@ def test_expert_choice_with_more_capacity_evaluates_with_as_many_experts():
     y, _ = layer(config)(ffn, h, LENGTHS)
     expected = sparse_reference.evaluate(float64(h), float64(ffn), config.routing, T, 2, LENGTHS)
     assert_close(y, expected, VALUES)
+
+
+@pytest.mark.parametrize("routing", SPARSE)
+def test_a_model_with_a_shared_expert_evaluates_as_loops(routing):
+    """The whole model, as Expert Threshold's authors have it and as the study trains it."""
+    config = tiny_config(routing=routing, shared_expert=True)
+    params, tokens = params_of(config), random_tokens(len(LENGTHS), L)
+
+    def mixture_of_experts(h, ffn):
+        if routing in GATED:
+            return sparse_reference.gated(h, ffn, routing, 1)[0]
+        choices = CHOICES[routing]
+        return sparse_reference.evaluate(h, ffn, routing, T, choices, LENGTHS.tolist())
+
+    expected, _ = reference.transformer(
+        float64(params), tokens, config, mixture_of_experts=mixture_of_experts
+    )
+    logits, _ = forward(config, "segment")(params, tokens, LENGTHS)
+    assert_close(logits, expected, 5e-5)
 
 
 # ------------------------------------------------------------------ what the slots mean

@@ -3,6 +3,7 @@
 python -m tests.support.decode_worker
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -27,17 +28,28 @@ from tests.support.models import params_of, tiny_config  # noqa: E402
 CONFIG = tiny_config(
     vocab_size=64, embed_dim=32, mlp_dim=64, num_heads=8, sequence_length=32, segment_length=4
 )
+OTHERS = {  # each with everything that is kept while decoding
+    "beyond the paper": {
+        "expert_layers": "every_second",
+        "expert_rank": 8,
+        "shared_expert": True,
+        "token_deltas": 2,
+        "routing_source": "attention",
+    },
+    "dropless_top2": {"routing": "dropless_top2", "grouped_product": "ragged"},
+    "remoe": {"routing": "remoe", "document_mask": True},
+}
 PROMPTS = [[1, 5, 9], [2, 3, 4, 5, 6, 7]]  # neither divides over 8 devices
 
 
-def logits(params, routing, ffn):
+def logits(params, routing, ffn, config=CONFIG):
     seen = []
 
     def choose(logits_BxV, positions_B):
         seen.append(jax.device_get(logits_BxV))
         return jnp.argmax(logits_BxV, axis=-1)
 
-    list(decode(CONFIG, params, PROMPTS, choose, max_new_tokens=7, routing=routing, ffn=ffn))
+    list(decode(config, params, PROMPTS, choose, max_new_tokens=7, routing=routing, ffn=ffn))
     return np.stack(seen)
 
 
@@ -56,21 +68,38 @@ def bytes_of_step(params, ffn):
     }
 
 
-def main() -> None:
-    params, report = params_of(CONFIG), {}
-    on = {
-        shape: jax.device_put(params, shardings(build(CONFIG)[1], make_mesh(*shape)))
-        for shape in ((1, 8, 1), (1, 2, 4))
+def on_meshes(config, shapes):
+    return {
+        shape: jax.device_put(params_of(config), shardings(build(config)[1], make_mesh(*shape)))
+        for shape in shapes
     }
+
+
+def error(got, expected) -> float:
+    """Relative to the largest logit."""
+    return float(np.max(np.abs(got - expected)) / np.max(np.abs(expected)))
+
+
+def main() -> None:
+    report, one_device = {}, jax.devices()[0]
+    on = on_meshes(CONFIG, ((1, 8, 1), (1, 2, 4)))
     for ffn in ("merged", "experts"):
         for routing in ("prompt", "segment"):
-            expected = logits(jax.device_put(params, jax.devices()[0]), routing, ffn)
+            expected = logits(jax.device_put(params_of(CONFIG), one_device), routing, ffn)
             for shape, sharded in on.items():
-                error = np.max(np.abs(logits(sharded, routing, ffn) - expected))
-                report[f"{routing} {ffn} {shape}"] = float(error / np.max(np.abs(expected)))
+                got = logits(sharded, routing, ffn)
+                report[f"{routing} {ffn} {shape}"] = error(got, expected)
         report[f"bytes {ffn}"] = {
             str(shape): bytes_of_step(sharded, ffn) for shape, sharded in on.items()
         }
+    for name, fields in OTHERS.items():
+        config = dataclasses.replace(CONFIG, **fields)
+        expected = logits(
+            jax.device_put(params_of(config), one_device), "segment", "merged", config
+        )
+        for shape, sharded in on_meshes(config, ((1, 2, 4),)).items():
+            got = logits(sharded, "segment", "merged", config)
+            report[f"{name} {shape}"] = error(got, expected)
     json.dump(report, sys.stdout)
 
 

@@ -5,6 +5,7 @@ python -m tests.support.parallel_worker [more]
 With `more`, those models on those meshes that only the slow tests compare.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -41,7 +42,7 @@ SPARSE = {
     "dropless_top1": {},
     "dropless_top2": {"balancing": "loss_free", "balancing_rate": 0.1},
     "remoe": {},
-    "expert_threshold": {"routing_group": 2},
+    "expert_threshold": {"routing_group": 2, "shared_expert": True},
 }
 LESS_USUAL = ("expert_choice_segment", "top1", "dropless_top1")  # others like them are compared
 HEADS_MESHES = [(2, 2, 2), (1, 2, 4)]  # more devices than sequences per microbatch
@@ -208,6 +209,11 @@ def compare_usual() -> dict:
     for routing in SPARSE:
         if routing not in LESS_USUAL:
             report[routing] = compare(sparse(routing), single, [(2, 2, 2)])
+    # What TPUs and GPUs multiply with, against what CPUs do.
+    for routing in ("dropless_top2", "remoe"):
+        ragged = dataclasses.replace(sparse(routing), grouped_product="ragged")
+        on_one = sparse(routing)
+        report[f"{routing}, ragged"] = compare(ragged, single, [(2, 2, 2)], reference=on_one)
     tied = CONFIG(num_heads=4, num_kv_heads=2, tie_embeddings=True)
     report["lory, grouped and tied"] = compare(tied, single, [(2, 2, 2)])
     grouped = CONFIG(num_heads=8, num_kv_heads=4, attention_sharding="heads")

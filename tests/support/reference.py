@@ -35,7 +35,7 @@ def routing_weights(
 ):
     """One distribution over the experts per segment of one sequence, as a list of arrays [E].
 
-    `kind` is causal, prefix, segment or prompt (one weight for the whole sequence).
+    `kind` is causal, prefix, uniform, segment or prompt (one weight for the whole sequence).
     """
     num_experts = router.shape[1]
     uniform = np.full(num_experts, 1.0 / num_experts)
@@ -60,6 +60,8 @@ def routing_weights(
     if kind == "prompt":
         return [route(h_LxD[:prompt]) if prompt else uniform]
     bounds = segments(len(h_LxD), segment_length)
+    if kind == "uniform":
+        return [uniform] * len(bounds)
     if kind == "segment":
         first = uniform
         if prompt:
@@ -205,9 +207,13 @@ def holds_experts(config, number):
     return config.expert_layers == "all" or number % 2 == 1
 
 
-def transformer(params, tokens_BxL, config, kind=None, prompts=None, frozen=None):
+def transformer(
+    params, tokens_BxL, config, kind=None, prompts=None, frozen=None, mixture_of_experts=None
+):
     """Logits [B, L, V] and routing weights [Y, B, N, E] (empty for a dense model).
 
+    `mixture_of_experts` computes the layers with experts of another rule than Lory's from hidden
+    states [B, L, D] and parameters; it has no routing weights.
     `frozen` is [Y, B, E], the weights of segment 1 of every layer. Where only some layers hold
     experts, Y counts those, and their parameters are apart from those of the others.
     """
@@ -238,7 +244,9 @@ def transformer(params, tokens_BxL, config, kind=None, prompts=None, frozen=None
         h_BxLxD = norm(x_BxLxD, layers["ffn_norm"][y])
         if "gate_a" in ffn_y:
             ffn_y = full_experts(ffn_y)
-        if "router" in ffn_y:
+        if mixture_of_experts is not None and stack == "layers":
+            out = mixture_of_experts(h_BxLxD, ffn_y)
+        elif "router" in ffn_y:
             out, weights = lory_layer(
                 h_BxLxD,
                 ffn_y,
@@ -247,6 +255,7 @@ def transformer(params, tokens_BxL, config, kind=None, prompts=None, frozen=None
                 config.first_segment_routing,
                 prompts,
                 None if frozen is None else frozen[y],
+                config.routing_source,
             )
             all_weights.append(weights)
         else:

@@ -51,18 +51,24 @@ def write_recipe(directory: Path) -> Path:
 
 
 def write_prepared(
-    directory: Path, instances: int = 64, seed: int = 0, with_domains: bool = False
+    directory: Path,
+    instances: int = 64,
+    seed: int = 0,
+    with_domains: bool = False,
+    with_confirmation: bool = False,
 ) -> Path:
     """A prepared directory of learnable noise: each domain counts in steps of its own.
 
-    `with_domains` adds the domain of each training instance, for mixtures.
+    `with_domains` adds the domain of each training instance, for mixtures; `with_confirmation` adds
+    the fourth split.
     """
     directory.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     tokenizer = train_tokenizer(["counting by steps, in words and in numbers"] * 3, VOCAB_SIZE)
     tokenizer.save(directory / "tokenizer.json")
     counts: dict = {}
-    for split, size in (("train", instances), ("validation", 6), ("test", 6)):
+    held_out = ("validation", "test", *(("confirmation",) if with_confirmation else ()))
+    for split, size in (("train", instances), *((split, 6) for split in held_out)):
         counts[split] = {"domains": {}, "instances": 0, "dropped_tokens": 0}
         rows = {}
         for stride, domain in ((1, "ones"), (3, "threes")):

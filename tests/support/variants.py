@@ -7,4 +7,7 @@ VARIANTS = {
     "token_deltas": {"token_deltas": 3, "mlp_dim": 32},
     "token_deltas_low_rank": {"token_deltas": 2, "expert_rank": 3, "expert_layers": "every_second"},
     "low_rank": {"expert_rank": 3, "mlp_bias": True},
+    "source_cumulative": {"routing_source": "cumulative"},
+    "source_average": {"routing_source": "average"},
+    "source_attention": {"routing_source": "attention"},
 }

@@ -301,7 +301,17 @@ def test_a_killed_queue_leaves_no_trainer_behind(tmp_path):
     queue.wait()
     saved = tmp_path / "work" / "plain-t00" / "step"
     wait_for(lambda: saved.exists() and saved.read_text())  # created empty, then written
-    assert 20 <= int(saved.read_text()) < 4000
+    reached = int(saved.read_text())
+    assert 20 <= reached < 4000
+
+    # The trainer had time to save, so the queue goes on with its next step.
+    runner = runner_of(tmp_path)
+    families = [Family("plain", {}, {RATE: (0.1,)}, group=0, steps=reached + 20)]
+    arms = [Arm("a", "plain", seeds=1, steps=1)]
+    queue = Queue(make_jobs(families, arms, "A"), runner.results)
+    work_off(queue, runner, [core()])
+    steps = [line for line in log.read_text().splitlines() if line.startswith("plain-t00")]
+    assert not queue.remaining() and len(steps) == len(set(steps)) == reached + 20
 
 
 def test_a_result_with_other_settings_is_not_mixed_in(tmp_path):

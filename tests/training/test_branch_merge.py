@@ -1,6 +1,7 @@
 """Several dense runs become the experts of one model: real runs, and what they must agree on."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -92,5 +93,14 @@ def test_two_domains_trained_apart_become_one_model(tmp_path, monkeypatch):
     assert trained[0]["experts_active"] is not None
     means = [np.mean([line["loss"] for line in lines]) for lines in (start, trained)]
     assert means[1] < means[0] - 0.5
+    # Stopped after a step, it goes on from its own checkpoint and not from the branches again.
+    often = {**few, "checkpoint__every_steps": 1, "checkpoint__keep": 99}
+    whole = train(tmp_path, tmp_path / "whole", experts=2, init_from=branches, **often)
+    for checkpoint in (tmp_path / "whole" / "checkpoints").iterdir():
+        if checkpoint.name.isdigit() and int(checkpoint.name) > 1:
+            shutil.rmtree(checkpoint)
+    resumed = train(tmp_path, tmp_path / "whole", experts=2, init_from=branches, **often)
+    assert [line["step"] for line in resumed] == [line["step"] for line in whole]
+    assert [line["loss"] for line in resumed] == [line["loss"] for line in whole]
     router = lory_jax.load(tmp_path / "trained").params["layers"]["ffn"]["router"]
     assert np.any(router != ffn["router"])

@@ -32,6 +32,7 @@ CASES = [("dense", (2, 2, 2)), ("dense, paired", (2, 2, 2))]
 CASES += [("lory", mesh) for mesh in MESHES]
 LESS_USUAL = ("expert_choice_segment", "top1", "dropless_top1")  # others like them are usual
 CASES += [(routing, (2, 2, 2)) for routing in SPARSE if routing not in LESS_USUAL]
+CASES += [("dropless_top2, ragged", (2, 2, 2)), ("remoe, ragged", (2, 2, 2))]
 CASES += [("lory, documents", (2, 2, 2)), ("uniform", (2, 2, 2))]
 CASES += [("lory, fewer experts", (2, 2, 2))]
 CASES += [("lory, grouped and tied", (2, 2, 2)), ("lory, grouped heads", (1, 2, 4))]
@@ -113,9 +114,10 @@ def fraction(name: str, fsdp: int, tensor: int) -> float:
 def assert_sharded(got, model, mesh):
     _, fsdp, tensor = mesh
     for part, leaves in got["fraction"].items():
-        assert len(leaves) - count_adapted(leaves) == (
-            12 if model.startswith("dense") or "tied" in model else 13
-        )
+        expected = 12 if model.startswith("dense") or "tied" in model else 13
+        shared = sum("['shared']" in name for name in leaves)
+        assert shared == (3 if model == "expert_threshold" else 0)
+        assert len(leaves) - count_adapted(leaves) - shared == expected
         for name, got in leaves.items():
             assert got == fraction(name, fsdp, tensor), (part, name)
 
