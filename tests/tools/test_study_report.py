@@ -573,6 +573,23 @@ def test_arms_beyond_the_paper_train_for_as_many_steps_as_the_recipe():
     assert {name for pair in beyond.CONTROLS for name in pair} <= shown
 
 
+def test_arms_that_are_said_to_cost_as_much_do():
+    """Token deltas beside a narrower FFN as the recipe, and without experts as with them."""
+    by_name = {arm.name: arm for arm in beyond_arms.BEYOND_ARMS}
+
+    def costs(name, experts):
+        fields = by_name[name].settings if name in by_name else {}
+        overrides = [(field, str(value)) for field, value in fields.items()]
+        model = ModelConfig(**load_config(f"{RECIPE}:experts={experts}", overrides).model)
+        return flops_per_token(model), parameter_counts(model)["total"]
+
+    recipe, narrow = costs("lory_redrawn", 8), costs("deltas_8_narrow", 8)
+    assert narrow == pytest.approx(recipe, rel=0.02)
+    with_experts, without = costs("deltas_8", 8), costs("deltas_8_dense_wide", 0)
+    assert without[0] == pytest.approx(with_experts[0], rel=0.01)
+    assert with_experts[0] / recipe[0] == pytest.approx(beyond_arms.DELTAS_OVER_BASE, abs=1e-3)
+
+
 def test_labels_of_a_picture_are_apart_and_near_their_points():
     heights = [0.0, 0.001, 0.002, 0.3, 0.95, 1.0]
     found = pictures.apart(heights, 0.1)

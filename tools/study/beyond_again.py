@@ -17,6 +17,7 @@ from tools.study.kinds import Arm, shape_of_width
 FINALISTS = ("deltas_8", "source_average", "source_attention")  # by beyond.ranking
 NUMBER = 3
 CHOOSING_SEEDS, SEEDS_AGAIN, ALL_SEEDS = 4, 3, 10
+ADDED_LATER = ("deltas_8_narrow",)  # after the finalists had been chosen
 WIDER, TIMES = 64, 2  # times the study's width
 BASE_WIDER = {EXPERTS: 8, "model.ffn_init_scale": 0.354, REDRAW: 0.75}  # as tuned for the recipe
 CANDIDATES = tuple(
@@ -25,7 +26,7 @@ CANDIDATES = tuple(
     if arm.family == BEYOND_BASE
     and arm.seeds == CHOOSING_SEEDS
     and not (arm.parents or arm.keeps_run or arm.factors)
-    and arm.name not in {control for _, control in CONTROLS}
+    and arm.name not in {*ADDED_LATER, *(control for _, control in CONTROLS)}
 )
 
 

@@ -41,6 +41,10 @@ BEYOND_ARMS = [
     # What tokens pick, without what segments merge; and what segments merge, for as many FLOPs.
     _arm("deltas_8_dense", {DELTAS: 8}, 1.3, family="dense"),
     _arm("longer", {}, 1.15, steps=round(STEPS * DELTAS_OVER_BASE)),
+    # The same with a narrower FFN, which has the recipe's FLOPs and parameters; and without what
+    # segments merge, with a wider FFN, which has the FLOPs of deltas_8.
+    _arm("deltas_8_narrow", {DELTAS: 8, WIDTH: 63, EXPERTS: 11}, 1.5),
+    _arm("deltas_8_dense_wide", {DELTAS: 8, WIDTH: 104}, 1.4, family="dense"),
     # Not tuned like the recipe: is its learning rate a good one for other parameters?
     *(
         _arm(f"{name}_rate_{word}", settings, 1.3, seeds=1, factors={RATE: factor})
@@ -112,5 +116,6 @@ CONTROLS = (
     ("branches", "unbranched"),
     ("deltas_8", "longer"),
     ("deltas_8", "deltas_8_dense"),
+    ("deltas_8", "deltas_8_dense_wide"),
     ("deltas_8_dense", "dense"),
 )
