@@ -100,7 +100,8 @@ SCHEMA: dict[str, dict[str, Field]] = {
         ),
         "ffn_init_scale": float_field(
             1.0,
-            "a dense FFN's matrices are initialised with the standard deviation scale/sqrt(fan-in)",
+            "a dense FFN's matrices are initialised with the standard deviation "
+            "scale/sqrt(fan-in); tune it like the learning rate, on both sides of a comparison",
             0.0,
         ),
         "expert_init_scale": float_field(

@@ -12,15 +12,17 @@ import argparse
 import datetime
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lory_jax.data.prepared import PreparedData
 from lory_jax.evaluation.held_out import read_instances
 from lory_jax.report import plots
-from tools.study.statistics import Domain, paired_effect
+from tools.study.audit import HIGH, audit
+from tools.study.statistics import Domain, Effect, paired_effect
 from tools.tables import ROOT, markdown, replace_marked, write
 
 FIGURES = ROOT / "docs" / "local.json"
@@ -38,7 +40,7 @@ def main() -> None:
     report = json.loads((run / "report.json").read_text("utf-8"))
     figures = {name: value for name, value in report.items() if name not in LEFT_OUT}
     figures |= {"date": datetime.date.today().isoformat(), "processor": processor()}
-    figures["over_seeds"] = over_seeds([run, *args.more])
+    figures["over_seeds"] = over_seeds([run, *args.more], near_duplicates(run / "data"))
     write(FIGURES, json.dumps(figures, indent=1) + "\n")
     plots.write_png(plots.perplexity_change(report["perplexity"]), ROOT / "docs" / "local.png")
     replace_marked(
@@ -48,29 +50,49 @@ def main() -> None:
     )
 
 
-def over_seeds(runs: Sequence[Path]) -> dict[str, Any]:
+def near_duplicates(data: Path) -> dict[str, np.ndarray]:
+    """Which test instances repeat training text, by domain (tools/study/audit.py)."""
+    overlap = audit(PreparedData.open(data))["overlap"]["test"]
+    return {domain: np.array(shares) >= HIGH for domain, shares in overlap.items()}
+
+
+def over_seeds(runs: Sequence[Path], is_near: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Lory's test loss minus the dense model's in nats, with the study's interval.
 
-    The mean of the domains, over positions >= T; a run for each seed, on the same documents.
+    The mean of the domains, over positions >= T; a run for each seed, on the same documents. Also
+    without the domain whose gain is the largest, and without the instances that `is_near` says.
     """
     found = {name: [instances(run / name) for run in runs] for name in NAMES}
     domains = {}
+    names = sorted({name for origins in found["lory"][0][1].values() for name in origins})
+    numbers = {name: number for number, name in enumerate(names)}
     for domain, origins in found["lory"][0][1].items():
         if any(of_run[1][domain] != origins for name in NAMES for of_run in found[name]):
             raise SystemExit(f"{domain}: the runs were evaluated on different documents")
         lory, dense = (
             np.stack([losses[domain] for losses, _ in found[n]]) for n in ("lory", "dense")
         )
-        numbers = {origin: i for i, origin in enumerate(sorted({*origins}))}
         domains[domain] = Domain(lory - dense, np.array([numbers[origin] for origin in origins]))
     effect = paired_effect(domains)
+    largest = min(domains, key=lambda name: domains[name].difference_SxI.mean())
+    rest = {name: domain for name, domain in domains.items() if name != largest}
+    new = {
+        name: Domain(domain.difference_SxI[:, ~is_near[name]], domain.origin_I[~is_near[name]])
+        for name, domain in domains.items()
+    }
     of_seeds = np.mean([d.difference_SxI.mean(axis=1) for d in domains.values()], axis=0)
     return {
         "seeds": effect.seeds,
-        "effect": effect.mean,
-        "interval": None if effect.seeds < 2 else [effect.low, effect.high],
+        **_of_effect(effect),
         "by_seed": of_seeds.tolist(),
+        "without_largest": {"domain": largest, **_of_effect(paired_effect(rest))},
+        "without_near_duplicates": _of_effect(paired_effect(new)),
     }
+
+
+def _of_effect(effect: Effect) -> dict[str, Any]:
+    interval = None if effect.seeds < 2 else [effect.low, effect.high]
+    return {"effect": effect.mean, "interval": interval}
 
 
 def instances(workdir: Path) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
@@ -131,20 +153,28 @@ def seeds_sentence(found: dict[str, Any]) -> str:
     """The change of perplexity over several seeds; nothing for one."""
     if found["seeds"] < 2:
         return ""
-    change, low, high, *by_seed = (
-        100 * (1 - math.exp(nats))
-        for nats in (found["effect"], *reversed(found["interval"]), *found["by_seed"])
-    )
+    by_seed = [100 * (1 - math.exp(nats)) for nats in found["by_seed"]]
+    rest, new = found["without_largest"], found["without_near_duplicates"]
+    low, high = found["interval"]
     no_gain = ", so it includes zero" if low < 0 < high else ""
     return (
         f"Over {found['seeds']} seeds, of which the table shows the first, Lory's perplexity is "
-        f"{change:.1f} % lower than the dense model's; single seeds give {min(by_seed):.1f} to "
-        f"{max(by_seed):.1f} %. The 95 % interval reaches from {_change(high)} to {_change(low)}"
-        f"{no_gain}: it also covers the choice of test documents, which come from few folders. "
+        f"{_change(found['effect'])} than the dense model's; single seeds give {min(by_seed):.1f} "
+        f"to {max(by_seed):.1f} %. The 95 % interval reaches {_range(found)}{no_gain}: it also "
+        "covers the choice of test documents, which come from few folders. Without "
+        f"{rest['domain']}, where the gain is largest, it is {_change(rest['effect'])} "
+        f"({_range(rest)}), and without the test instances that repeat training text "
+        f"{_change(new['effect'])} ({_range(new)}). "
     )
 
 
-def _change(percent: float) -> str:
+def _range(found: dict[str, Any]) -> str:
+    low, high = found["interval"]
+    return f"from {_change(low)} to {_change(high)}"
+
+
+def _change(nats: float) -> str:
+    percent = 100 * (1 - math.exp(nats))
     return f"{abs(percent):.1f} % {'lower' if percent > 0 else 'higher'}"
 
 

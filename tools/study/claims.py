@@ -312,7 +312,8 @@ def _numbers(finding: Finding) -> dict[str, Any]:
     numbers |= {"adjusted_p": _rounded(finding.adjusted_p), "planned_seeds": finding.planned}
     if finding.reason:
         numbers["reason"] = finding.reason
-    if finding.domains:
+    if finding.domains:  # then p is that of the domain with the weakest evidence
+        numbers["p_of_the_mean"] = _rounded(finding.effect.p if finding.effect else math.nan)
         domains = finding.domains.items()
         numbers["domains"] = {name: of_effect(effect, effect.p) for name, effect in domains}
     return numbers

@@ -57,17 +57,23 @@ def headline_notes(report: Report) -> list[str]:
 
 def _decided(report: Report) -> str:
     """Which of the differences are more than chance once all claims are counted."""
-    decided = [
-        f"{COMPARED[finding.claim.id][1]} on {where}"
+    by_corpus = [
+        (finding, where)
         for corpus, where in zip(report.corpora, CORPORA, strict=True)
         for finding in corpus.findings
+        if finding.effect is not None
+    ]
+    decided = [
+        f"that from {COMPARED[finding.claim.id][1]} on {where}"
+        for finding, where in by_corpus
         if finding.claim.id in COMPARED and finding.verdict in DECIDED
     ]
     said = "; ".join(decided) if decided else "none"
+    every_domain = [f"{f.verdict} on {where}" for f, where in by_corpus if f.claim.id == "gain"]
     return (
-        "Adjusted for all claims that are tested on the same corpus, these differences are "
-        f"decided: {said}. The verdicts on the others are in the study, and so is the claim of the "
-        "first row, which is about every domain."
+        "After the adjustment for all claims that are tested on the same corpus, these differences "
+        f"remain significant: {said}. The claim of the first row is that Lory is better in every "
+        f"domain: it is {' and '.join(every_domain)}."
     )
 
 

@@ -130,8 +130,11 @@ def _write(report: Report, out: Path) -> None:
 
 
 def _parts_numbers(report: Report, claim: str) -> dict[str, Any]:
-    found = report.first.variants.get(claim)
-    return {"parts": {part: of_effect(f.effect, f.p) for part, f in found.items()}} if found else {}
+    """The mean of the domains on parts of the instances; its p is not that of every domain."""
+    found = report.first.variants.get(claim, {})
+    effects = {part: finding.effect for part, finding in found.items()}
+    parts = {part: of_effect(effect, effect.p) for part, effect in effects.items() if effect}
+    return {"parts": parts} if parts else {}
 
 
 def make_report(out: Path, split: str, claims_file: Path) -> Report:
@@ -179,7 +182,8 @@ def _folders(results: Results, split: str) -> str:
     except InputError:  # no run has been made
         return "There are no held-out documents yet"
     counts = [
-        f"{len({*names})} of {domain} (worth {effective_origins(np.array(names)):.1f} of one size)"
+        f"{len({*names})} of {domain} (as good as "
+        f"{effective_origins(np.array(names)):.1f} of equal size)"
         for domain, names in origins.items()
         if names
     ]

@@ -8,7 +8,9 @@ COUNTED = {"active": "with all active parameters", "inner": "without embedding a
 SUBJECT = (
     "This page tests what the paper and others claim about Lory, at a scale that one machine can "
     "train, with several seeds and intervals. Claims were written down before their runs; the "
-    "notes name the exceptions, and what was added later."
+    "notes name the exceptions, and what was added later. The tables are about the test set. When "
+    "no claim is pending, `python -m tools.study.report --final` tests all claims once more on the "
+    "confirmation set: other documents, which have no part in any choice of this study."
 )
 
 READING = [
@@ -21,6 +23,10 @@ READING = [
     "the length of a segment, E the number of experts, and D the width of the model. In "
     "arms whose names end with _t and the length of their segments, they count from 128 on, so "
     "these are compared with one another only.",
+    "Losses in the table of arms are means over the seeds of each arm, which may not be the same. "
+    "One seed differs from another by 0.02 to 0.05 nats, so only differences over the same seeds, "
+    "as in the claims, compare two arms. Arms whose names begin with sparse_ are those of "
+    "docs/evaluation.md, and those of the arms beyond the paper are in docs/beyond.md.",
     "Intervals (95 %) cover two sources of uncertainty: the noise between seeds, and which folders "
     "of these packages were held out. Both variances are estimated, from few seeds and few "
     "folders, and intervals and p-values allow for that (tools/study/statistics.py). With three or "
@@ -52,6 +58,11 @@ LIMITS = [
     "{folders}. So the intervals of the first corpus are wide, however many seeds there are.",
     "Settings are chosen with one seed on 256 instances of each domain, which come from a few "
     "folders, and neighbouring learning rates often differ by less than two seeds do.",
+    "For some families the best start is the smallest or largest that was tried "
+    "(docs/study.json), and no further one was: ReMoE's 0.1, and 0.354 of Lory without dense "
+    "warm-up and of the uniform merge. They may be better than they look.",
+    "The short trials of dense, Lory and its two variants do not say which order of the documents "
+    "they trained on, and five of them come from another machine; orders differ between machines.",
     "Nothing is tuned on the second corpus: every arm has the settings of the first there. "
     "Near-duplicates of training text were looked for on the first corpus only.",
     "Specialisation is measured on validation, and its interval covers seeds alone.",
@@ -75,6 +86,8 @@ METHOD = [
     "what its row in the table of arms says. Arms that change the number of experts or of steps, "
     "the length of segments, the order of documents or the mask, and prefix routing, keep the "
     "settings tuned for dense or Lory.",
+    "Dense, Lory and Lory with redrawn experts have ten seeds: the baseline, the paper's recipe, "
+    "and the recipe with the lowest validation loss.",
     "All runs of arms on a corpus train on one order of its documents by similarity, or on one "
     "random order where their names say so (tools/study/order.py).",
     "FLOPs per token are those of the steps with experts. The dense warm-up, 5 % of the steps if "
