@@ -327,7 +327,7 @@ def test_the_headline_compares_on_both_corpora(out):
     text = headline(report)
     assert text.startswith("| Lory against | ")
     assert "On Python packages, Lory's perplexity is 0.92" in text
-    assert "remain significant: that from a dense model on Python packages. The" in text
+    assert "remains significant is that from a dense model on Python packages. The" in text
     assert "(lower in 2 of 2 domains, in 2 with an interval that excludes zero)" in text
 
 

@@ -104,7 +104,8 @@ def write_page(out: Path, page: Path = PAGE) -> None:
             f"The {NUMBER} best by validation are trained again and compared with the recipe under "
             "the same conditions: with seeds that did not choose them, on the second corpus, and "
             f"at twice the width (D = {WIDER}), where they have the learning rate that is best for "
-            "the dense model. A row stays empty until all its runs are finished. P-values are adjusted by Holm's method over these arms, for each condition:"
+            "the dense model. A row stays empty until all its runs are finished. P-values "
+            "are adjusted by Holm's method over these arms, for each condition:"
         )
         parts.append(tables.markdown(AGAIN_HEADER, again))
     if diverged := diverged_ids(results):

@@ -68,11 +68,16 @@ def _decided(report: Report) -> str:
         for finding, where in by_corpus
         if finding.claim.id in COMPARED and finding.verdict in DECIDED
     ]
-    said = "; ".join(decided) if decided else "none"
+    if not decided:
+        said = "no difference remains significant"
+    elif len(decided) == 1:
+        said = f"the only difference that remains significant is {decided[0]}"
+    else:
+        said = f"these differences remain significant: {'; '.join(decided)}"
     every_domain = [f"{f.verdict} on {where}" for f, where in by_corpus if f.claim.id == "gain"]
     return (
-        "After the adjustment for all claims that are tested on the same corpus, these differences "
-        f"remain significant: {said}. The claim of the first row is that Lory is better in every "
+        "After the adjustment for all claims that are tested on the same corpus, "
+        f"{said}. The claim of the first row is that Lory is better in every "
         f"domain: it is {' and '.join(every_domain)}."
     )
 
