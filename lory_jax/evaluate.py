@@ -75,7 +75,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
     # ---- Perplexity ---------------------------------------------------------------------------
     losses = measure_losses(evaluated, held_out, args.routing)
-    result = summarize_losses(evaluated, held_out, losses)
+    result = summarize_losses(evaluated, held_out, losses, origins)
     result |= {"checkpoint": args.step, "split": args.split, "tasks": tasks}
     result["segment_length"] = evaluated.model.config.segment_length
     result["first_position"] = evaluated.first_position

@@ -6,6 +6,7 @@ Letters: N instances, L sequence, T tokens per segment.
 import dataclasses
 import math
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,8 +119,9 @@ def evaluate_run(
       split: "test", "validation" or "confirmation".
       batch_size: instances at a time over all devices.
     """
-    evaluated = open_model(run, batch_size)
-    return measure(evaluated, run.open_data(data).held_out_with_instances(split), routing)
+    evaluated, prepared = open_model(run, batch_size), run.open_data(data)
+    sets, origins = prepared.held_out_with_instances(split), prepared.held_out_origins(split)
+    return summarize_losses(evaluated, sets, measure_losses(evaluated, sets, routing), origins)
 
 
 def measure(
@@ -139,9 +141,15 @@ def measure(
 
 
 def summarize_losses(
-    evaluated: EvaluatedModel, sets: dict[str, np.ndarray], found: Losses
+    evaluated: EvaluatedModel,
+    sets: dict[str, np.ndarray],
+    found: Losses,
+    origins: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
-    """Every one of `MEASURES` by domain, their geometric means, and how they were measured."""
+    """Every one of `MEASURES` by domain, their geometric means, and how they were measured.
+
+    `origins` are those of the instances of every domain; None counts each as one of its own.
+    """
     model, first = evaluated.model, evaluated.first_position
     training, scored = found.training, found.scored
     by_domain: dict[str, dict[str, Any]] = {}
@@ -149,7 +157,9 @@ def summarize_losses(
         everywhere = summarize(training[domain], rows, model.tokenizer.token_bytes, first)
         by_domain[domain] = summarize(scored[domain], rows, model.tokenizer.token_bytes, first) | {
             "perplexity_all_positions": everywhere["perplexity_all_positions"],
-            "standard_error": standard_error(scored[domain], first),
+            "standard_error": standard_error(
+                scored[domain], first, None if origins is None else origins[domain]
+            ),
         }
     result: dict[str, Any] = {
         name: {domain: values[name] for domain, values in by_domain.items()}

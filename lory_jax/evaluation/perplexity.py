@@ -4,7 +4,7 @@ Letters: N instances, L sequence, V vocabulary.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -77,14 +77,23 @@ def perplexity(nll: np.ndarray) -> float:
     return float(np.exp(np.mean(nll, dtype=np.float64)))
 
 
-def standard_error(nll_NxL: np.ndarray, first_position: int) -> float | None:
-    """Standard error of the perplexity from a position on, from the spread between samples.
+def standard_error(
+    nll_NxL: np.ndarray, first_position: int, origins: Sequence[str] | None = None
+) -> float | None:
+    """Standard error of the perplexity from a position on, from the spread between origins.
 
-    To first order, the standard error of exp(mean) is exp(mean) times that of the mean. None for a
+    Instances of one origin resemble each other, so it is origins that are counted as independent
+    samples, of as many instances each as they have. Without `origins`, every instance is one. To
+    first order, the standard error of exp(mean) is exp(mean) times that of the mean. None for a
     single sample.
     """
-    if len(nll_NxL) < 2:
-        return None
     mean_N = np.mean(nll_NxL[:, first_position:], axis=1, dtype=np.float64)
-    error = float(np.std(mean_N, ddof=1)) / math.sqrt(len(nll_NxL))
-    return math.exp(float(np.mean(mean_N))) * error
+    samples = np.arange(len(nll_NxL))
+    if origins is not None:
+        samples = np.unique(np.asarray(origins), return_inverse=True)[1]
+    count = int(samples.max(initial=-1)) + 1
+    if count < 2:
+        return None
+    deviations = np.bincount(samples, weights=mean_N - np.mean(mean_N))
+    variance = count / (count - 1) * np.sum(deviations**2) / len(nll_NxL) ** 2
+    return math.exp(float(np.mean(mean_N))) * math.sqrt(variance)

@@ -12,8 +12,8 @@ from lory_jax.api import Model
 from lory_jax.errors import ConfigError, InputError
 from lory_jax.evaluation.held_out import read_instances
 from lory_jax.run.directory import RunDirectory
-from tests.conversion.test_convert import write_run
 from tests.support import reference
+from tests.support.in_process import write_run
 from tests.support.models import float64
 from tests.support.tiny import write_prepared
 
