@@ -139,8 +139,10 @@ ARMS = [
         group=4,
         cost=1.5,
     ),
-    Arm("dropless_top1_upcycled", "dropless_top1", {WARMUP: 0.05, START: 0.354}, group=4, cost=1.5),
-    Arm("dropless_top2_upcycled", "dropless_top2", {WARMUP: 0.05, START: 0.354}, group=4, cost=1.5),
+    *(
+        Arm(f"{name}_upcycled", name, {WARMUP: 0.05, START: 0.354}, group=4, cost=1.5)
+        for name in ("dropless_top1", "dropless_top2", "remoe", "expert_threshold")
+    ),
     Arm("remoe", "remoe", group=5, cost=1.3),
     Arm("expert_threshold", "expert_threshold", group=5, cost=1.3),
     Arm("uniform", "uniform", group=3),

@@ -26,7 +26,8 @@ SHOWN = (
     *(LORY, "lory_redrawn", "lory_scratch", "prefix", "uniform"),
     *("expert_choice_segment", "expert_choice_token", "dropless_top1", "dropless_top2"),
     "dropless_top2_fine",
-    *("dropless_top1_upcycled", "dropless_top2_upcycled", "remoe", "expert_threshold"),
+    *("dropless_top1_upcycled", "dropless_top2_upcycled"),
+    *("remoe", "remoe_upcycled", "expert_threshold", "expert_threshold_upcycled"),
     "dense_total",
 )
 
