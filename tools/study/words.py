@@ -9,8 +9,8 @@ SUBJECT = (
     "This page tests what the paper and others claim about Lory, at a scale that one machine can "
     "train, with several seeds and intervals. Claims were written down before their runs; the "
     "notes name the exceptions, and what was added later. The tables are about the test set. When "
-    "no claim is pending, `python -m tools.study.report --final` tests all claims once more on the "
-    "confirmation set: other documents, which have no part in any choice of this study."
+    "no claim is pending any more, all are tested once more on the confirmation set: other "
+    "documents, which have no part in any choice of this study (tools/study/report.py)."
 )
 
 READING = [
