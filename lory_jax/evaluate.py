@@ -166,8 +166,8 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         "--split",
         choices=("test", "validation", "confirmation", NO_SPLIT),
         default="test",
-        help="which held-out documents to read (default: test); confirmation is the set for what "
-        "is already decided, none reads no held-out documents",
+        help="which held-out documents to read (default: test); confirmation is a second "
+        "test set, for what was chosen on the others; none reads no held-out documents",
     )
     add("--batch_size", type=int, help="rows at a time (default: as in training; for tasks: 16)")
     add(

@@ -36,7 +36,7 @@ DATA = all_may_change(
         "test_fraction": float_field(0.06, "share of each domain's bytes for test", 0, 0.5),
         "confirmation_fraction": float_field(
             0.0,
-            "share of each domain's bytes for a second test set, which has no part in any choice",
+            "share of each domain's bytes for a second test set, to confirm what was chosen before",
             0,
             0.5,
         ),

@@ -79,6 +79,7 @@ def over_seeds(runs: Sequence[Path], is_near: Mapping[str, np.ndarray]) -> dict[
     new = {
         name: Domain(domain.difference_SxI[:, ~is_near[name]], domain.origin_I[~is_near[name]])
         for name, domain in domains.items()
+        if not is_near[name].all()
     }
     of_seeds = np.mean([d.difference_SxI.mean(axis=1) for d in domains.values()], axis=0)
     return {

@@ -75,11 +75,13 @@ def _decided(report: Report) -> str:
     else:
         said = f"these differences remain significant: {'; '.join(decided)}"
     every_domain = [f"{f.verdict} on {where}" for f, where in by_corpus if f.claim.id == "gain"]
-    return (
-        "After the adjustment for all claims that are tested on the same corpus, "
-        f"{said}. The claim of the first row is that Lory is better in every "
-        f"domain: it is {' and '.join(every_domain)}."
-    )
+    lines = [f"After the adjustment for all claims that are tested on the same corpus, {said}."]
+    if every_domain:
+        lines.append(
+            "The claim of the first row is that Lory is better in every domain: it is "
+            f"{' and '.join(every_domain)}."
+        )
+    return " ".join(lines)
 
 
 def headline(report: Report) -> str:

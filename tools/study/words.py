@@ -10,7 +10,7 @@ SUBJECT = (
     "train, with several seeds and intervals. Claims were written down before their runs; the "
     "notes name the exceptions, and what was added later. The tables are about the test set. When "
     "no claim is pending any more, all are tested once more on the confirmation set: other "
-    "documents, which have no part in any choice of this study (tools/study/report.py)."
+    "documents, by which nothing in these tables was chosen (tools/study/report.py)."
 )
 
 READING = [
@@ -24,7 +24,7 @@ READING = [
     "arms whose names end with _t and the length of their segments, they count from 128 on, so "
     "these are compared with one another only.",
     "Losses in the table of arms are means over the seeds of each arm, which may not be the same. "
-    "One seed differs from another by 0.02 to 0.05 nats, so only differences over the same seeds, "
+    "Seeds of one arm often differ by 0.02 to 0.05 nats, so only differences over the same seeds, "
     "as in the claims, compare two arms. Arms whose names begin with sparse_ are those of "
     "docs/evaluation.md, and those of the arms beyond the paper are in docs/beyond.md.",
     "Intervals (95 %) cover two sources of uncertainty: the noise between seeds, and which folders "
