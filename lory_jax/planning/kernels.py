@@ -140,7 +140,14 @@ def _compile_and_price(
     request: Mapping[str, Any], prefetched: list[np.ndarray | None], device: Device, name: str
 ) -> Price:
     body = base64.b64decode(request["config"]["custom_call_config"]["body"])
-    work = read_work(body, prefetched)
+    try:
+        work = read_work(body, prefetched)
+    except ValueError as error:
+        raise InputError(
+            f"kernel {name}: cannot be priced, because {error}; plan counts kernels that "
+            "pallas_call wrote, and none that the compiler brings itself, as for "
+            "config.model.grouped_product=ragged (--no_compile plans without cycles)"
+        ) from None
     with tempfile.TemporaryDirectory(prefix="lory-kernel-") as scratch:
         directory = Path(scratch)
         environment = os.environ | {

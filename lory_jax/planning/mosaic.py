@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 LANES, SUBLANE_BYTES = 128, 32  # a tile is 32 bytes of each of 128 lanes: 8 x 128 in float32
+_SERIALIZED = "stable_mosaic.version"  # of modules that `pallas_call` wrote
 _STORES = ("tpu.vector_store", "tpu.strided_store", "vector.store")
 
 
@@ -115,8 +116,10 @@ def _parse(body: bytes) -> Any:
     with context, ir.Location.unknown():
         context.allow_unregistered_dialects = True
         module = ir.Module.parse(body)
-        pipeline = "builtin.module(mosaic-serde{serialize=false})"
-        PassManager.parse(pipeline).run(module.operation)
+        # Kernels that the compiler brings itself, as for `ragged_dot`, are in the dialect already.
+        if _SERIALIZED in module.operation.attributes:
+            pipeline = "builtin.module(mosaic-serde{serialize=false})"
+            PassManager.parse(pipeline).run(module.operation)
     return module
 
 

@@ -10,6 +10,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from lory_jax.errors import InputError
 from lory_jax.planning import topology
 from lory_jax.planning.hlo import executions, parse
 from lory_jax.planning.kernels import prefetched_arrays, price_kernels
@@ -47,9 +48,14 @@ def compiled(runs_where, turns):
     def loop(x):
         return jax.lax.scan(step, x, None, length=turns)[0]
 
+    return compiled_for_tpu(loop, ((ROWS * 128, 128), jnp.bfloat16))
+
+
+def compiled_for_tpu(function, *arguments):
+    """The program of a function of arrays with these shapes and types, on one v5e."""
     sharding = jax.sharding.SingleDeviceSharding(smallest_topology(DEVICES["v5e"]).devices()[0])
-    x = jax.ShapeDtypeStruct((ROWS * 128, 128), jnp.bfloat16, sharding=sharding)
-    return parse(program_text(jax.jit(loop).lower(x).compile()))
+    shapes = [jax.ShapeDtypeStruct(*argument, sharding=sharding) for argument in arguments]
+    return parse(program_text(jax.jit(function).lower(*shapes).compile()))
 
 
 def price(module):
@@ -141,3 +147,11 @@ def test_an_element_that_a_copy_of_another_replaces_is_constant_if_both_are():
     other = ahead.replace("  %s =", "  %w = s32[3]{0} constant({4, -5, 7})\n  %s =")
     assert prefetched(equal)[0].tolist() == [4, -5, 6]
     assert prefetched(other)[0] is None
+
+
+@needs_libtpu
+def test_a_kernel_that_the_compiler_brings_is_refused_in_one_line():
+    rows, matrices = ((512, 256), jnp.bfloat16), ((4, 256, 256), jnp.bfloat16)
+    module = compiled_for_tpu(jax.lax.ragged_dot, rows, matrices, ((4,), jnp.int32))
+    with pytest.raises(InputError, match=r"^kernel \S+: cannot be priced, .*ragged.*--no_compile"):
+        price(module)
